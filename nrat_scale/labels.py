@@ -1,0 +1,227 @@
+"""Label noise: a pure function of (clean labels, kind, rate, seed).
+
+Noise is drawn over a whole data set in *source order*, before any split, so that it does not depend on how shards were
+permuted or which images are held out. Every draw is a hash of (seed, image number): no generator state, no dependence
+on library versions (`instance_dependent` excepted, which needs normal variates from NumPy).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nrat_scale.datasets import CIFAR10_MAP
+from nrat_scale.errors import UserError, did_you_mean
+from nrat_scale.seeds import derive, hash64, uniform01
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Label noise of the real training data.
+
+    Attributes:
+        kind: one of `NOISES`.
+        rate: fraction of labels to corrupt, in [0, 1] (not used by `cifar10n`).
+        seed: of the noise alone; runs with different training seeds can share one noise.
+        class_map: label -> label for the asymmetric kinds; by default the data set's published one.
+        human_labels: for `cifar10n`, an .npy file of int64 [n] in source order.
+    """
+
+    kind: str = "none"
+    rate: float = 0.0
+    seed: int = 0
+    class_map: dict[int, int] | None = None
+    human_labels: str | None = None
+
+
+def corrupt(
+    labels: np.ndarray,
+    kind: str,
+    rate: float,
+    seed: int,
+    num_classes: int,
+    *,
+    class_map: dict[int, int] | None = None,
+    images: np.ndarray | None = None,
+    human_labels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Noisy labels for the clean `labels`.
+
+    Args:
+        labels: int [n], clean, in source order, each in [0, num_classes).
+        kind: `none`, `symmetric`, `asymmetric`, `asymmetric_released`, `asymmetric_bidirectional`, `cifar10n`,
+            `instance_dependent` (section 8 of docs/objectives.md).
+        rate: fraction in [0, 1].
+        seed: of the draws.
+        num_classes: K.
+        class_map: source label -> target label of the asymmetric kinds; CIFAR-10's published map where None and K = 10.
+        images: uint8 [n, ...], needed by `instance_dependent` only.
+        human_labels: int [n], needed by `cifar10n` only.
+
+    Returns:
+        int64 [n]; `labels` itself is never changed.
+
+    Raises:
+        UserError: unknown kind, rate outside [0, 1], labels out of range, a missing or unusable extra argument.
+    """
+    labels = _checked(labels, num_classes, "labels")
+    if kind not in NOISES:
+        raise UserError(f"Unknown label noise '{kind}'. {did_you_mean(kind, NOISES)}")
+    if not 0.0 <= rate <= 1.0:
+        raise UserError(f"The label noise rate is {rate}; it is a fraction of the labels and must be in [0, 1].")
+    if kind == "cifar10n":
+        return _human(labels, human_labels, num_classes)
+    if kind == "instance_dependent":
+        return _instance_dependent(labels, rate, seed, num_classes, images)
+    if kind.startswith("asymmetric"):
+        return _asymmetric(labels, kind, rate, seed, num_classes, class_map)
+    if kind == "symmetric":
+        return _symmetric(labels, rate, seed, num_classes)
+    return labels.copy()
+
+
+def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"The {what} must be integers of shape [n], not {labels.dtype} of shape {list(labels.shape)}.")
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise UserError(
+            f"The {what} range from {labels.min()} to {labels.max()}, but with {num_classes} classes they must lie "
+            f"in 0..{num_classes - 1}."
+        )
+    return labels.astype(np.int64)
+
+
+def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
+    """int(rate * m) of the m `members`, every subset of that size equally likely."""
+    order = np.argsort(hash64(key, members), kind="stable")
+    return np.asarray(members[order[: int(rate * len(members))]])
+
+
+def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int) -> np.ndarray:
+    if num_classes < 2:
+        raise UserError(f"Symmetric label noise needs at least 2 classes, not {num_classes}.")
+    noisy = labels.copy()
+    for label in range(num_classes):
+        chosen = _pick(np.flatnonzero(labels == label), rate, derive(seed, "symmetric", "pick"))
+        shift = hash64(derive(seed, "symmetric", "target"), chosen) % np.uint64(num_classes - 1)
+        noisy[chosen] = (label + 1 + shift.astype(np.int64)) % num_classes
+    return noisy
+
+
+def _asymmetric(
+    labels: np.ndarray, kind: str, rate: float, seed: int, num_classes: int, class_map: dict[int, int] | None
+) -> np.ndarray:
+    if class_map is None:
+        if num_classes != 10:
+            raise UserError(
+                f"Asymmetric noise has no default map for {num_classes} classes. "
+                "Give data.real.noise.class_map, for instance {0: 1, 1: 0}."
+            )
+        class_map = CIFAR10_MAP
+    pairs = [(int(source), int(target)) for source, target in class_map.items()]
+    for source, target in pairs:
+        if not (0 <= source < num_classes and 0 <= target < num_classes) or source == target:
+            raise UserError(
+                f"The asymmetric map entry {source} -> {target} must name two different classes in 0..{num_classes - 1}."
+            )
+    if kind == "asymmetric_bidirectional":
+        pairs = sorted({pair for source, target in pairs for pair in ((source, target), (target, source))})
+        if len({source for source, _ in pairs}) != len(pairs):
+            raise UserError("A bidirectional asymmetric map may name each class in one pair only.")
+    noisy = labels.copy()
+    for source, target in pairs:
+        # The released code looks at the labels as they are by now, so some of the flipped ones flip back.
+        seen = noisy if kind == "asymmetric_released" else labels
+        chosen = _pick(np.flatnonzero(seen == source), rate, derive(seed, "asymmetric", source))
+        noisy[chosen] = target
+    return noisy
+
+
+def _human(labels: np.ndarray, human_labels: np.ndarray | None, num_classes: int) -> np.ndarray:
+    if human_labels is None:
+        raise UserError(
+            "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, an .npy file."
+        )
+    human = _checked(human_labels, num_classes, "human labels")
+    if len(human) != len(labels):
+        raise UserError(f"There are {len(human)} human labels for {len(labels)} images; they must be the same number.")
+    return human
+
+
+def _instance_dependent(
+    labels: np.ndarray, rate: float, seed: int, num_classes: int, images: np.ndarray | None
+) -> np.ndarray:
+    """Part-dependent noise as in Xia et al. 2020, algorithm 2: flip rates q_i ~ TruncNormal(rate, 0.1^2; [0, 1])."""
+    if images is None or len(images) != len(labels):
+        raise UserError("Label noise 'instance_dependent' needs one image for each label.")
+    if num_classes < 2:
+        raise UserError(f"Instance-dependent label noise needs at least 2 classes, not {num_classes}.")
+    generator = np.random.Generator(np.random.Philox(derive(seed, "instance_dependent")))
+    ids = np.arange(len(labels))
+    flip_rate = generator.normal(rate, 0.1, len(labels))
+    while (outside := (flip_rate < 0) | (flip_rate > 1)).any():
+        flip_rate[outside] = generator.normal(rate, 0.1, int(outside.sum()))
+    pixels = int(np.prod(images.shape[1:]))
+    projection = generator.standard_normal((num_classes, pixels, num_classes)).astype(np.float32)
+    draws = uniform01(derive(seed, "instance_dependent", "draw"), ids)
+    noisy = labels.copy()
+    for label in range(num_classes):
+        for members in np.array_split(np.flatnonzero(labels == label), max(1, int((labels == label).sum()) // 4096)):
+            scores = (images[members].reshape(len(members), pixels).astype(np.float32) / 255.0) @ projection[label]
+            scores[:, label] = -np.inf
+            direction = np.exp(scores - scores.max(axis=1, keepdims=True)).astype(np.float64)
+            direction /= direction.sum(axis=1, keepdims=True)
+            probability = flip_rate[members, None] * direction
+            probability[:, label] = 1.0 - flip_rate[members]
+            chosen = (draws[members, None] >= np.cumsum(probability, axis=1)).sum(axis=1)
+            # The cumulated sum may end one rounding error below 1: such a draw keeps its label.
+            noisy[members] = np.where(chosen < num_classes, chosen, label)
+    return noisy
+
+
+NOISES = (
+    "none",
+    "symmetric",
+    "asymmetric",
+    "asymmetric_released",
+    "asymmetric_bidirectional",
+    "cifar10n",
+    "instance_dependent",
+)
+
+
+def load_human_labels(path: str) -> np.ndarray:
+    """int [n] from an .npy file, never unpickled.
+
+    Raises:
+        UserError: missing file, or not such an array.
+    """
+    try:
+        return np.asarray(np.load(Path(path), allow_pickle=False))
+    except FileNotFoundError:
+        raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The human labels {path} cannot be read as an .npy array of integers ({error}).") from error
+
+
+def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [K, K]: how many images of clean class i carry label j."""
+    counts = np.bincount(clean * num_classes + given, minlength=num_classes * num_classes)
+    return np.asarray(counts.reshape(num_classes, num_classes))
+
+
+def describe(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
+    """What a run stores about its noise: counts, realised rate, transition matrix and a hash of the given labels."""
+    return {
+        "kind": spec.kind,
+        "rate": spec.rate,
+        "seed": spec.seed,
+        "num_labels": len(clean),
+        "num_noisy": int((clean != given).sum()),
+        "realised_rate": float((clean != given).mean()) if len(clean) else 0.0,
+        "transition_matrix": transition_matrix(clean, given, num_classes).tolist(),
+        "sha256": hashlib.sha256(given.astype("<i8").tobytes()).hexdigest(),
+    }

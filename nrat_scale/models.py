@@ -1,0 +1,432 @@
+"""Classifiers with the normalisation inside, registered with timm, and `load` for released ones.
+
+Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` are buffers that are not saved with
+the weights (they are part of the configuration), so state dicts carry exactly the names that RobustBench and the usual
+CIFAR repositories use: their checkpoints load here and ours load there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from nrat_scale.datasets import DATASETS
+from nrat_scale.errors import UserError, did_you_mean
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
+CIFAR10_MEAN, CIFAR10_STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
+WIDE_BN_MOMENTUM = 0.01  # of the generated-data recipe; torch's default is 0.1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model to train.
+
+    Attributes:
+        name: a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`.
+        mean, std: per channel, of [0, 1] pixels; by default those of the data set.
+        kwargs: further keyword arguments of the model, for instance {width: 64} for `cnn4`.
+        bn_momentum: momentum of the running statistics (weight of the new batch); None leaves the model's own.
+        bn_first_step: in the very first step take the statistics of that batch alone, as DM_AT does.
+    """
+
+    name: str = "resnet18_cifar"
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    bn_momentum: float | None = None
+    bn_first_step: bool = False
+
+
+class Normalised(nn.Module):
+    """What all models share: constants, `normalise`, and the attributes that timm expects of a classifier.
+
+    Args:
+        num_classes: K.
+        in_chans: C.
+        mean, std: one value for each channel, or one for all.
+
+    Raises:
+        UserError: their number does not fit, or a std is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_classes: int, in_chans: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, in_chans):
+                raise UserError(
+                    f"The model has {in_chans} input channels but {len(values)} values of {name}: {list(values)}."
+                )
+            values = [float(value) for value in values] * (in_chans if len(values) == 1 else 1)
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        if not bool((self.std > 0).all()):
+            raise UserError(f"The std of the normalisation must be positive, not {list(std)}.")
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """(x - mean) / std."""
+        return (x - self.mean) / self.std
+
+
+# ---- WideResNet of the generated-data recipe ------------------------------------------------------------------------
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block; its first convolution pads like TensorFlow's SAME: (0, 1, 0, 1) where the stride is 2."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(in_planes, momentum=WIDE_BN_MOMENTUM)
+        self.conv_0 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(planes, momentum=WIDE_BN_MOMENTUM)
+        self.conv_1 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False) if in_planes != planes else None
+        self.activation = activation()
+        self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(self.batchnorm_0(x))
+        residual = x if self.shortcut is None else self.shortcut(activated)
+        out = self.conv_0(F.pad(activated, self.padding))
+        return residual + self.conv_1(self.activation(self.batchnorm_1(out)))
+
+
+class WideStage(nn.Module):
+    """`num_blocks` blocks, the first with the stride."""
+
+    def __init__(self, num_blocks: int, in_planes: int, planes: int, stride: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            *(
+                WideBlock(in_planes if i == 0 else planes, planes, stride if i == 0 else 1, activation)
+                for i in range(num_blocks)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class WideResNet(Normalised):
+    """WideResNet (Zagoruyko and Komodakis 2016) as trained by Gowal et al. 2020 and DM_AT, with the state-dict names of
+    RobustBench's `DMWideResNet`.
+
+    Args:
+        depth: 6 n + 4 layers.
+        width: widening factor.
+        activation: `silu` or `relu`.
+        num_classes: K.
+        mean, std: normalisation, per channel.
+        in_chans: C.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        activation: str = "silu",
+        num_classes: int = 10,
+        mean: Sequence[float] = CIFAR10_MEAN,
+        std: Sequence[float] = CIFAR10_STD,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__(num_classes, in_chans, mean, std)
+        if depth < 10 or (depth - 4) % 6:
+            raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
+        if activation not in ACTIVATIONS:
+            raise UserError(f"Unknown activation '{activation}'. {did_you_mean(activation, ACTIVATIONS)}")
+        act, blocks = ACTIVATIONS[activation], (depth - 4) // 6
+        planes = [16, 16 * width, 32 * width, 64 * width]
+        self.num_features = planes[3]
+        self.init_conv = nn.Conv2d(in_chans, planes[0], 3, padding=1, bias=False)
+        self.layer = nn.Sequential(
+            *(WideStage(blocks, planes[i], planes[i + 1], 1 if i == 0 else 2, act) for i in range(3))
+        )
+        self.batchnorm = nn.BatchNorm2d(planes[3], momentum=WIDE_BN_MOMENTUM)
+        self.activation = act()
+        self.logits = nn.Linear(planes[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+        nn.init.zeros_(self.logits.bias)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer (timm's name for it)."""
+        return self.logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(self.init_conv(self.normalise(x)))
+        return self.logits(self.activation(self.batchnorm(out)).mean((2, 3)))
+
+
+# ---- ResNet-18 for 32 x 32 ------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """Post-activation block of two 3 x 3 convolutions."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet18(Normalised):
+    """ResNet-18 (He et al. 2016) with a 3 x 3 stem and no pooling before the stages, the usual one for CIFAR.
+
+    Args:
+        num_classes, in_chans, mean, std: as for `WideResNet`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        mean: Sequence[float] = CIFAR10_MEAN,
+        std: Sequence[float] = CIFAR10_STD,
+    ) -> None:
+        super().__init__(num_classes, in_chans, mean, std)
+        self.num_features = 512
+        self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
+        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
+        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        self.linear = nn.Linear(512, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer (timm's name for it)."""
+        return self.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(self.normalise(x))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(out.mean((2, 3)))
+
+
+# ---- small CNN ------------------------------------------------------------------------------------------------------
+
+
+class Cnn4(Normalised):
+    """Two convolutions, two more at half the resolution, a hidden and an output layer: for digits and Fashion-MNIST.
+
+    Four pixels by four remain whatever the image size, and there is no BatchNorm.
+
+    Args:
+        num_classes, in_chans, mean, std: as for `WideResNet`.
+        width: channels of the first two convolutions; the others have twice as many.
+        hidden: units of the hidden layer.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        mean: Sequence[float] = (0.5,),
+        std: Sequence[float] = (0.5,),
+        width: int = 32,
+        hidden: int = 128,
+    ) -> None:
+        super().__init__(num_classes, in_chans, mean, std)
+        self.num_features = hidden
+        self.features = nn.Sequential(
+            nn.Conv2d(in_chans, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, hidden),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(hidden, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer (timm's name for it)."""
+        return self.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(self.normalise(x)))
+
+
+# ---- timm's registry ------------------------------------------------------------------------------------------------
+
+
+def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": input_size,
+        "fixed_input_size": False,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.0,) * input_size[0],  # normalisation is inside the model
+        "std": (1.0,) * input_size[0],
+        "first_conv": first_conv,
+        "classifier": classifier,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "wrn28_10_silu.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
+        "wrn28_10.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
+        "resnet18_cifar.untrained": _cfg("conv1", "linear", (3, 32, 32)),
+        "cnn4.untrained": _cfg("features.0", "classifier", (1, 28, 28)),
+    }
+)
+
+
+def _build(model: type[nn.Module], name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    return build_model_with_cfg(model, name, pretrained, **kwargs)
+
+
+@register_model
+def wrn28_10_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-28-10 with SiLU: the generated-data recipe's model."""
+    return _build(WideResNet, "wrn28_10_silu", pretrained, {"depth": 28, "width": 10, "activation": "silu", **kwargs})
+
+
+@register_model
+def wrn28_10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-28-10 with ReLU, otherwise as `wrn28_10_silu`."""
+    return _build(WideResNet, "wrn28_10", pretrained, {"depth": 28, "width": 10, "activation": "relu", **kwargs})
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 for 32 x 32 images."""
+    return _build(ResNet18, "resnet18_cifar", pretrained, kwargs)
+
+
+@register_model
+def cnn4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Four convolutions for 16 x 16 or 28 x 28 grey images; `width=32`."""
+    return _build(Cnn4, "cnn4", pretrained, kwargs)
+
+
+def model_arguments(
+    spec: ModelSpec, num_classes: int, in_chans: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The keyword arguments that rebuild this model: what a release stores as timm's `model_args`.
+
+    `mean` and `std` are the data set's, used where the spec has none of its own.
+    """
+    return {
+        **spec.kwargs,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "mean": [float(value) for value in (spec.mean or mean)],
+        "std": [float(value) for value in (spec.std or std)],
+    }
+
+
+def create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """`timm.create_model(name, **arguments)`.
+
+    Raises:
+        UserError: timm does not know the name, or the model does not take the arguments.
+    """
+    if not timm.is_model(name):
+        ours = [tag.split(".")[0] for tag in default_cfgs]
+        raise UserError(f"Unknown model '{name}' (model.name). {did_you_mean(name, ours)} Any timm model can be used.")
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {error}.") from error
+
+
+# ---- loading a release ----------------------------------------------------------------------------------------------
+
+
+def load(source: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """A released model in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
+
+    Args:
+        source: a release folder, or `user/repo` or `user/repo@revision` on the Hugging Face Hub.
+        device: where to put it.
+
+    Raises:
+        UserError: there is no such release, it cannot be reached, or its files do not fit together.
+    """
+    folder = resolve(source)
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise UserError(f"The release {source} cannot be loaded: {_first_line(error)}") from error
+    return model.eval().to(device)
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a release: `source` itself, or its files fetched from the Hub. Raises as `load`."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _fetch(str(source))
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{source} is not a release: it has no {name}. "
+                "Make one with: python -m nrat_scale.release RUN --to FOLDER"
+            )
+    return folder
+
+
+def _fetch(source: str) -> Path:
+    repo, _, revision = source.partition("@")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"There is no release folder {source}, and it is not of the Hub's form user/repo either.")
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=["config.json", "model.safetensors", "*.json", "*.yaml"]
+            )
+        )
+    except HFValidationError as error:
+        raise UserError(
+            f"There is no release folder {source}, and the Hub does not allow such a name: {error}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no folder {source} here and no model {source} on the Hub (or it is private)."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"The release {source} cannot be fetched from the Hub: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text: Literal[""] | str = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,51 @@
+"""Temporary states of a module: frozen parameters and the three ways to run BatchNorm. All are undone on exit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BN_MODES = ("eval", "batch")
+
+
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """All BatchNorm layers of `model`."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient is computed, or kept ready, for any parameter: an attack needs only that of the image."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """Run `model` as an attack does.
+
+    `bn="eval"`: the whole model in evaluation mode (TRADES, MART, NRAT). `bn="batch"`: training mode, batch
+    statistics, running statistics untouched (DM_AT, and the weight perturbation of AWP).
+    """
+    assert bn in BN_MODES, bn
+    modes = {module: module.training for module in model.modules()}
+    tracking = {layer: layer.track_running_stats for layer in batchnorms(model)}
+    model.train(bn == "batch")
+    if bn == "batch":
+        for layer in tracking:
+            # In training mode a layer that does not track uses the batch's statistics and leaves its buffers alone.
+            layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, track in tracking.items():
+            layer.track_running_stats = track
+        for module, training in modes.items():
+            module.training = training

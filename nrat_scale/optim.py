@@ -1,0 +1,91 @@
+"""SGD, its parameter groups, and learning rate and momentum as a table over epochs."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
+
+from nrat_scale.errors import UserError, did_you_mean
+from nrat_scale.modes import batchnorms
+
+SCHEDULES = ("constant", "multistep", "onecycle")
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """SGD and its schedule, which changes once per epoch.
+
+    Attributes:
+        lr: (peak) learning rate.
+        momentum: for `constant` and `multistep`; `onecycle` cycles it 0.95 -> 0.85 -> 0.95 as torch's default does.
+        weight_decay: L2 penalty.
+        decay_batchnorm: whether BatchNorm's parameters are decayed too (DM_AT: no; the paper's ResNet-18 tables: yes).
+        nesterov: Nesterov's momentum.
+        schedule: `constant`, `multistep` (times `gamma` at each of `milestones`, epochs) or `onecycle` (cosine, peak
+            after `pct_start` of the epochs).
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_batchnorm: bool = True
+    nesterov: bool = False
+    schedule: str = "multistep"
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    pct_start: float = 0.025
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"optim.lr is {self.lr}; it must be greater than 0.")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule is '{self.schedule}'. {did_you_mean(self.schedule, SCHEDULES)}")
+        if not 0 < self.pct_start < 1:
+            raise UserError(f"optim.pct_start is {self.pct_start}; it is a fraction of the epochs, in (0, 1).")
+        if self.nesterov and not self.momentum > 0:
+            raise UserError("optim.nesterov needs optim.momentum greater than 0.")
+
+
+def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.SGD:
+    """SGD over all parameters of `model`, those of BatchNorm in a group of their own without decay if the spec says."""
+    undecayed: set[nn.Parameter] = set()
+    if not spec.decay_batchnorm:
+        undecayed = {parameter for layer in batchnorms(model) for parameter in layer.parameters(recurse=False)}
+    groups = [
+        {"params": [p for p in model.parameters() if p not in undecayed]},
+        {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        nesterov=spec.nesterov,
+    )
+
+
+def schedule_table(spec: OptimSpec, epochs: int) -> list[tuple[float, float]]:
+    """(learning rate, momentum) of each epoch, as torch's own schedulers give them: resuming needs no state."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=spec.lr, momentum=spec.momentum)
+    scheduler: MultiStepLR | OneCycleLR
+    if spec.schedule == "onecycle" and epochs > 1:
+        scheduler = OneCycleLR(optimizer, max_lr=spec.lr, total_steps=epochs, pct_start=spec.pct_start)
+    else:
+        milestones = spec.milestones if spec.schedule == "multistep" else []
+        scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)
+    table = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "optimizer.step() before": there is nothing to step
+        for epoch in range(epochs):
+            table.append((float(optimizer.param_groups[0]["lr"]), float(optimizer.param_groups[0]["momentum"])))
+            if epoch + 1 < epochs:
+                scheduler.step()
+    return table
+
+
+def set_epoch(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    """Give all groups this epoch's learning rate and momentum."""
+    for group in optimizer.param_groups:
+        group["lr"], group["momentum"] = lr, momentum

@@ -1,0 +1,123 @@
+"""Averaged and perturbed weights: EMA with the warm-up of the generated-data recipe, and AWP."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from nrat_scale.modes import attack_mode
+
+# ---- EMA ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmaSpec:
+    """Exponential moving average of the parameters.
+
+    Attributes:
+        decay: final decay; 0 switches the EMA off.
+        warmup_fraction: part of all steps during which the decay is 0; then it is min(decay, (1 + t) / (10 + t)).
+    """
+
+    decay: float = 0.0
+    warmup_fraction: float = 0.025
+
+
+def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
+    """timm's ModelEmaV3 set to the rule of DM_AT; call `ema.update(model, step=number of updates so far)`.
+
+    BatchNorm buffers are copied, not averaged. timm's warm-up is 1 - (1 + s / gamma)^-power for s = step -
+    update_after_step - 1; gamma 9 and power 1 make that (1 + t) / (10 + t) with t = s - 1, so t counts from the end of
+    the warm-up.
+    """
+    warmup_steps = math.ceil(spec.warmup_fraction * total_steps)
+    return ModelEmaV3(
+        model,
+        decay=spec.decay,
+        update_after_step=warmup_steps - 2,
+        use_warmup=True,
+        warmup_gamma=9.0,
+        warmup_power=1.0,
+        exclude_buffers=True,
+    )
+
+
+# ---- AWP ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AwpSpec:
+    """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18).
+
+    Attributes:
+        gamma: size of the perturbation relative to each weight's norm; 0 switches it off. 0.005 for TRADES and NRAT,
+            0.01 for PGD-AT.
+        warmup_epochs: epochs without it (10 for TRADES and NRAT, 0 for PGD-AT).
+    """
+
+    gamma: float = 0.0
+    warmup_epochs: int = 10
+
+
+def perturbable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that AWP moves: more than one dimension and a name that ends in `weight`."""
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name.endswith("weight")
+    ]
+
+
+@contextmanager
+def awp(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+    gamma: float,
+    *,
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Iterator[None]:
+    """Inside, every perturbable weight w is w + v, v = gamma * ||w|| * g / (||g|| + 1e-20), g the gradient of the loss.
+
+    Do forward, backward and the optimizer's step inside; on exit v is subtracted (not a copy restored), so weight decay
+    acts on w + v as in the reference code and the weights stay equal on all ranks.
+
+    Args:
+        model: the bare module (not its DDP wrapper). Gradients of its parameters (`.grad`) are not touched.
+        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it takes no argument. A
+            sequence means accumulated micro-batches: their mean is the loss.
+        gamma: relative size.
+        reduce: averages a gradient over ranks, before its norm is taken.
+    """
+    names_and_weights = perturbable(model)
+    weights = [weight for _, weight in names_and_weights]
+    functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    with attack_mode(model, "batch"):
+        for function in functions:
+            loss = _call(function, model)
+            for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+                total.add_(gradient, alpha=1 / len(functions))
+    shifts = []
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients, strict=True):
+            gradient = reduce(gradient)
+            shifts.append(gamma * weight.norm() * gradient / (gradient.norm() + 1e-20))
+            weight.add_(shifts[-1])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, shift in zip(weights, shifts, strict=True):
+                weight.sub_(shift)
+
+
+def _call(function: Callable[..., Any], model: nn.Module) -> Tensor:
+    result = function(model) if inspect.signature(function).parameters else function()
+    assert isinstance(result, Tensor) and result.ndim == 0, "the loss function must return a scalar"
+    return result
