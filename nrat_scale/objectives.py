@@ -87,10 +87,8 @@ def _upcast(logits: Tensor) -> Tensor:
 
 def _select(matrix: Tensor, y: Tensor, smoothing: float) -> Tensor:
     """[B] from [B, K]: the entry of each label, or the mixture that a soft label q means: sum_j q_j L(z, j)."""
-    if y.ndim == 2:
-        chosen = (matrix * y.to(matrix.dtype)).sum(1)
-    else:
-        chosen = matrix.gather(1, y[:, None]).squeeze(1)
+    soft = y.ndim == 2
+    chosen = (matrix * y.to(matrix.dtype)).sum(1) if soft else matrix.gather(1, y[:, None]).squeeze(1)
     return chosen if smoothing == 0.0 else (1 - smoothing) * chosen + smoothing * matrix.mean(1)
 
 
