@@ -53,13 +53,13 @@ class ThreatSpec:
                 raise UserError(f"threat.{name} is {value:g}; it is a fraction of the pixel range, in [0, 1).{hint}")
         if self.num_steps < 0:
             raise UserError(f"threat.num_steps is {self.num_steps}; it must be 0 or more.")
-        for name, value, known in (
+        for name, choice, known in (
             ("init", self.init, INITS),
             ("bn", self.bn, BN_MODES),
             ("space", self.space, SPACES),
         ):
-            if value not in known:
-                raise UserError(f"threat.{name} is '{value}'. {did_you_mean(value, known)}")
+            if choice not in known:
+                raise UserError(f"threat.{name} is '{choice}'. {did_you_mean(choice, known)}")
 
 
 def pgd(

@@ -24,14 +24,16 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command-line `main`: exit status 2 and its message on `UserError`, 1 and a traceback on a bug.
 
+    A `FloatingPointError` (training or an attack went to NaN) ends with its message and status 1.
+
     Under torchrun or Accelerate every process fails alike; only local rank 0 prints.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `... | head`: the reader has gone

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.SGD:
     undecayed: set[nn.Parameter] = set()
     if not spec.decay_batchnorm:
         undecayed = {parameter for layer in batchnorms(model) for parameter in layer.parameters(recurse=False)}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p not in undecayed]},
         {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
     ]

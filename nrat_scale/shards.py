@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -261,15 +262,16 @@ class ShardSet:
         return self.num_images
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the files anew.
-        return {**self.__dict__, "_maps": [None] * len(self._names)}
+        # A worker process maps the files and computes the permutation anew.
+        state = {key: value for key, value in self.__dict__.items() if key != "permutation"}
+        return {**state, "_maps": [None] * len(self._names)}
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the shards' own sha256: names the data, whatever folder they lie in."""
         return hashlib.sha256("\n".join(self._sha256).encode()).hexdigest()
 
-    @property
+    @cached_property
     def permutation(self) -> KeyedPermutation:
         """position -> source id; its `inverse` is source id -> position."""
         return KeyedPermutation(self.num_images, self.permutation_seed, "shards")

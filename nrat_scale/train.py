@@ -1,0 +1,575 @@
+"""Training: `accelerate launch -m nrat_scale.train RECIPE [key=value ...]`.
+
+One step, in the words of Algorithm 1 of the paper (`train_step`):
+
+    1. take this rank's part of global batch t, augmented, in [0, 1]
+    2. attack it: x' = PGD(inner loss) on the bare module, parameters frozen
+    3. with AWP, move the weights against the model; else leave them
+    4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
+    5. optimizer step, EMA
+
+All random numbers come from (seed, step), so a resumed run repeats the undisturbed one.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nrat_scale import labels as label_noise
+from nrat_scale import models
+from nrat_scale.accuracy import Images, correct_under
+from nrat_scale.attacks import apply_noise, in_space, pgd, start_noise
+from nrat_scale.checkpoint import (
+    Checkpoint,
+    load_optimizer_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    prune,
+    save_checkpoint,
+    write_pointer,
+)
+from nrat_scale.data import Batch, LabelledImages, TrainingData, augment, normalisation, open_training_data
+from nrat_scale.errors import UserError, run_cli
+from nrat_scale.files import make_folder, write_atomically, write_json
+from nrat_scale.modes import attack_mode, batchnorms
+from nrat_scale.objectives import Objective
+from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
+from nrat_scale.recipe import RecipeSpec, build_objective, load_recipe, to_yaml
+from nrat_scale.seeds import derive, torch_generator
+from nrat_scale.weights import awp, build_ema
+
+_MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+_SUMS = ("loss", "natural", "robust", "images")
+
+
+@dataclass
+class Training:
+    """Everything one run holds. `base` is the bare module, `model` what Accelerate made of it (DDP, autocast)."""
+
+    recipe: RecipeSpec
+    run: Path
+    data: TrainingData
+    accelerator: Accelerator
+    base: nn.Module
+    model: nn.Module
+    optimizer: Any
+    objective: Objective
+    ema: ModelEmaV3 | None
+    validation: LabelledImages
+    step: int = 0
+    best: dict[str, Any] | None = None
+    metrics: list[str] = field(default_factory=list)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(_SUMS), dtype=torch.float64))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.recipe.train.epochs * self.data.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """Where this call stops."""
+        return min(self.total_steps, self.recipe.train.max_steps or self.total_steps)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that validation and evaluation look at: the EMA where there is one."""
+        return self.base if self.ema is None else self.ema.module
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+
+def train_step(t: Training, batch: Batch) -> None:
+    """Algorithm 1 for one global batch, of which `batch` is this rank's part."""
+    micro_batches = [attacked(t, x, y, noise) for x, y, noise in _micro_batches(t, batch)]
+
+    def outer_loss(x: Tensor, x_adv: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # Natural first, then adversarial, in two forwards: BatchNorm's statistics depend on it.
+        logits = t.model(x) if t.objective.family != "at" else None
+        logits_adv = t.model(x_adv) if x_adv is not None else None
+        return t.objective.loss(logits, logits_adv, y), logits, logits_adv
+
+    with _perturbed_weights(t, micro_batches):
+        for number, (x, x_adv, y) in enumerate(micro_batches):
+            last = number + 1 == len(micro_batches)
+            with contextlib.nullcontext() if last else t.accelerator.no_sync(t.model):
+                loss, logits, logits_adv = outer_loss(x, x_adv, y)
+                t.accelerator.backward(loss / len(micro_batches))
+            _record(t, loss, logits, logits_adv, y)
+            t.objective.update(logits, y, lambda value: t.accelerator.reduce(value, "sum"))
+        if t.recipe.train.max_grad_norm is not None:
+            t.accelerator.clip_grad_norm_(t.model.parameters(), t.recipe.train.max_grad_norm)
+        t.optimizer.step()
+    t.optimizer.zero_grad()
+    if t.ema is not None:
+        t.ema.update(t.base, step=t.step + 1)
+
+
+def _micro_batches(t: Training, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(x, y, unit start noise) of each micro-batch; all randomness is that of the global batch, sliced."""
+    device, size = t.accelerator.device, t.recipe.data.batch_size
+    x = augment(batch, t.recipe.data.augment, size, t.recipe.seed, device)
+    if t.recipe.precision == "fp64":
+        x = x.double()
+    y = batch.labels.to(device, non_blocking=True)
+    generator = torch_generator(device, t.recipe.seed, "attack", batch.step)
+    noise = start_noise(torch.Size((size, *x.shape[1:])), t.recipe.threat.init, x, generator)
+    noise = noise[batch.first : batch.first + len(x)]
+    pieces = t.recipe.train.accumulate
+    yield from zip(x.chunk(pieces), y.chunk(pieces), noise.chunk(pieces), strict=True)
+
+
+def attacked(t: Training, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(x, x_adv, y): the training attack, with the natural logits taken as the attack runs the model."""
+    if not t.objective.attacks:
+        return x, None, y
+    logits = None
+    if t.objective.inner_needs_natural:
+        with torch.no_grad(), attack_mode(t.base, t.recipe.threat.bn):
+            logits = t.base(x)
+    _, encode, _ = in_space(t.base, t.recipe.threat.space)
+    start = apply_noise(encode(x), noise, t.recipe.threat)
+    return x, pgd(t.base, x, t.objective.inner(logits, y), t.recipe.threat, start=start), y
+
+
+def _perturbed_weights(
+    t: Training, micro_batches: list[tuple[Tensor, Tensor | None, Tensor]]
+) -> contextlib.AbstractContextManager[None]:
+    spec, epoch = t.recipe.awp, t.step // t.data.steps_per_epoch
+    if not spec.gamma or epoch < spec.warmup_epochs:
+        return contextlib.nullcontext()
+
+    def loss_of(x: Tensor, x_adv: Tensor | None, y: Tensor) -> Any:
+        def loss(model: nn.Module) -> Tensor:
+            logits = model(x) if t.objective.family != "at" else None
+            return t.objective.loss(logits, model(x_adv) if x_adv is not None else None, y)
+
+        return loss
+
+    losses = [loss_of(*micro_batch) for micro_batch in micro_batches]
+    return awp(t.base, losses, spec.gamma, reduce=lambda gradient: t.accelerator.reduce(gradient, "mean"))
+
+
+@torch.no_grad()
+def _record(t: Training, loss: Tensor, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> None:
+    """Add this micro-batch to the epoch's sums, on the device; stop on a loss that is not finite."""
+    if not bool(loss.isfinite()):
+        raise FloatingPointError(
+            f"The loss is not finite in step {t.step + 1}. Lower optim.lr (the paper uses 0.1, 0.05 or 0.01), "
+            "set train.max_grad_norm, or use precision bf16 or fp32."
+        )
+    right = [0 if z is None else z.argmax(1).eq(y).sum() for z in (logits, logits_adv)]
+    t.sums += torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=y.device) for v in (loss * len(y), *right, len(y))]
+    )
+
+
+# ---- validation and records -----------------------------------------------------------------------------------------
+
+
+def validate(t: Training) -> dict[str, Any]:
+    """Natural and robust accuracy on the held-out images, split over ranks; a metrics row."""
+    average_batchnorm(t)
+    model, held_out = t.evaluated, t.validation
+    training = model.training
+    rows = np.arange(t.accelerator.process_index, len(held_out.labels), t.accelerator.num_processes)
+    images = Images(held_out.images, held_out.labels, np.arange(len(held_out.labels))).take(rows)
+    attack = t.recipe.train.validation_attack
+    counts = [len(rows)]
+    model.eval()
+    with t.accelerator.autocast():
+        for name in ("natural", attack):
+            given, clean = _both_labels(name, model, images, held_out, rows, t)
+            counts += [int(given.sum()), int(clean.sum())]
+    model.train(training)
+    total = t.accelerator.reduce(torch.tensor(counts, device=t.accelerator.device), "sum").tolist()
+    n = total[0]
+
+    def record(correct: int) -> dict[str, Any]:
+        return {"correct": correct, "n": n, "accuracy": correct / n}
+
+    known = held_out.clean_labels is not None
+    return {
+        "kind": "validation",
+        "epoch": -(-t.step // t.data.steps_per_epoch),
+        "step": t.step,
+        "attack": attack,
+        "labels": t.recipe.data.validation.labels,
+        "natural": record(total[1]),
+        "robust": record(total[3]),
+        "natural_clean": record(total[2]) if known else None,
+        "robust_clean": record(total[4]) if known else None,
+    }
+
+
+def _both_labels(
+    attack: str, model: nn.Module, images: Images, held_out: LabelledImages, rows: np.ndarray, t: Training
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes [m] against the labels used and against the clean ones; only where they differ is the attack repeated."""
+    if t.recipe.precision == "fp64":
+        model = _Doubled(model)
+    options: dict[str, Any] = {"seed": t.recipe.seed, "batch_size": 256}
+    outcome = correct_under(attack, model, images, t.recipe.threat, **options)
+    if held_out.clean_labels is None:
+        return outcome, np.zeros(len(outcome), bool)
+    clean_labels = held_out.clean_labels[torch.from_numpy(rows)]
+    differ = np.flatnonzero(clean_labels.ne(images.labels).numpy())
+    clean = outcome.copy()
+    if len(differ):
+        subset = dataclasses.replace(images, labels=clean_labels).take(differ)
+        clean[differ] = correct_under(attack, model, subset, t.recipe.threat, **options)
+    return outcome, clean
+
+
+class _Doubled(nn.Module):
+    """A float64 model for float32 images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+        for name in ("mean", "std"):
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.double())
+
+
+@torch.no_grad()
+def average_batchnorm(t: Training) -> None:
+    """Give all ranks, and the EMA, the mean over ranks of BatchNorm's running statistics."""
+    layers = batchnorms(t.base)
+    for layer in layers:
+        for buffer in (layer.running_mean, layer.running_var):
+            if buffer is not None and t.accelerator.num_processes > 1:
+                buffer.copy_(t.accelerator.reduce(buffer, "mean"))
+    if t.ema is not None:
+        for buffer, source in zip(t.ema.module.buffers(), t.base.buffers(), strict=True):
+            buffer.copy_(source)
+
+
+def log(t: Training, row: dict[str, Any]) -> None:
+    """Append one row to metrics.jsonl (durably) and show it to the trackers."""
+    if not t.accelerator.is_main_process:
+        return
+    t.metrics.append(json.dumps(row, allow_nan=False))
+    with open(t.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(t.metrics[-1] + "\n")
+    values = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in row.items()}
+    numbers = {f"{row['kind']}/{k}": v for k, v in values.items() if isinstance(v, float)}
+    t.accelerator.log(numbers, step=row["step"])
+
+
+def _train_row(t: Training, epoch: int, lr: float) -> dict[str, Any]:
+    sums = dict(zip(_SUMS, t.accelerator.reduce(t.sums, "sum").tolist(), strict=True))
+    n = sums["images"]
+    t.sums.zero_()
+    family = t.objective.family
+    return {
+        "kind": "train",
+        "epoch": epoch,
+        "step": t.step,
+        "loss": sums["loss"] / n,
+        "natural_accuracy": sums["natural"] / n if family != "at" else None,
+        "robust_accuracy": sums["robust"] / n if family != "natural" else None,
+        "lr": lr,
+    }
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save(t: Training, *, is_best: bool) -> None:
+    """Write a checkpoint of this step, and let last.json (and best.json) name it."""
+    average_batchnorm(t)
+    sums = t.accelerator.reduce(t.sums.clone(), "sum").tolist()
+    if t.accelerator.is_main_process:
+        scaler = t.accelerator.scaler
+        state = {
+            "step": t.step,
+            "epoch": -(-t.step // t.data.steps_per_epoch),
+            "identity": t.recipe.identity,
+            "best": t.best,
+            "metrics_lines": len(t.metrics),
+            "sums": sums,
+            "seed": t.recipe.seed,  # all randomness is a function of (seed, step): there is no other state
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        tensors = {
+            "model": dict(t.base.state_dict()),
+            "ema": dict(t.ema.module.state_dict()) if t.ema is not None else {},
+            "optimizer": optimizer_tensors(t.optimizer, t.base),
+            "objective": dict(t.objective.state_dict()),
+        }
+        checkpoint = save_checkpoint(t.run, tensors, state)
+        write_pointer(t.run, "last", checkpoint)
+        if is_best:
+            write_pointer(t.run, "best", checkpoint)
+        prune(t.run, t.recipe.train.keep)
+    t.accelerator.wait_for_everyone()
+
+
+def resume(t: Training) -> None:
+    """Go on from the newest checkpoint that verifies, if there is one."""
+    checkpoint, damaged = newest_checkpoint(t.run)
+    for sentence in damaged:
+        t.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
+    if checkpoint is None:
+        return
+    _restore(t, checkpoint)
+    path = t.run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    t.metrics = lines[: checkpoint.state["metrics_lines"]]
+    if t.accelerator.is_main_process and len(lines) != len(t.metrics):
+        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
+    t.accelerator.print(f"resuming {t.run} from step {t.step} of {t.total_steps}")
+
+
+def _restore(t: Training, checkpoint: Checkpoint) -> None:
+    try:
+        t.base.load_state_dict(checkpoint.tensors("model"))
+        if t.ema is not None:
+            t.ema.module.load_state_dict(checkpoint.tensors("ema"))
+        t.objective.load_state_dict(checkpoint.tensors("objective"))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint.folder} does not fit the recipe's model: {error}") from error
+    load_optimizer_tensors(t.optimizer, t.base, checkpoint.tensors("optimizer"))
+    state = checkpoint.state
+    if t.accelerator.scaler is not None and state["scaler"] is not None:
+        t.accelerator.scaler.load_state_dict(state["scaler"])
+    if t.accelerator.is_main_process:
+        t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
+    t.step, t.best = int(state["step"]), state["best"]
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def start(recipe: RecipeSpec) -> Training:
+    """Check everything a user can get wrong, then build the run: data, model, optimizer, resumed state.
+
+    Raises:
+        UserError: data missing or damaged, a run directory used for something else, more processes than fit, ...
+    """
+    accelerator = Accelerator(
+        mixed_precision=_MIXED[recipe.precision],
+        cpu=not torch.accelerator.is_available(),
+        log_with="tensorboard",
+        project_dir=recipe.run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    pieces = accelerator.num_processes * recipe.train.accumulate
+    if recipe.data.batch_size % pieces:
+        raise UserError(
+            f"data.batch_size {recipe.data.batch_size} does not divide by {accelerator.num_processes} processes x "
+            f"{recipe.train.accumulate} accumulation steps. Use a multiple of {pieces}, or fewer processes."
+        )
+    with accelerator.main_process_first():  # it hashes the shards; the others find them remembered
+        data = open_training_data(recipe.data, recipe.seed)
+    run = Path(recipe.run_dir)
+    with accelerator.main_process_first():
+        _claim(run, recipe)
+    return _build(recipe, run, data, accelerator)
+
+
+def _claim(run: Path, recipe: RecipeSpec) -> None:
+    """Make the run directory ours, or make sure that it is."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; run_dir must be a folder. Choose another with run_dir=PATH.")
+    path = run / "recipe.yaml"
+    used = run.is_dir() and any(run.iterdir())
+    if used and recipe.resume == "never":
+        raise UserError(
+            f"The run directory {run} is not empty and resume is 'never'. Choose another with run_dir=PATH."
+        )
+    if used and not path.is_file():
+        raise UserError(
+            f"{run} holds something that is not a run; nothing in it was touched. Choose another with run_dir=PATH."
+        )
+    if used and load_recipe(path).identity != recipe.identity:
+        raise UserError(
+            f"{run} holds a run of another recipe ({_difference(load_recipe(path), recipe)}). "
+            "Choose another directory with run_dir=PATH."
+        )
+    if not used:
+        make_folder(run)
+        write_atomically(path, to_yaml(recipe))
+    elif not (run / "checkpoints").is_dir():
+        make_folder(run / "checkpoints")
+
+
+def _difference(old: RecipeSpec, new: RecipeSpec) -> str:
+    """The first key in which two recipes differ, for the error message."""
+    return _first_difference(dataclasses.asdict(old), dataclasses.asdict(new), "")
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> str:
+    for key, value in new.items():
+        if prefix + key in ("run_dir", "resume", "train.max_steps", "data.workers") or key == "prepare":
+            continue
+        other = old.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if found := _first_difference(other, value, f"{prefix}{key}."):
+                return found
+        elif other != value:
+            return f"{prefix}{key} is {other} there and {value} here"
+    return ""
+
+
+def _build(recipe: RecipeSpec, run: Path, data: TrainingData, accelerator: Accelerator) -> Training:
+    torch.manual_seed(derive(recipe.seed, "weights") % 2**32)
+    shards = data.shards
+    arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
+    base = models.create(recipe.model.name, arguments)
+    if recipe.model.bn_momentum is not None:
+        for layer in batchnorms(base):
+            layer.momentum = recipe.model.bn_momentum
+    base = base.to(accelerator.device, torch.float64 if recipe.precision == "fp64" else torch.float32)
+    total_steps = recipe.train.epochs * data.steps_per_epoch
+    ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
+    model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
+    objective = build_objective(recipe.objective, shards.num_classes).to(accelerator.device)
+    t = Training(recipe, run, data, accelerator, base, model, optimizer, objective, ema, data.validation())
+    t.sums = t.sums.to(accelerator.device)
+    if accelerator.is_main_process:
+        _describe(t, arguments)
+    resume(t)
+    return t
+
+
+def _describe(t: Training, arguments: dict[str, Any]) -> None:
+    """Files that say what the run is: model, data and label noise."""
+    shards, real = t.data.shards, t.data.real
+    description = {
+        "architecture": t.recipe.model.name,
+        "model_args": arguments,
+        "image_shape": list(shards.image_shape),
+        "class_names": list(shards.class_names),
+        "dataset": shards.dataset,
+    }
+    write_json(t.run / "model.json", description)
+    sources = {
+        pool.kind: {
+            "fingerprint": pool.shards.fingerprint,
+            "num_images": len(pool.shards),
+            "num_held_out": len(pool.held_out),
+        }
+        for pool in t.data.pools
+    }
+    write_json(t.run / "data.json", sources)
+    if real is not None and real.given is not None and real.clean is not None:
+        order = real.shards.permutation.inverse(np.arange(len(real.shards)))
+        clean, given = real.clean[order], real.given[order]
+        noise = label_noise.describe(clean, given, shards.num_classes, t.recipe.data.real.noise)
+        write_json(t.run / "label_noise.json", noise)
+        if not (t.run / "label_noise.npz").is_file():
+            np.savez(t.run / "label_noise.npz", clean=clean, given=given, noisy=clean != given)
+
+
+def fit(t: Training) -> None:
+    """Train from `t.step` to `t.last_step`."""
+    per_epoch = t.data.steps_per_epoch
+    table = schedule_table(t.recipe.optim, t.recipe.train.epochs)
+    batches = t.data.batches(t.step, t.last_step, t.accelerator.process_index, t.accelerator.num_processes)
+    momenta = {layer: layer.momentum for layer in batchnorms(t.base)}
+    bar = tqdm(
+        total=t.last_step, initial=t.step, desc=t.recipe.name, unit="step", disable=not t.accelerator.is_main_process
+    )
+    for batch in batches:
+        epoch = t.step // per_epoch
+        set_epoch(t.optimizer, *table[epoch])
+        for layer, momentum in momenta.items():
+            layer.momentum = 1.0 if t.recipe.model.bn_first_step and t.step == 0 else momentum
+        torch.manual_seed(derive(t.recipe.seed, "step", t.step, t.accelerator.process_index) % 2**32)
+        train_step(t, batch)
+        t.step += 1
+        bar.update()
+        if t.step % per_epoch == 0:
+            _end_epoch(t, epoch + 1, table[epoch][0], bar)
+    bar.close()
+    if t.step % per_epoch:  # stopped by max_steps within an epoch
+        save(t, is_best=False)
+        if t.best is None:
+            _select_unfinished(t)
+
+
+def _end_epoch(t: Training, epoch: int, lr: float, bar: Any) -> None:
+    spec = t.recipe.train
+    row = _train_row(t, epoch, lr)
+    log(t, row)
+    final = epoch == spec.epochs
+    improved = False
+    if final or epoch % spec.validate_every == 0:
+        validation = validate(t)
+        log(t, validation)
+        improved = t.best is None or validation["robust"]["correct"] > t.best["robust"]["correct"]
+        if improved:
+            t.best = {key: validation[key] for key in ("step", "epoch", "natural", "robust", "attack")}
+        bar.set_postfix_str(
+            f"epoch {epoch}: loss {row['loss']:.3f}, validation natural "
+            f"{100 * validation['natural']['accuracy']:.1f} %, {spec.validation_attack} "
+            f"{100 * validation['robust']['accuracy']:.1f} %"
+        )
+    if improved or final or epoch % spec.save_every == 0 or t.step == t.last_step:
+        save(t, is_best=improved)
+
+
+def _select_unfinished(t: Training) -> None:
+    """A run stopped before its first validation: name its only checkpoint best. A resumed run selects anew."""
+    log(t, validate(t))
+    if t.accelerator.is_main_process:
+        checkpoint, _ = newest_checkpoint(t.run)
+        assert checkpoint is not None
+        write_pointer(t.run, "best", checkpoint)
+
+
+def train(recipe: RecipeSpec) -> Path:
+    """Run `recipe` (or go on with it) and return its run directory."""
+    t = start(recipe)
+    if t.step >= t.last_step:
+        t.accelerator.print(f"{t.run} is complete: {t.step} of {t.last_step} steps are done. Nothing to train.")
+    else:
+        t.accelerator.init_trackers("tensorboard")
+        fit(t)
+        best = t.best
+        if best is not None and math.isfinite(best["robust"]["accuracy"]):
+            t.accelerator.print(
+                f"best: epoch {best['epoch']}, validation {best['attack']} {100 * best['robust']['accuracy']:.2f} % "
+                f"(n = {best['robust']['n']}). Evaluate on the test split with:\n"
+                f"  python -m nrat_scale.evaluate {t.run} --data TEST_SHARDS --attacks natural,pgd20,cw20,aa"
+            )
+    t.accelerator.end_training()
+    return t.run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m nrat_scale.train",
+        description="Train a recipe. It continues by itself after an interruption.",
+        epilog="Example: accelerate launch -m nrat_scale.train recipes/wrn28_10_gen1m.yaml objective.name=trades seed=1",
+    )
+    parser.add_argument("recipe", help="a YAML file of recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    arguments = parser.parse_args(argv)
+    train(load_recipe(arguments.recipe, arguments.overrides))
+
+
+if __name__ == "__main__":
+    run_cli(main)
