@@ -84,7 +84,7 @@ def pgd(
         x_adv, shaped like `x`, without gradient: finite, in [0, 1] and within eps of `x` (asserted in float32).
 
     Raises:
-        FloatingPointError: the attack's gradient is not finite (its sign would silently stop the attack).
+        FloatingPointError: the attack's loss or gradient is not finite (sign(NaN) is 0 and would silently stop it).
     """
     with attack_mode(model, threat.bn), frozen(model):
         space_model, encode, decode = in_space(model, threat.space)
@@ -99,16 +99,16 @@ def _search(
     for _ in range(threat.num_steps):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
+            objective = inner(model(x_adv))
             # The sum has the same gradient sign as the mean and does not underflow in half precision.
-            objective = inner(model(x_adv)).sum()
-        (gradient,) = torch.autograd.grad(objective, x_adv)
-        finite &= gradient.isfinite().all()
+            (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
+        finite &= gradient.isfinite().all() & objective.isfinite().all()
         x_adv = project(x_adv.detach() + threat.step * gradient.sign(), x, threat.eps)
     if threat.num_steps == 0:
         x_adv = project(x_adv, x, threat.eps)
     if not finite:  # the only synchronisation of the attack
         raise FloatingPointError(
-            "The gradient of the attack is not finite: the model's logits overflow or are NaN. "
+            "The loss or gradient of the attack is not finite: the model's logits overflow or are NaN. "
             "Lower the learning rate, or train in bf16 or fp32 instead of fp16."
         )
     assert_in_ball(x_adv, x, threat.eps, unit_box=threat.space == "pixel")

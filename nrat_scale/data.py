@@ -40,7 +40,7 @@ class RealSpec:
     Attributes:
         shards: folder of shards; None trains on generated images alone.
         noise: label noise put on them, drawn over the whole set before the validation split.
-        prepare: the command that makes the shards, shown where they are missing.
+        prepare: the commands that make the shards, one a line, shown where they are missing.
     """
 
     shards: str | None = None
@@ -393,7 +393,8 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
     Raises:
         UserError: shards missing or damaged, sources that do not fit together, a split that cannot be made.
     """
-    commands = [c for c in (spec.generated.prepare, spec.real.prepare) if c]
+    prepare = [source.prepare or "" for source in (spec.generated, spec.real)]
+    commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
     opened = {
         kind: open_shards(source.shards, f"data.{kind}.shards", commands=commands)
         for kind, source in ((REAL, spec.real), (GENERATED, spec.generated))

@@ -69,7 +69,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"There is no {what} at {path}.") from None
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"The {what} {path} is damaged: it is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"The {what} {path} is damaged: expected a JSON object, found {type(value).__name__}.")

@@ -6,6 +6,7 @@ on library versions (`instance_dependent` excepted, which needs normal variates 
 """
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def load_human_labels(path: str) -> np.ndarray:
         return np.asarray(np.load(Path(path), allow_pickle=False))
     except FileNotFoundError:
         raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"The human labels {path} cannot be read as an .npy array of integers ({error}).") from error
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ class Normalised(nn.Module):
         mean, std: one value for each channel, or one for all.
 
     Raises:
-        UserError: their number does not fit, or a std is not positive.
+        UserError: their number does not fit, one is not finite, or a std is not positive.
     """
 
     mean: Tensor
@@ -72,9 +73,10 @@ class Normalised(nn.Module):
                     f"The model has {in_chans} input channels but {len(values)} values of {name}: {list(values)}."
                 )
             values = [float(value) for value in values] * (in_chans if len(values) == 1 else 1)
+            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                wanted = "finite" if name == "mean" else "positive"
+                raise UserError(f"The {name} of the normalisation must be {wanted}, not {values}.")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        if not bool((self.std > 0).all()):
-            raise UserError(f"The std of the normalisation must be positive, not {list(std)}.")
 
     def normalise(self, x: Tensor) -> Tensor:
         """(x - mean) / std."""
@@ -270,11 +272,6 @@ class Cnn4(Normalised):
             nn.ReLU(),
         )
         self.classifier = nn.Linear(hidden, num_classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
 
     def get_classifier(self) -> nn.Module:
         """The last layer (timm's name for it)."""
@@ -366,7 +363,9 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise UserError(f"Unknown model '{name}' (model.name). {did_you_mean(name, ours)} Any timm model can be used.")
     try:
         return timm.create_model(name, **arguments)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {error}.") from error
 
 
@@ -386,7 +385,9 @@ def load(source: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     folder = resolve(source)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        # timm leaves layers that do not fit the configuration at their random start; a release must fit entirely.
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(f"The release {source} cannot be loaded: {_first_line(error)}") from error
     return model.eval().to(device)
 

@@ -158,13 +158,15 @@ def _ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_mean
     else:
         if class_means is None:
             sums, counts = label_sums(p, y)
-            class_means = sums / counts[:, None].clamp_min(1)
+            # Under soft labels a class may have less than one image; a row without any stays zero and is not used.
+            class_means = sums / counts[:, None].clamp_min(torch.finfo(p.dtype).tiny)
         means = class_means.to(p.dtype)
         weight = (y.to(p.dtype)[:, :, None] * means).sum(1) if y.ndim == 2 else means[y]
     difference = logits - logits_adv
-    # sum_jk w_j w_k (d_j - d_k)^2 = 2 (sum_j w_j * sum_j w_j d_j^2 - (sum_j w_j d_j)^2)
-    total, first = weight.sum(1), (weight * difference).sum(1)
-    spread = 2 * (total * (weight * difference.square()).sum(1) - first.square())
+    # sum_jk w_j w_k (d_j - d_k)^2 = 2 sum_j w_j * sum_j w_j (d_j - mean of d under w)^2: nothing cancels.
+    total = weight.sum(1, keepdim=True)
+    centred = difference - (weight * difference).sum(1, keepdim=True) / total
+    spread = 2 * total.squeeze(1) * (weight * centred.square()).sum(1)
     return 0.25 * spread - (p * logits_adv.log_softmax(1)).sum(1)
 
 
@@ -424,4 +426,6 @@ def build(
         )
     if not (math.isfinite(spec.lam) and spec.lam >= 0):
         raise UserError(f"objective.lam is {spec.lam}; it must be 0 or more.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in (a, b)):
+        raise UserError(f"objective.a and objective.b are {a} and {b}; they must be 0 or more.")
     return Objective(preset, spec, num_classes)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ FORMAT, VERSION = "nrat_scale.shards", 1
 INDEX = "index.json"
 BLOCK_SIZE, SHARD_SIZE = 512, 51_200  # images; a CIFAR shard of 100 blocks is about 157 MB
 _TAR_BLOCK = 512  # bytes
+_MAX_BLOCK_BYTES = 1 << 32  # beyond 8 GiB a tar member gets a longer header; a block must fit into memory several times
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 
 
@@ -105,10 +107,12 @@ def write_shards(
     """
     if block_size < 1 or shard_size < 1:
         raise UserError(f"--block-size ({block_size}) and --shard-size ({shard_size}) must be at least 1.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    block_bytes = min(block_size, source.images.shape[0]) * int(np.prod(source.images.shape[1:], dtype=np.int64))
+    if block_bytes > _MAX_BLOCK_BYTES:
         raise UserError(
-            f"{folder} exists already and is never overwritten. Choose another --out, or remove it yourself."
+            f"A block of {block_size} images has {block_bytes} bytes, more than {_MAX_BLOCK_BYTES}. Lower --block-size."
         )
+    require_new_folder(folder)
     make_folder(folder.parent)
     temporary = temporary_sibling(folder)
     try:
@@ -124,6 +128,18 @@ def write_shards(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise `UserError` where `folder` is anything but absent or empty: nothing is ever overwritten."""
+    try:
+        taken = folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used as --out ({error.strerror}). Choose another place.") from error
+    if taken:
+        raise UserError(
+            f"{folder} exists already and is never overwritten. Choose another --out, or remove it yourself."
+        )
 
 
 def _index_of(source: Source, shards: list[dict[str, Any]], block_size: int, seed: int) -> dict[str, Any]:
@@ -205,7 +221,7 @@ class ShardSet:
         self._what = what
         try:
             self._read_index(index)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise self._damaged(f"it lacks or garbles {error}") from error
@@ -242,21 +258,31 @@ class ShardSet:
         table = np.concatenate(blocks) if blocks else np.zeros((0, 4), np.int64)
         self._image_offset, self._label_offset, counts, self._first = np.ascontiguousarray(table.T)
         self._image_bytes = height * width * channels
-        ends = np.asarray(self._bytes)[self._shard_of_block] if len(table) else table[:, 0]
+        ends = np.asarray(self._bytes, np.int64)[self._shard_of_block] if len(table) else table[:, 0]
         if (
             self.num_images < 1
             or min(self.image_shape) < 1
+            or int(index["permutation"]["n"]) != self.num_images
             or (counts < 1).any()
             or (self._first != np.concatenate([[0], np.cumsum(counts)[:-1]])).any()
             or int(counts.sum()) != self.num_images
+            # By division, so that no number of a damaged index can overflow.
             or (self._image_offset < 0).any()
-            or (self._image_offset + counts * self._image_bytes > ends).any()
+            or (counts > (ends - self._image_offset) // self._image_bytes).any()
             or (self._label_offset < 0).any()
-            or (self._label_offset + counts * 8 > ends).any()
+            or (counts > (ends - self._label_offset) // 8).any()
+            or not self._labels_follow_images(counts)
+            or min(self.class_counts) < 0
             or sum(self.class_counts) != self.num_images
             or len(self.class_counts) != self.num_classes
         ):
             raise self._damaged("its counts and offsets contradict each other")
+
+    def _labels_follow_images(self, counts: np.ndarray) -> bool:
+        # Between them lie padding (less than a tar block), a tar header (one) and an npy header (less than one): any
+        # other distance means that `image_shape` or an offset is wrong.
+        gap = self._label_offset - (self._image_offset + counts * self._image_bytes)
+        return bool(((gap > _TAR_BLOCK) & (gap < 3 * _TAR_BLOCK)).all())
 
     def __len__(self) -> int:
         return self.num_images
@@ -295,7 +321,7 @@ class ShardSet:
                 ) from error
             wrong = f"it has {stat.st_size} bytes instead of {size}" if stat.st_size != size else ""
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            if not wrong and remembered.get(f"{name}:{sha256}") != stamp and sha256_of(path) != sha256:
+            if not wrong and remembered.get(f"{name}:{sha256}") != stamp and _sha256_of_shard(path) != sha256:
                 wrong = "its sha256 is not the one in the index"
             if wrong:
                 raise UserError(
@@ -304,7 +330,8 @@ class ShardSet:
                 )
             checked[f"{name}:{sha256}"] = stamp
         if checked != remembered and os.access(self.folder, os.W_OK):
-            write_json(self.folder / ".verified.json", checked)
+            with suppress(UserError):  # only a memory aid: without it everything is hashed again
+                write_json(self.folder / ".verified.json", checked)
 
     def _remembered(self) -> dict[str, Any]:
         path = self.folder / ".verified.json"
@@ -313,7 +340,7 @@ class ShardSet:
         try:
             return read_json(path, "record of verified shards")
         except UserError:
-            return {}  # only a memory aid: everything is hashed again
+            return {}
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """uint8 [m, H, W, C] of the samples at `positions` [m]."""
@@ -363,6 +390,13 @@ class ShardSet:
                 raise UserError(f"The shard {path} cannot be read ({error}).") from error
             self._maps[number] = mapped
         return mapped
+
+
+def _sha256_of_shard(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise UserError(f"The shard {path} cannot be read ({error.strerror}). Copy it again.") from error
 
 
 def open_shards(folder: str | Path, what: str = "the data", *, commands: Sequence[str] = ()) -> ShardSet:

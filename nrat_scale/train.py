@@ -16,6 +16,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -374,6 +376,10 @@ def start(recipe: RecipeSpec) -> Training:
         project_dir=recipe.run_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which leaves all cores but one idle.
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, cores))
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
         raise UserError(
@@ -489,7 +495,12 @@ def fit(t: Training) -> None:
     batches = t.data.batches(t.step, t.last_step, t.accelerator.process_index, t.accelerator.num_processes)
     momenta = {layer: layer.momentum for layer in batchnorms(t.base)}
     bar = tqdm(
-        total=t.last_step, initial=t.step, desc=t.recipe.name, unit="step", disable=not t.accelerator.is_main_process
+        total=t.last_step,
+        initial=t.step,
+        desc=t.recipe.name,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        disable=not t.accelerator.is_main_process,
     )
     for batch in batches:
         epoch = t.step // per_epoch

@@ -89,7 +89,7 @@ def awp(
 
     Args:
         model: the bare module (not its DDP wrapper). Gradients of its parameters (`.grad`) are not touched.
-        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it takes no argument. A
+        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. A
             sequence means accumulated micro-batches: their mean is the loss.
         gamma: relative size.
         reduce: averages a gradient over ranks, before its norm is taken.
@@ -118,6 +118,8 @@ def awp(
 
 
 def _call(function: Callable[..., Any], model: nn.Module) -> Tensor:
-    result = function(model) if inspect.signature(function).parameters else function()
+    # A default, as in `lambda x=x: ...`, binds a loop's variable and is not a place for the model.
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    result = function(model) if needed else function()
     assert isinstance(result, Tensor) and result.ndim == 0, "the loss function must return a scalar"
     return result

@@ -1,0 +1,55 @@
+# make quickstart   set up, then the whole story on real digits, without a download
+# make test         set up, then all tests
+# make lint         ruff and mypy, as CI runs them
+# make setup        only .venv with everything the tests, benchmarks and linters need
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup test lint quickstart clean-quickstart
+.DELETE_ON_ERROR:
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# ---- quickstart: the same commands as in the README, each skipped where its result is there -------------------------
+
+DIGITS := data/digits
+GENERATED := data/digits_generated
+RUN := runs/quickstart
+PLAIN := runs/quickstart-plain
+RELEASE := releases/quickstart
+EVALUATE := python -m nrat_scale.evaluate
+EVALUATION := --data $(DIGITS)/test --attacks natural,pgd20,cw20,aa --aa-images 100
+
+quickstart: setup $(DIGITS)/test/index.json $(GENERATED)/index.json
+	accelerate launch -m nrat_scale.train recipes/quickstart.yaml
+	accelerate launch -m nrat_scale.train recipes/quickstart.yaml objective.name=natural run_dir=$(PLAIN)
+	$(EVALUATE) $(RUN) $(EVALUATION)
+	$(EVALUATE) $(PLAIN) $(EVALUATION)
+	python -m nrat_scale.release $(RUN) --to $(RELEASE)
+	python -m nrat_scale.report $(RUN) $(PLAIN)
+
+$(DIGITS)/test/index.json: | setup
+	python tools/shard_dataset.py digits --out $(DIGITS)
+
+$(GENERATED)/index.json: $(DIGITS)/test/index.json
+	test -f $(GENERATED).npz || python tools/generate_digits.py recipes/quickstart.yaml --out $(GENERATED).npz
+	python tools/shard_dataset.py npz $(GENERATED).npz --dataset digits --out $(GENERATED)
+
+# Shards, runs and release of the quickstart, so that it starts from nothing again.
+clean-quickstart:
+	rm -rf $(DIGITS) $(GENERATED) $(GENERATED).npz $(RUN) $(PLAIN) $(RELEASE)

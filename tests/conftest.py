@@ -1,0 +1,50 @@
+"""What several test files share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)  # the small models of the tests only lose time to more
+
+
+class SmallNet(nn.Module):
+    """Convolution, BatchNorm, SiLU, Linear; normalisation inside: [B, 3, 8, 8] in [0, 1] -> [B, num_classes]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        for name, values in (("mean", [0.4914, 0.4822, 0.4465]), ("std", [0.2471, 0.2435, 0.2616])):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1, stride=2)
+        self.bn = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6 * 16, num_classes)
+
+    def core(self, normalised: Tensor) -> Tensor:
+        """The classifier behind the normalisation."""
+        return self.fc(nn.functional.silu(self.bn(self.conv(normalised))).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.core((x - self.mean) / self.std)
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[..., SmallNet]:
+    """`make_net(seed=0, dtype=torch.float64)`: a SmallNet in training mode whose running statistics are far off."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, num_classes: int = 5) -> SmallNet:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = SmallNet(num_classes)
+            with torch.no_grad():
+                assert net.bn.running_mean is not None and net.bn.running_var is not None
+                net.bn.running_mean.normal_()
+                net.bn.running_var.uniform_(0.5, 2.0)
+                net.bn.weight.uniform_(0.5, 1.5)
+                net.bn.bias.normal_(std=0.3)
+        return net.to(dtype)
+
+    return make
