@@ -6,9 +6,7 @@ on library versions (`instance_dependent` excepted, which needs normal variates 
 """
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -201,10 +199,11 @@ def load_human_labels(path: str) -> np.ndarray:
         UserError: missing file, or not such an array.
     """
     try:
-        return np.asarray(np.load(Path(path), allow_pickle=False))
+        with open(path, "rb") as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
     except FileNotFoundError:
         raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"The human labels {path} cannot be read as an .npy array of integers ({error}).") from error
 
 

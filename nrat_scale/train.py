@@ -557,6 +557,10 @@ def train(recipe: RecipeSpec) -> Path:
         t.accelerator.print(f"{t.run} is complete: {t.step} of {t.last_step} steps are done. Nothing to train.")
     else:
         t.accelerator.init_trackers("tensorboard")
+        t.accelerator.print(
+            f"{t.recipe.name}: {t.recipe.objective.name} on {t.accelerator.device.type}, "
+            f"{t.accelerator.num_processes} process(es), {t.recipe.precision}, steps {t.step} to {t.last_step} of {t.total_steps}"
+        )
         fit(t)
         best = t.best
         if best is not None and math.isfinite(best["robust"]["accuracy"]):

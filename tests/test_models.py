@@ -61,7 +61,9 @@ def test_resnet18_has_the_usual_names_and_loads_a_public_checkpoint():
     """conv1, layer1.0.conv1, shortcut.0, linear: the CIFAR-10 checkpoint that AutoAttack ships loads strictly."""
     model = ResNet18()
     state = model.state_dict()
-    assert {"conv1.weight", "bn1.bias", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight", "linear.bias"} <= set(state)
+    assert {"conv1.weight", "bn1.bias", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight", "linear.bias"} <= set(
+        state
+    )
     package = importlib.util.find_spec("pyautoattack")
     assert package is not None and package.origin is not None
     checkpoint = Path(package.origin).parent / "examples" / "model_test.pt"

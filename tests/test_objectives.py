@@ -15,7 +15,11 @@ from nrat_scale.errors import UserError
 from nrat_scale.objectives import DIVERGENCES, FAMILIES, INNERS, LOSSES, OBJECTIVES, build
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=25)
-CASES = {"seed": st.integers(0, 2**32 - 1), "num_classes": st.integers(2, 12), "scale": st.sampled_from([0.3, 2.0, 6.0])}
+CASES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "num_classes": st.integers(2, 12),
+    "scale": st.sampled_from([0.3, 2.0, 6.0]),
+}
 
 
 def _logits(seed: int, num_classes: int, scale: float, batch: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -282,7 +286,9 @@ def test_ikl_does_not_cancel_in_float32():
     logits_adv = torch.randn(64, 10, generator=generator, dtype=torch.float64) * 5
     logits, logits_adv = logits.float().double(), logits_adv.float().double()
     exact = DIVERGENCES["ikl"](logits, logits_adv)
-    torch.testing.assert_close(DIVERGENCES["ikl"](logits.float(), logits_adv.float()).double(), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        DIVERGENCES["ikl"](logits.float(), logits_adv.float()).double(), exact, rtol=1e-3, atol=1e-3
+    )
 
 
 # ---- range and precision --------------------------------------------------------------------------------------------

@@ -213,7 +213,9 @@ def test_parameters_are_averaged_and_buffers_copied(make_net, dtype):
         average = {n: decay * average[n] + (1 - decay) * p.detach().double() for n, p in net.named_parameters()}
     for name, parameter in ema.module.named_parameters():
         assert parameter.dtype == dtype
-        torch.testing.assert_close(parameter.detach().double(), average[name], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+        torch.testing.assert_close(
+            parameter.detach().double(), average[name], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
+        )
         assert not torch.equal(parameter, dict(net.named_parameters())[name])
     sources = dict(net.named_buffers())
     assert sources["bn.num_batches_tracked"] == 59

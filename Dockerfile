@@ -1,0 +1,25 @@
+# GPU image: docker build -t nrat_scale . && docker run --gpus all --shm-size 8g -v $PWD/data:/work/data -v $PWD/runs:/work/runs nrat_scale recipes/wrn28_10_gen1m.yaml
+FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# A user of its own: nothing here needs root. Ubuntu's image brings a user 1000, which this one replaces.
+RUN (userdel -r ubuntu 2>/dev/null || true) && useradd --create-home --uid 1000 nrat \
+    && mkdir -p /work/data /work/runs && chown -R nrat /work
+USER nrat
+WORKDIR /work
+
+ENV VIRTUAL_ENV=/home/nrat/venv PATH=/home/nrat/venv/bin:$PATH PYTHONUNBUFFERED=1
+RUN python3 -m venv "$VIRTUAL_ENV" && pip install --no-cache-dir --upgrade pip
+
+# Dependencies first, so that a change of the code does not download torch again.
+COPY --chown=nrat pyproject.toml README.md ./
+RUN mkdir nrat_scale && touch nrat_scale/__init__.py && pip install --no-cache-dir ".[demo]" && pip uninstall -y nrat-scale
+
+COPY --chown=nrat . .
+RUN pip install --no-cache-dir --no-deps --editable .
+
+ENTRYPOINT ["accelerate", "launch", "-m", "nrat_scale.train"]
+CMD ["--help"]
