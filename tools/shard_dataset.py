@@ -485,16 +485,9 @@ def read_digits(split: str, seed: int) -> Source:
     facts = {"name": "sklearn.datasets.load_digits", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     is_test = _stratified_choice(labels, NUM_DIGITS_TEST, seed)
     ids = np.flatnonzero(is_test if split == "test" else ~is_test)
-    # Every number here is a small multiple of 1/256, exact in float64: the images are the same on every machine.
-    weights = _bilinear(8, 16)
-    images = np.rint(weights @ grey[ids] @ weights.T * (255 / 16)).astype(np.uint8)
+    # Each pixel becomes 2 x 2 equal ones: exact, and it keeps the contrast that smoothing would take away.
+    images = np.rint(grey[ids] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
     return _source(images[..., None], labels[ids], "digits", [facts])
-
-
-def _bilinear(small: int, large: int) -> np.ndarray:
-    """float64 [large, small]: the weights that enlarge a row, pixel centres aligned and edges repeated."""
-    at = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(small)))
 
 
 def _stratified_choice(labels: np.ndarray, num_chosen: int, seed: int) -> np.ndarray:
