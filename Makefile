@@ -40,8 +40,8 @@ quickstart: setup $(DIGITS)/test/index.json $(GENERATED)/index.json
 	accelerate launch -m nrat_scale.train recipes/quickstart.yaml objective.name=natural run_dir=$(PLAIN)
 	$(EVALUATE) $(RUN) $(EVALUATION)
 	$(EVALUATE) $(PLAIN) $(EVALUATION)
-	python -m nrat_scale.release $(RUN) --to $(RELEASE)
 	python -m nrat_scale.report $(RUN) $(PLAIN)
+	python -m nrat_scale.release $(RUN) --to $(RELEASE)
 
 $(DIGITS)/test/index.json: | setup
 	python tools/shard_dataset.py digits --out $(DIGITS)

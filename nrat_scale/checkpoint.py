@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000980/   model, ema, optimizer, objective .safetensors (those that exist), state.json
                                      manifest.json: name -> bytes, sha256 of every other file
-    RUN/checkpoints/best.json, last.json   {"step", "epoch", "folder"}
+    RUN/checkpoints/best.json, last.json   {"step", "epoch", "folder"}; "selected": false before any validation
 
 A checkpoint is written to a temporary sibling, fsynced and renamed. Nothing is ever unpickled.
 """
@@ -148,10 +148,10 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def write_pointer(run: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Let best.json or last.json name `checkpoint`."""
+def write_pointer(run: Path, name: str, checkpoint: Checkpoint, *, selected: bool = True) -> None:
+    """Let best.json or last.json name `checkpoint`; `selected` is false where no validation has chosen it."""
     pointer = {"step": checkpoint.step, "epoch": checkpoint.state["epoch"], "folder": checkpoint.folder.name}
-    write_json(run / "checkpoints" / f"{name}.json", pointer)
+    write_json(run / "checkpoints" / f"{name}.json", pointer if selected else {**pointer, "selected": False})
 
 
 def named_checkpoint(run: Path, name: str) -> Checkpoint:

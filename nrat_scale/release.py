@@ -94,12 +94,16 @@ def _gather(run: Path, name: str, which: str) -> Contents:
 
 
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
-    """The recipe with nobody's folders in it: shards by the name of their folder alone."""
+    """The recipe with nobody's folders in it: shards given by an absolute path keep the name of their folder alone."""
+
+    def shown(path: str | None) -> str | None:
+        return PurePath(path).name if path and PurePath(path).is_absolute() else path
+
     real, generated = recipe.data.real, recipe.data.generated
     data = replace(
         recipe.data,
-        real=replace(real, shards=real.shards and PurePath(real.shards).name, prepare=None),
-        generated=replace(generated, shards=generated.shards and PurePath(generated.shards).name, prepare=None),
+        real=replace(real, shards=shown(real.shards), prepare=None),
+        generated=replace(generated, shards=shown(generated.shards), prepare=None),
     )
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")
 
@@ -169,7 +173,7 @@ def model_card(contents: Contents) -> str:
         _metadata(contents, dataset),
         f"# {contents.name}",
         f"`{contents.description['architecture']}` trained with **{recipe.objective.name}** against l_inf perturbations of "
-        f"eps = {_eps(recipe.threat.eps)} on `{dataset}`, by [nrat_scale](https://pypi.org/project/nrat-scale/) {nrat_scale.__version__}.",
+        f"eps = {_eps(recipe.threat.eps)} on `{dataset}`, by nrat_scale {nrat_scale.__version__}.",
         *(["> **Warning.** " + _SPACE_WARNING] if recipe.threat.space != "pixel" else []),
         "```python\n"
         "import nrat_scale\n\n"

@@ -187,7 +187,7 @@ def save(t: Training, *, is_best: bool) -> None:
         checkpoint = save_checkpoint(t.run, tensors, state)
         write_pointer(t.run, "last", checkpoint)
         if is_best:
-            write_pointer(t.run, "best", checkpoint)
+            write_pointer(t.run, "best", checkpoint, selected=t.best is not None)
         prune(t.run, t.recipe.train.keep)
     t.accelerator.wait_for_everyone()
 
@@ -245,6 +245,8 @@ def start(recipe: RecipeSpec) -> Training:
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which leaves all cores but one idle.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores))
+        # A model whose training collapses fills with denormal numbers, which make a CPU twenty times slower.
+        torch.set_flush_denormal(True)
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
         raise UserError(
@@ -380,9 +382,8 @@ def fit(t: Training) -> None:
             _end_epoch(t, epoch + 1, table[epoch][0], bar)
     bar.close()
     if t.step % per_epoch:  # stopped by max_steps within an epoch
-        save(t, is_best=False)
-        if t.best is None:
-            _select_unfinished(t)
+        # Before the first validation nothing is selected: best.json then names the only checkpoint there is, and says so.
+        save(t, is_best=t.best is None)
 
 
 def _end_epoch(t: Training, epoch: int, lr: float, bar: Any) -> None:
@@ -404,15 +405,6 @@ def _end_epoch(t: Training, epoch: int, lr: float, bar: Any) -> None:
         )
     if improved or final or epoch % spec.save_every == 0 or t.step == t.last_step:
         save(t, is_best=improved)
-
-
-def _select_unfinished(t: Training) -> None:
-    """A run stopped before its first validation: name its only checkpoint best. A resumed run selects anew."""
-    log(t, validate(t))
-    if t.accelerator.is_main_process:
-        checkpoint, _ = newest_checkpoint(t.run)
-        assert checkpoint is not None
-        write_pointer(t.run, "best", checkpoint)
 
 
 def train(recipe: RecipeSpec) -> Path:

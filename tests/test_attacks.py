@@ -175,8 +175,9 @@ def test_normal01_start():
 def test_zero_start():
     """The natural image, not an alias of it."""
     x = _images(2, 3, 4, 4)
-    start = initial_point(x, dataclasses.replace(THREAT, init="zero"))
-    assert torch.equal(start, x) and start.data_ptr() != x.data_ptr()
+    threat = dataclasses.replace(THREAT, init="zero")
+    for start in (initial_point(x, threat), apply_noise(x, torch.ones_like(x), threat)):
+        assert torch.equal(start, x) and start.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -15,7 +15,7 @@ GROUND = ("errors", "files", "seeds", "modes", "datasets")  # ordered
 L0 = ("labels", "shards", "models", "attacks", "objectives", "weights", "optim")
 L1 = ("data",)
 L2 = ("accuracy", "recipe", "checkpoint")
-L3 = ("evaluate", "train", "report", "release", "audit", "plan")  # ordered
+L3 = ("evaluate", "step", "train", "report", "release", "audit", "plan")  # ordered
 LATER = {"audit", "plan"}
 ROOT_MAY_IMPORT = {"models", "recipe"}
 

@@ -588,5 +588,6 @@ def test_unseen_classes_keep_the_means_of_the_batch():
     logits, logits_adv = _tensors(z, z_adv)
     objective = build("nrat_ikl", num_classes=4)
     objective.update(logits, torch.zeros(len(z), dtype=torch.int64))
+    objective.update(None, torch.zeros(len(z), dtype=torch.int64))  # a step without natural logits
     labels = torch.tensor([0, 1, 2, 2, 0])
     _close(objective.per_sample(logits, logits_adv, labels), build("nrat_ikl").per_sample(logits, logits_adv, labels))
