@@ -268,6 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
+    try:
+        torch.zeros(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {arguments.device} cannot be used here: {str(error).splitlines()[0]}") from error
     shards = open_shards(arguments.data, "--data")
     run, out = Path(arguments.what), arguments.out
     if is_run(run):

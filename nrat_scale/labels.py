@@ -72,6 +72,8 @@ def corrupt(
         raise UserError(f"The label noise rate is {rate}; it is a fraction of the labels and must be in [0, 1].")
     if kind == "cifar10n":
         return _human(labels, human_labels, num_classes)
+    if rate == 0.0:  # also for instance_dependent, whose truncated normal around 0 would still flip some labels
+        return labels.copy()
     if kind == "instance_dependent":
         return _instance_dependent(labels, rate, seed, num_classes, images)
     if kind.startswith("asymmetric"):

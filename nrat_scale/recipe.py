@@ -110,8 +110,8 @@ class RecipeSpec:
             )
         if not 0.0 <= self.ema.decay < 1.0 or not 0.0 <= self.ema.warmup_fraction < 1.0:
             raise UserError("ema.decay and ema.warmup_fraction must be in [0, 1).")
-        if self.awp.gamma < 0 or self.awp.warmup_epochs < 0:
-            raise UserError("awp.gamma and awp.warmup_epochs must be 0 or more.")
+        if not 0 <= self.awp.gamma < 1 or self.awp.warmup_epochs < 0:
+            raise UserError("awp.gamma must be in [0, 1) and awp.warmup_epochs 0 or more.")
 
     @property
     def identity(self) -> str:

@@ -282,6 +282,7 @@ def _claim(run: Path, recipe: RecipeSpec) -> None:
         )
     if not used:
         make_folder(run)
+        write_atomically(run / "metrics.jsonl", "")
         write_atomically(path, to_yaml(recipe))
     elif not (run / "checkpoints").is_dir():
         make_folder(run / "checkpoints")
