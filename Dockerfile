@@ -1,4 +1,4 @@
-# GPU image: docker build -t nrat_scale . && docker run --gpus all --shm-size 8g -v $PWD/data:/work/data -v $PWD/runs:/work/runs nrat_scale recipes/wrn28_10_gen1m.yaml
+# GPU image: docker build -t nrat_scale . && docker run --gpus all --shm-size 8g -v $PWD/data:/app/data -v $PWD/runs:/app/runs nrat_scale recipes/wrn28_10_gen1m.yaml
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
 RUN apt-get update \
@@ -7,9 +7,9 @@ RUN apt-get update \
 
 # A user of its own: nothing here needs root. Ubuntu's image brings a user 1000, which this one replaces.
 RUN (userdel -r ubuntu 2>/dev/null || true) && useradd --create-home --uid 1000 nrat \
-    && mkdir -p /work/data /work/runs && chown -R nrat /work
+    && mkdir -p /app/data /app/runs && chown -R nrat /app
 USER nrat
-WORKDIR /work
+WORKDIR /app
 
 ENV VIRTUAL_ENV=/home/nrat/venv PATH=/home/nrat/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN python3 -m venv "$VIRTUAL_ENV" && pip install --no-cache-dir --upgrade pip
