@@ -255,10 +255,11 @@ def start(recipe: RecipeSpec) -> Training:
         )
     with accelerator.main_process_first():  # it hashes the shards; the others find them remembered
         data = open_training_data(recipe.data, recipe.seed)
+    arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # from here on something is written
         _claim(run, recipe)
-    return _build(recipe, run, data, accelerator)
+    return _build(recipe, run, data, accelerator, arguments, base)
 
 
 def _claim(run: Path, recipe: RecipeSpec) -> None:
@@ -306,7 +307,8 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> 
     return ""
 
 
-def _build(recipe: RecipeSpec, run: Path, data: TrainingData, accelerator: Accelerator) -> Training:
+def _model(recipe: RecipeSpec, data: TrainingData) -> tuple[dict[str, Any], nn.Module]:
+    """The arguments that rebuild the model, and the model with its initial weights, a function of the seed."""
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)
     shards = data.shards
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
@@ -314,11 +316,22 @@ def _build(recipe: RecipeSpec, run: Path, data: TrainingData, accelerator: Accel
     if recipe.model.bn_momentum is not None:
         for layer in batchnorms(base):
             layer.momentum = recipe.model.bn_momentum
+    return arguments, base
+
+
+def _build(
+    recipe: RecipeSpec,
+    run: Path,
+    data: TrainingData,
+    accelerator: Accelerator,
+    arguments: dict[str, Any],
+    base: nn.Module,
+) -> Training:
     base = base.to(accelerator.device, torch.float64 if recipe.precision == "fp64" else torch.float32)
     total_steps = recipe.train.epochs * data.steps_per_epoch
     ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
     model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = build_objective(recipe.objective, shards.num_classes).to(accelerator.device)
+    objective = build_objective(recipe.objective, data.shards.num_classes).to(accelerator.device)
     t = Training(recipe, run, data, accelerator, base, model, optimizer, objective, ema, data.validation())
     t.sums = t.sums.to(accelerator.device)
     if accelerator.is_main_process:

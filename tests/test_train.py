@@ -234,7 +234,7 @@ def test_bad_values_are_named(recipe_path: Path, tmp_path: Path, override: str, 
     with pytest.raises(UserError) as caught:
         main([str(recipe_path), f"run_dir={tmp_path / 'run'}", override])
     assert message in str(caught.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_unwritable_run_dir(recipe_path: Path, tmp_path: Path) -> None:
