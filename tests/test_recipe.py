@@ -1,0 +1,136 @@
+"""Recipes: what is shipped says what it should, layers win in order, and every mistake is named."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from nrat_scale.errors import UserError
+from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICK = RECIPES / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_round_trip(path: Path, tmp_path: Path) -> None:
+    """Every shipped recipe is valid, names itself, and survives being written as the run's recipe.yaml."""
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.run_dir) == (path.stem, f"runs/{path.stem}")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_headline_recipe() -> None:
+    """The headline run is the generated-data recipe with the paper's section 4.4, number by number."""
+    recipe = load_recipe(RECIPES / "wrn28_10_gen1m.yaml")
+    data, optim, objective = recipe.data, recipe.optim, recipe.objective
+    assert (recipe.precision, recipe.model.name, recipe.train.epochs) == ("bf16", "wrn28_10_silu", 150)
+    assert (data.batch_size, data.epoch_samples, data.generated.fraction) == (512, 50_000, 0.7)
+    assert (data.real.noise.kind, data.real.noise.rate) == ("symmetric", 0.2)
+    assert (data.validation.source, data.validation.size, data.validation.take) == ("generated", 1024, "stratified")
+    assert (optim.name, optim.lr, optim.weight_decay, optim.nesterov) == ("sgd", 0.2, 5e-4, True)
+    assert (optim.decay_batchnorm, optim.schedule, optim.pct_start) == (False, "onecycle", 0.025)
+    assert (recipe.ema.decay, recipe.ema.warmup_fraction) == (0.995, 0.025)
+    assert (recipe.threat.eps, recipe.threat.step, recipe.threat.num_steps) == (8 / 255, 2 / 255, 10)
+    assert (recipe.model.bn_momentum, recipe.model.bn_first_step) == (0.01, True)
+    assert (objective.name, objective.smoothing, objective.smoothing_mode) == ("nrat", 0.1, "mixed")
+    assert recipe.train.validation_attack == "cw40"
+
+
+@pytest.mark.parametrize("model", ["wrn28_10", "resnet18"])
+def test_twins_differ_in_the_objective_only(model: str) -> None:
+    """NRAT and DM_AT can be compared because nothing else differs; DM_AT's own attack comes with its objective."""
+    nrat, dm_at = (OmegaConf.load(RECIPES / f"{model}_gen1m{suffix}.yaml") for suffix in ("", "_dm_at"))
+    assert nrat.pop("objective") != dm_at.pop("objective")
+    assert nrat == dm_at
+    recipe = load_recipe(RECIPES / f"{model}_gen1m_dm_at.yaml")
+    assert (recipe.threat.init, recipe.threat.bn, recipe.objective.lam) == ("uniform", "batch", 5.0)
+
+
+def test_layers_win_in_order(tmp_path: Path) -> None:
+    """Defaults < preset < recipe < overrides."""
+    assert load_recipe(QUICK).threat.init == "normal"
+    assert load_recipe(QUICK, ["objective.name=pgd_at"]).threat.init == "uniform"
+    assert load_recipe(QUICK, ["objective.name=mart"]).objective.lam == 5.0
+    path = tmp_path / "mine.yaml"
+    path.write_text(QUICK.read_text().replace("  eps: 0.2", "  eps: 0.2\n  init: zero\n  bn: batch"))
+    assert (load_recipe(path).threat.init, load_recipe(path).threat.bn) == ("zero", "batch")
+    assert load_recipe(path, ["threat.init=normal01", "objective.lam=2"]).threat.init == "normal01"
+    assert load_recipe(QUICK, ["threat.eps=8/255"]).threat.eps == 8 / 255
+
+
+def test_identity_is_what_is_computed() -> None:
+    """A run continues after a move or with another end, and with nothing else changed."""
+    same = ["run_dir=elsewhere", "resume=never", "train.max_steps=3", "data.workers=2", "data.real.prepare=x"]
+    other = [
+        "seed=1",
+        "threat.eps=0.1",
+        "optim.lr=0.02",
+        "data.real.noise.rate=0.1",
+        "train.epochs=31",
+        "precision=bf16",
+    ]
+    identity = load_recipe(QUICK).identity
+    assert load_recipe(QUICK, same).identity == identity
+    assert all(load_recipe(QUICK, [override]).identity != identity for override in other)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective.nmae=x", ["objective.nmae", "Did you mean 'name'"]),
+        ("data.real.noise.rte=0.1", ["data.real.noise.rte", "'rate'"]),
+        ("objective.name=nart", ["'nart'", "'nrat'"]),
+        ("threat.eps=8", ["threat.eps is 8", "8/255"]),
+        ("threat.eps=8/0", ["threat.eps"]),
+        ("threat.bn=evil", ["threat.bn", "'eval'"]),
+        ("threat=3", ["ThreatSpec"]),
+        ("train.epochs=many", ["train.epochs", "many"]),
+        ("train.epochs=0", ["train.epochs is 0"]),
+        ("train.validation_attack=aa", ["train.validation_attack", "pgd10"]),
+        ("data.batch_size=0", ["data.batch_size is 0"]),
+        ("data.generated.fraction=1.5", ["data.generated.fraction is 1.5"]),
+        ("data.validation.take=frist", ["data.validation.take", "frist"]),
+        ("precision=fp8", ["precision is 'fp8'", "bf16"]),
+        ("resume=maybe", ["resume is 'maybe'"]),
+        ("optim.lr=-1", ["optim.lr is -1"]),
+        ("objective.smoothing=0.1", ["smoothing_mode is 'off'", "mixed"]),
+        ("seed=${nowhere}", ["nowhere"]),
+        ("seed=[1", ["cannot be read"]),
+        ("epochs 3", ["not an override", "key=value"]),
+    ],
+)
+def test_mistakes_are_named(override: str, words: list[str]) -> None:
+    """A wrong key or value ends in one short message that names it and the way out."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(QUICK, [override])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- a\n- b\n", "a: [1\n", "\t: x", "threat: {eps: 0.1, step: 0.1, num_steps: 1}\n"]
+)
+def test_files_that_are_no_recipe(content: str, tmp_path: Path) -> None:
+    """An empty, incomplete or unreadable file is refused by name."""
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="broken"):
+        load_recipe(path)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    """A missing file, or a folder, is named."""
+    for path in (tmp_path / "no.yaml", tmp_path):
+        with pytest.raises(UserError, match=path.name):
+            load_recipe(path)
+
+
+def test_specs_are_frozen() -> None:
+    """Nothing changes a recipe after it was checked."""
+    recipe: RecipeSpec = load_recipe(QUICK)
+    with pytest.raises(AttributeError):
+        recipe.seed = 3  # type: ignore[misc]
