@@ -205,6 +205,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters.get(parameter_name)
-        if parameter is None or parameter.shape != value.shape:
+        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
             raise UserError(f"The checkpoint's optimizer state '{name}' does not fit the model.")
-        optimizer.state[parameter][key] = value.to(parameter.device, parameter.dtype)
+        # Adam counts its steps in a scalar that stays as it is; everything else lives with its parameter.
+        scalar = value.ndim == 0 and parameter.ndim > 0
+        optimizer.state[parameter][key] = value if scalar else value.to(parameter.device, parameter.dtype)

@@ -127,12 +127,14 @@ def test_precisions(recipe_path: Path, tmp_path: Path, precision: str) -> None:
     assert weight.dtype == (torch.float64 if precision == "fp64" else torch.float32)
 
 
-def test_interrupted_run_equals_undisturbed_run(recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_interrupted_run_equals_undisturbed_run(recipe_path: Path, tmp_path: Path, optimizer: str) -> None:
     """Stopping anywhere and going on gives the bits of the run that was never stopped, also with loader workers."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(load_recipe(recipe_path, [f"run_dir={whole}"]))
+    name = f"optim.name={optimizer}"
+    train(load_recipe(recipe_path, [f"run_dir={whole}", name]))
     for overrides in (["train.max_steps=3"], ["train.max_steps=7", "data.workers=2"], []):
-        train(load_recipe(recipe_path, [f"run_dir={parts}", *overrides]))
+        train(load_recipe(recipe_path, [f"run_dir={parts}", name, *overrides]))
     assert digest(parts) == digest(whole)
 
 

@@ -1,0 +1,246 @@
+"""The data plane: the plan is a pure function, nothing is lost or seen twice, and no split changes what is trained on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nrat_scale.data import (
+    UNKNOWN_LABEL,
+    AugmentSpec,
+    Batch,
+    DataSpec,
+    GeneratedSpec,
+    RealSpec,
+    SamplePlan,
+    ValidationSpec,
+    augment,
+    choose_held_out,
+    mix_counts,
+    open_training_data,
+)
+from nrat_scale.errors import UserError
+from nrat_scale.labels import NoiseSpec
+from nrat_scale.shards import Source, open_shards, write_shards
+
+NOISE = NoiseSpec("symmetric", 0.4)
+
+
+def shards(folder: Path, n: int, *, seed: int = 0, size: int = 8, dataset: str = "custom") -> Path:
+    """Each image's first pixels are its source id, so that images, labels and ids can be held against each other."""
+    images = np.random.default_rng(n).integers(0, 256, (n, size, size, 1)).astype(np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(n) // 256, np.arange(n) % 256
+    source = Source(images, np.arange(n) % 10, dataset, tuple("0123456789"))
+    return write_shards(source, folder, block_size=32, shard_size=64, seed=seed, progress=False)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
+    folder = tmp_path_factory.mktemp("data")
+    real, generated = shards(folder / "real", 130), shards(folder / "generated", 310)
+    return DataSpec(
+        batch_size=24,
+        real=RealSpec(str(real), NOISE),
+        generated=GeneratedSpec(str(generated), 0.7),
+        validation=ValidationSpec(size=30),
+        augment=AugmentSpec(crop=0, flip=False),
+    )
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+PLANS = st.builds(
+    lambda sources, seed: SamplePlan(tuple(s for s, _ in sources), tuple(c for _, c in sources), seed),
+    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=2),
+    st.integers(0, 2**40),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLANS)
+def test_every_sample_once_per_pass(plan: SamplePlan) -> None:
+    """Sources cycle independently: each whole pass is a permutation of its source, whatever the batch size."""
+    batches = [plan.batch(step) for step in range(30)]
+    for source, (size, count) in enumerate(zip(plan.sizes, plan.counts, strict=True)):
+        assert all((sources == source).sum() == count for sources, _ in batches)
+        seen = [sorted(samples[sources == source]) for sources, samples in batches]
+        whole_passes = 30 * count // size
+        counts = np.bincount(np.concatenate(seen), minlength=size)
+        assert counts.min() >= whole_passes
+        assert counts.max() <= whole_passes + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(PLANS, st.integers(0, 10**9))
+def test_plan_is_a_pure_function(plan: SamplePlan, step: int) -> None:
+    """A batch depends on (sizes, counts, seed, step) alone, not on what was asked before."""
+    first = plan.batch(step)
+    plan.batch(step + 17)
+    again = SamplePlan(plan.sizes, plan.counts, plan.seed).batch(step)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_passes_and_seeds_differ() -> None:
+    """Each pass and each seed has an order of its own, and kinds are interleaved within a batch."""
+    plan = SamplePlan((64, 64), (32, 32), 1)
+    passes = [np.concatenate([plan.batch(s)[1][plan.batch(s)[0] == 0] for s in pair]) for pair in ((0, 1), (2, 3))]
+    assert not np.array_equal(*passes)
+    assert not np.array_equal(plan.batch(0)[1], SamplePlan((64, 64), (32, 32), 2).batch(0)[1])
+    assert 5 < plan.batch(0)[0][:32].sum() < 27, "one rank would see one kind only"
+
+
+def test_mix_is_exact() -> None:
+    """The published mix, and products that floating point gets wrong."""
+    assert mix_counts(512, 0.7) == (154, 358)
+    assert mix_counts(100, 0.29) == (71, 29)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def columns(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("images", "labels", "clean_labels", "generated", "ids")
+    }
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
+def test_any_split_gives_the_same_batches(spec: DataSpec, world: int, workers: int) -> None:
+    """Ranks, workers and a restart change nothing: joined together the slices are the global batches."""
+    whole = list(open_training_data(spec, 5).batches(0, 9))
+    ranks = [
+        [
+            *open_training_data(replace(spec, workers=workers), 5).batches(0, 4, rank, world),
+            *open_training_data(replace(spec, workers=workers), 5).batches(4, 9, rank, world),
+        ]
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert [part.first for part in parts] == [24 // world * rank for rank in range(world)]
+        for name, value in columns([batch]).items():
+            assert torch.equal(value, columns(parts)[name]), name
+
+
+def test_batches_hold_what_they_say(spec: DataSpec) -> None:
+    """Images, ids, labels and clean labels of a batch belong together; held-out images never appear, all others do."""
+    data = open_training_data(spec, 0)
+    seen = columns(list(data.batches(0, 40)))
+    ids = seen["images"][:, 0, 0, 0].long() * 256 + seen["images"][:, 0, 0, 1].long()
+    assert torch.equal(ids, seen["ids"])
+    generated = seen["generated"]
+    assert torch.equal(seen["labels"][generated], ids[generated] % 10)
+    assert seen["clean_labels"][generated].eq(UNKNOWN_LABEL).all()
+    assert torch.equal(seen["clean_labels"][~generated], ids[~generated] % 10)
+    assert 0.3 < seen["labels"][~generated].ne(seen["clean_labels"][~generated]).float().mean() < 0.5
+    pool = data.pools[0]
+    held_out = set(pool.shards.permutation(pool.held_out).tolist())
+    assert set(ids[~generated].tolist()) == set(range(130)) - held_out
+
+
+def test_noise_and_split_are_properties_of_the_data(spec: DataSpec, tmp_path: Path) -> None:
+    """The order in the shards changes no noisy label, and the noise does not change which images are held out."""
+    a = open_training_data(spec, 0).pools[0]
+    other = replace(spec, real=RealSpec(str(shards(tmp_path / "real", 130, seed=9)), NOISE))
+    b = open_training_data(other, 0).pools[0]
+    order = [pool.shards.permutation.inverse(np.arange(130)) for pool in (a, b)]
+    assert a.given is not None
+    assert b.given is not None
+    assert np.array_equal(a.given[order[0]], b.given[order[1]])
+    clean = open_training_data(replace(spec, real=replace(spec.real, noise=NoiseSpec())), 0).pools[0]
+    assert np.array_equal(a.held_out, clean.held_out)
+
+
+def test_validation_labels(spec: DataSpec) -> None:
+    """`given` has the noise, `clean` has not; nobody knows clean labels of generated images."""
+    given_labels = open_training_data(spec, 0).validation()
+    clean = open_training_data(replace(spec, validation=replace(spec.validation, labels="clean")), 0).validation()
+    assert torch.equal(given_labels.images, clean.images)
+    assert not torch.equal(given_labels.labels, clean.labels)
+    assert given_labels.clean_labels is not None
+    assert torch.equal(given_labels.clean_labels, clean.labels)
+    generated = replace(spec, validation=ValidationSpec(source="generated", size=30))
+    assert open_training_data(generated, 0).validation().clean_labels is None
+
+
+def test_held_out_is_stratified(tmp_path: Path) -> None:
+    """Classes are held out in proportion, another seed takes others, and `random` takes as many."""
+    found = open_shards(shards(tmp_path / "s", 205))
+    stratified = choose_held_out(found, ValidationSpec(size=41))
+    assert set(np.bincount(found.labels(stratified))) == {4, 5}
+    assert len(set(stratified.tolist())) == 41
+    assert not np.array_equal(stratified, choose_held_out(found, ValidationSpec(size=41, seed=1)))
+    assert len(choose_held_out(found, ValidationSpec(size=41, take="random"))) == 41
+    with pytest.raises(UserError, match="only 205 images"):
+        choose_held_out(found, ValidationSpec(size=205))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"real": RealSpec(), "generated": GeneratedSpec()}, "Nothing to train on"),
+        (
+            {"validation": ValidationSpec(source="generated"), "generated": GeneratedSpec()},
+            "generated.shards is not set",
+        ),
+        ({"generated": GeneratedSpec("x", 0.0)}, "fraction"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_specs_that_cannot_be(spec: DataSpec, change: dict[str, object], message: str) -> None:
+    """What contradicts itself is refused before any file is opened."""
+    with pytest.raises(UserError, match=message):
+        replace(spec, **change)  # type: ignore[arg-type]
+
+
+def test_data_that_do_not_fit(spec: DataSpec, tmp_path: Path) -> None:
+    """Other shapes, a noise kind without a map, noise without a kind, too many processes: each is named."""
+    other = shards(tmp_path / "large", 90, size=9)
+    with pytest.raises(UserError, match="image shape"):
+        open_training_data(replace(spec, generated=GeneratedSpec(str(other))), 0)
+    for noise, message in ((NoiseSpec("asymmetric", 0.2), "class_map"), (NoiseSpec("none", 0.2), "kind is 'none'")):
+        with pytest.raises(UserError, match=message):
+            open_training_data(replace(spec, real=replace(spec.real, noise=noise)), 0)
+    with pytest.raises(UserError, match="does not divide by 5 processes"):
+        open_training_data(spec, 0).batches(0, 1, 0, 5)
+
+
+# ---- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def batch_of(images: torch.Tensor, step: int = 0, first: int = 0) -> Batch:
+    empty = torch.zeros(len(images), dtype=torch.int64)
+    return Batch(step, first, images, empty, empty, empty.bool(), empty)
+
+
+def test_augmentation_is_crop_and_flip() -> None:
+    """Every result is one of the padded image's crops or its mirror image; all offsets and both directions occur."""
+    images = torch.randint(0, 256, (300, 2, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    out = augment(batch_of(images), AugmentSpec(crop=1, flip=True), 300, 0, torch.device("cpu"))
+    assert out.dtype == torch.float32
+    seen = set()
+    for image, result in zip(images, out, strict=True):
+        padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+        options = {(i, j, f): padded[:, i : i + 6, j : j + 5] for i in range(3) for j in range(3) for f in (0, 1)}
+        matches = [k for k, v in options.items() if torch.equal((v.flip(2) if k[2] else v).float() / 255, result)]
+        assert len(matches) == 1
+        seen |= set(matches)
+    assert len(seen) == 18
+
+
+def test_augmentation_does_not_depend_on_the_split() -> None:
+    """A rank's slice is augmented as within the global batch; steps and seeds differ."""
+    images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    spec, cpu = AugmentSpec(crop=2, flip=True), torch.device("cpu")
+    whole = augment(batch_of(images), spec, 12, 3, cpu)
+    parts = [augment(batch_of(images[i : i + 4], first=i), spec, 12, 3, cpu) for i in (0, 4, 8)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, augment(batch_of(images, step=1), spec, 12, 3, cpu))
+    plain = augment(batch_of(images), AugmentSpec(crop=0, flip=False), 12, 3, cpu)
+    assert torch.equal(plain, images.float() / 255)
