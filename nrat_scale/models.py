@@ -7,6 +7,7 @@ CIFAR repositories use: their checkpoints load here and ours load there.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,15 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -407,25 +415,36 @@ def resolve(source: str | Path) -> Path:
 
 
 def _fetch(source: str) -> Path:
+    """The snapshot folder of `user/repo[@revision]`, all files of one commit."""
     repo, _, revision = source.partition("@")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if repo.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"There is no release folder {source}, and it is not of the Hub's form user/repo either.")
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision or None, allow_patterns=["config.json", "model.safetensors", "*.json", "*.yaml"]
-            )
-        )
+        folder = Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
+        commit = folder.name  # what `revision` meant when the first file was asked for
+        hf_hub_download(repo, "model.safetensors", revision=commit)
+        for name in ("recipe.yaml", "results.json"):
+            with suppress(EntryNotFoundError, LocalEntryNotFoundError):
+                hf_hub_download(repo, name, revision=commit)
     except HFValidationError as error:
         raise UserError(
-            f"There is no release folder {source}, and the Hub does not allow such a name: {error}"
+            f"There is no release folder {source}, and the Hub does not allow such a name: {_first_line(error)}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"There is no folder {source} here, the Hub cannot be reached, and it is not in the cache either."
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"There is no folder {source} here and no model {source} on the Hub (or it is private)."
+            f"There is no folder {source} here and no model {repo} on the Hub (or it is private)."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise UserError(f"The model {repo} on the Hub has no revision '{revision}'.") from error
+    except EntryNotFoundError as error:
+        raise UserError(f"{repo} on the Hub is not a release: it lacks config.json or model.safetensors.") from error
+    except (HfHubHTTPError, OSError) as error:
         raise UserError(f"The release {source} cannot be fetched from the Hub: {_first_line(error)}") from error
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

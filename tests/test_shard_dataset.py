@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import http.server
 import importlib.util
 import io
 import json
@@ -13,10 +12,9 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -450,38 +448,6 @@ def test_digits_need_scikit_learn(tmp_path, cli, monkeypatch):
 
 
 # ---- fetched files --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server() -> Iterator[SimpleNamespace]:
-    """A loopback server: `files` maps paths to contents, with the headers of the Hugging Face Hub."""
-    files: dict[str, bytes] = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            content = files.get(self.path)
-            self.send_response(404 if content is None else 200)
-            self.send_header("X-Repo-Commit", "0" * 40)
-            if content is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            else:
-                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            self.wfile.write(files.get(self.path, b""))
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.05,))
-        thread.start()
-        yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", files=files)
-        running.shutdown()
-        thread.join()
 
 
 def test_npz_from_the_hugging_face_hub(tmp_path, server):
