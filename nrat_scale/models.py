@@ -63,7 +63,7 @@ class Normalised(nn.Module):
     Args:
         num_classes: K.
         in_chans: C.
-        mean, std: one value for each channel, or one for all.
+        mean, std: one value for each channel, or one for all; None means CIFAR-10's where C = 3, else 0.5.
 
     Raises:
         UserError: their number does not fit, one is not finite, or a std is not positive.
@@ -72,10 +72,13 @@ class Normalised(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, num_classes: int, in_chans: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, num_classes: int, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        for name, values in (("mean", mean), ("std", std)):
+        for name, given, cifar10 in (("mean", mean, CIFAR10_MEAN), ("std", std, CIFAR10_STD)):
+            values = given if given is not None else (cifar10 if in_chans == 3 else (0.5,))
             if len(values) not in (1, in_chans):
                 raise UserError(
                     f"The model has {in_chans} input channels but {len(values)} values of {name}: {list(values)}."
@@ -139,7 +142,7 @@ class WideResNet(Normalised):
         width: widening factor.
         activation: `silu` or `relu`.
         num_classes: K.
-        mean, std: normalisation, per channel.
+        mean, std: normalisation, see `Normalised`.
         in_chans: C.
     """
 
@@ -149,8 +152,8 @@ class WideResNet(Normalised):
         width: int,
         activation: str = "silu",
         num_classes: int = 10,
-        mean: Sequence[float] = CIFAR10_MEAN,
-        std: Sequence[float] = CIFAR10_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         in_chans: int = 3,
     ) -> None:
         super().__init__(num_classes, in_chans, mean, std)
@@ -217,8 +220,8 @@ class ResNet18(Normalised):
         self,
         num_classes: int = 10,
         in_chans: int = 3,
-        mean: Sequence[float] = CIFAR10_MEAN,
-        std: Sequence[float] = CIFAR10_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(num_classes, in_chans, mean, std)
         self.num_features = 512
