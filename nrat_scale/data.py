@@ -393,7 +393,7 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
     Raises:
         UserError: shards missing or damaged, sources that do not fit together, a split that cannot be made.
     """
-    prepare = [source.prepare or "" for source in (spec.generated, spec.real)]
+    prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
     commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
     opened = {
         kind: open_shards(source.shards, f"data.{kind}.shards", commands=commands)

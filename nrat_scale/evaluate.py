@@ -6,7 +6,6 @@ versions it belongs to. What is measured how stands in `accuracy`.
 
 import argparse
 import importlib.metadata
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -259,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     arguments = _arguments(argv)
     attacks = tuple(name.strip() for name in arguments.attacks.split(",") if name.strip())
+    if not attacks:
+        raise UserError("--attacks names no attack. Known: natural, fgsm, pgdN, cwN (such as pgd20), aa.")
     for name in attacks:
         if not ATTACK.fullmatch(name):
             raise UserError(
@@ -313,7 +314,8 @@ def _print(results: dict[str, Any], out: Path | None) -> None:
             print(
                 f"  {label:8s} {attack:8s} {100 * value['accuracy']:6.2f} %  [{low:.1f}, {high:.1f}]  n = {value['n']}"
             )
-    print(f"written to {out}" if out else json.dumps({"checkpoints": list(results["checkpoints"])}))
+    if out is not None:
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_user_errors_end_with_status_2(recipe_path: Path, tmp_path: Path) -> Non
     result = launch([str(recipe_path), f"run_dir={tmp_path / 'run'}", "data.real.shards=nowhere"])
     assert result.returncode == 2
     assert "nowhere" in result.stderr
-    assert "make generated shards\n  make real shards" in result.stderr
+    assert "make real shards\n  make generated shards" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
