@@ -116,14 +116,29 @@ class RecipeSpec:
     @property
     def identity(self) -> str:
         """A hash of everything that decides what is computed; runs resume only under the same one."""
-        values = dataclasses.asdict(self)
-        for path in _NOT_IDENTITY:
-            *parents, key = path.split(".")
-            node = values
-            for parent in parents:
-                node = node[parent]
-            del node[key]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_identifying(self), sort_keys=True).encode()).hexdigest()
+
+
+def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
+    """Dotted key -> value of everything that decides what is computed."""
+
+    def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            entries |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+        return entries
+
+    return {key: value for key, value in flat(dataclasses.asdict(recipe), "").items() if key not in _NOT_IDENTITY}
+
+
+def difference(old: RecipeSpec, new: RecipeSpec) -> str:
+    """The first thing that tells two recipes of different identity apart, for an error message."""
+    there, here = _identifying(old), _identifying(new)
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)} there and {here.get(key)} here"
+    return "nothing tells them apart"
 
 
 def build_objective(spec: ObjectiveSpec, num_classes: int | None = None) -> Objective:

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,11 +38,12 @@ from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, write_atomically, write_json
 from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
-from nrat_scale.recipe import RecipeSpec, build_objective, load_recipe, to_yaml
+from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
 from nrat_scale.seeds import derive
 from nrat_scale.step import SUMS, Training, train_step
 from nrat_scale.weights import build_ema
 
+Result = TypeVar("Result")
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -253,13 +254,30 @@ def start(recipe: RecipeSpec) -> Training:
             f"data.batch_size {recipe.data.batch_size} does not divide by {accelerator.num_processes} processes x "
             f"{recipe.train.accumulate} accumulation steps. Use a multiple of {pieces}, or fewer processes."
         )
-    with accelerator.main_process_first():  # it hashes the shards; the others find them remembered
-        data = open_training_data(recipe.data, recipe.seed)
+    data = _on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
+    if data is None:  # another rank: what the main one has verified need not be hashed again
+        data = open_training_data(recipe.data, recipe.seed, verify=False)
     arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
-    with accelerator.main_process_first():  # from here on something is written
-        _claim(run, recipe)
+    _on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
     return _build(recipe, run, data, accelerator, arguments, base)
+
+
+def _on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result | None:
+    """The result of `action` on the main process, None on the others, once it is done.
+
+    A `UserError` is raised on every process: all end alike, and none waits for one that has gone.
+    """
+    result, message = None, [""]
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except UserError as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0]:
+        raise UserError(message[0])
+    return result
 
 
 def _claim(run: Path, recipe: RecipeSpec) -> None:
@@ -278,33 +296,15 @@ def _claim(run: Path, recipe: RecipeSpec) -> None:
         )
     if used and load_recipe(path).identity != recipe.identity:
         raise UserError(
-            f"{run} holds a run of another recipe ({_difference(load_recipe(path), recipe)}). "
+            f"{run} holds a run of another recipe ({difference(load_recipe(path), recipe)}). "
             "Choose another directory with run_dir=PATH."
         )
     if not used:
         make_folder(run)
+        write_atomically(path, to_yaml(recipe))  # first: with it an interrupted start can be taken up again
         write_atomically(run / "metrics.jsonl", "")
-        write_atomically(path, to_yaml(recipe))
     elif not (run / "checkpoints").is_dir():
         make_folder(run / "checkpoints")
-
-
-def _difference(old: RecipeSpec, new: RecipeSpec) -> str:
-    """The first key in which two recipes differ, for the error message."""
-    return _first_difference(dataclasses.asdict(old), dataclasses.asdict(new), "")
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str) -> str:
-    for key, value in new.items():
-        if prefix + key in ("run_dir", "resume", "train.max_steps", "data.workers") or key == "prepare":
-            continue
-        other = old.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            if found := _first_difference(other, value, f"{prefix}{key}."):
-                return found
-        elif other != value:
-            return f"{prefix}{key} is {other} there and {value} here"
-    return ""
 
 
 def _model(recipe: RecipeSpec, data: TrainingData) -> tuple[dict[str, Any], nn.Module]:

@@ -191,7 +191,7 @@ def test_divergence_is_reported(recipe_path: Path, tmp_path: Path) -> None:
 
 def test_two_processes_see_the_same_images_and_agree(recipe_path: Path, tmp_path: Path) -> None:
     """Two real processes train one model: as one process does in float64, up to the order of summation."""
-    overrides = ["precision=fp64", "train.epochs=2", "awp.gamma=0.005", "awp.warmup_epochs=1"]
+    overrides = ["precision=fp64", "train.epochs=2", "awp.gamma=0.005", "awp.warmup_epochs=1", "resume=never"]
     result = launch([str(recipe_path), *overrides, f"run_dir={tmp_path / 'two'}"], processes=2)
     assert result.returncode == 0, result.stderr
     assert "2 process(es)" in result.stdout, "the launcher must really have started two"
@@ -201,11 +201,18 @@ def test_two_processes_see_the_same_images_and_agree(recipe_path: Path, tmp_path
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=name)
 
 
-def test_every_rank_prints_once(recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_size=15", "error: data.batch_size 15 does not divide by 2 processes"),
+        ("data.real.shards=nowhere", "error: There are no shards of data.real.shards at nowhere"),
+    ],
+)
+def test_every_rank_prints_once(recipe_path: Path, tmp_path: Path, override: str, message: str) -> None:
     """Under torchrun a user's mistake is told once, without a traceback of ours, and nothing is left behind."""
-    result = launch([str(recipe_path), f"run_dir={tmp_path / 'run'}", "data.batch_size=15"], processes=2)
+    result = launch([str(recipe_path), f"run_dir={tmp_path / 'run'}", override], processes=2)
     assert result.returncode != 0
-    assert result.stderr.count("error: data.batch_size 15 does not divide by 2 processes") == 1
+    assert result.stderr.count(message) == 1
     assert "nrat_scale/train.py" not in result.stderr
     assert not (tmp_path / "run").exists()
 
