@@ -374,7 +374,7 @@ class _GatherStage:
             positions = pool.positions(samples[here])
             images[here] = pool.shards.images(positions)
             given[here], clean[here] = pool.given_labels(positions), pool.clean_labels(positions)
-            ids[here] = pool.shards.permutation(positions)
+            ids[here] = pool.shards.source_ids(positions)
             generated[here] = pool.kind == GENERATED
         return Batch(step, first, to_nchw(images), *(torch.from_numpy(a) for a in (given, clean, generated, ids)))
 
@@ -484,7 +484,8 @@ def _noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nd
                 f"No asymmetric noise map is published for '{shards.dataset}'. "
                 "Give data.real.noise.class_map, for instance {0: 6, 6: 0}."
             )
-    clean = shards.labels_in_source_order()
+    order = shards.in_source_order()
+    clean = shards.labels(order)
     given = label_noise.corrupt(
         clean,
         noise.kind,
@@ -492,11 +493,12 @@ def _noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nd
         noise.seed,
         shards.num_classes,
         class_map=class_map,
-        images=shards.images_in_source_order() if noise.kind == "instance_dependent" else None,
+        images=shards.images(order) if noise.kind == "instance_dependent" else None,
         human_labels=label_noise.load_human_labels(noise.human_labels) if noise.human_labels else None,
     )
-    ids = shards.permutation(np.arange(len(shards)))
-    return given[ids], clean[ids]
+    by_position = np.empty((2, len(shards)), np.int64)
+    by_position[:, order] = given, clean
+    return by_position[0], by_position[1]
 
 
 def normalisation(shards: ShardSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -90,11 +90,11 @@ def release_subject(source: str) -> tuple[Subject, ThreatSpec | None]:
 
 def read_images(shards: ShardSet, count: int | None = None, seed: int = 0) -> Images:
     """All images of `shards`, or a fixed seeded choice of `count` of them, in source order."""
-    ids = np.arange(len(shards))
+    positions = shards.in_source_order()
     if count is not None and count < len(shards):
-        ids = np.sort(KeyedPermutation(len(shards), seed, "evaluate")(np.arange(count)))
-    positions = shards.permutation.inverse(ids)
-    return Images(to_nchw(shards.images(positions)), torch.from_numpy(shards.labels(positions)), ids)
+        positions = positions[np.sort(KeyedPermutation(len(shards), seed, "evaluate")(np.arange(count)))]
+    images, labels = to_nchw(shards.images(positions)), torch.from_numpy(shards.labels(positions))
+    return Images(images, labels, shards.source_ids(positions))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _header(shards: ShardSet, plan: Plan) -> dict[str, Any]:
         "format": "nrat_scale.results",
         "version": 1,
         "data": {
-            "folder": shards.folder.name,
+            "folder": Path(shards.folder).name,
             "fingerprint": shards.fingerprint,
             "dataset": shards.dataset,
             "num_images": len(shards),

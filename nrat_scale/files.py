@@ -64,15 +64,26 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         UserError: the file is missing, unreadable or no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"There is no {what} at {path}.") from None
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from error
+    return parse_json(content, what, str(path))
+
+
+def parse_json(content: bytes, what: str, where: str) -> dict[str, Any]:
+    """The JSON object in `content`; `what` and `where` name it in the error.
+
+    Raises:
+        UserError: no JSON object.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"The {what} {path} is damaged: it is not valid JSON ({error}).") from error
+        raise UserError(f"The {what} {where} is damaged: it is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise UserError(f"The {what} {path} is damaged: expected a JSON object, found {type(value).__name__}.")
+        raise UserError(f"The {what} {where} is damaged: expected a JSON object, found {type(value).__name__}.")
     return value
 
 

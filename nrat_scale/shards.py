@@ -3,344 +3,298 @@
     DIR/shard-00000.tar   members 00000000.images.npy (uint8 [n, H, W, C]), 00000000.labels.npy (int64 [n]), 00000001...
     DIR/index.json        written last: everything else trusts only this file
 
-Sample *positions* 0..N-1 are the order in the shards. They are a keyed permutation of the *source ids* 0..N-1 (the
-order in the files that were converted), because published files are sorted by class; the index names the permutation,
-so each can be computed from the other. Blocks are stored back to back at known offsets: reading a sample is one copy
-out of a memory map, and no tar is parsed nor anything unpickled.
+DIR is a local folder or an address (https://, s3://, hf://); shards behind an address are read through a cache of
+verified files. Sample *positions* 0..N-1 are the order in the shards; *source ids* name the samples in the order of the
+files that were converted. Shards are permuted when they are written, because published files are sorted by class; the
+index names the permutation, so each can be computed from the other. Blocks stand at known offsets: reading a sample is
+one copy out of a memory map, and no tar is parsed nor anything unpickled. docs/data.md has every field.
 """
 
 import hashlib
-import io
+import math
 import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import webdataset
-from tqdm import tqdm
 
 from nrat_scale.errors import UserError
-from nrat_scale.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
+from nrat_scale.fetch import Cache, expand, fetch_bytes, is_remote
+from nrat_scale.files import parse_json, read_json, sha256_of, write_json
 from nrat_scale.seeds import KeyedPermutation
 
-FORMAT, VERSION = "nrat_scale.shards", 1
+FORMAT, VERSION = "nrat_scale.shards", 2
 INDEX = "index.json"
-BLOCK_SIZE, SHARD_SIZE = 512, 51_200  # images; a CIFAR shard of 100 blocks is about 157 MB
-_TAR_BLOCK = 512  # bytes
-_MAX_BLOCK_BYTES = 1 << 32  # beyond 8 GiB a tar member gets a longer header; a block must fit into memory several times
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+PERMUTATION = "shards"  # names the stream of the permutation, as in `seeds.derive`
+TAR_BLOCK = 512  # bytes
+_MAX_INDEX_BYTES = 1 << 30
+_SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+_MAX_OPEN = 4096  # memory maps of local shards; far below the 65,530 that Linux admits
+_REMAKE = "Make the shards again with tools/shard_dataset.py."
 
 
-class ImageArray(Protocol):
-    """What can be converted: anything that gives uint8 [m, H, W, C] for integer ids [m]."""
+class ShardUnusable(UserError):
+    """A shard is missing or damaged, and stays so. `name` is its name in the index, `reason` what is wrong."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __getitem__(self, ids: Any, /) -> np.ndarray: ...
+    def __init__(self, message: str, name: str, reason: str) -> None:
+        super().__init__(message)
+        self.name, self.reason = name, reason
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images and labels to convert, in source order.
+class Part:
+    """Consecutive positions that were converted together.
 
     Attributes:
-        images: uint8 [N, H, W, C], an array or a memory map.
-        labels: int64 [N].
-        dataset: name of the data set (a key of `DATASETS` where it is known).
-        class_names: in label order; their number is K.
-        files: name, size and sha256 of each file that was read.
+        num_images: positions of this part.
+        first_id: its source ids are `first_id` .. `first_id + num_ids - 1`.
+        num_ids: equal to `num_images` where the order is a permutation.
+        seed: of the permutation; None where each block stores its ids.
     """
 
-    images: ImageArray
-    labels: np.ndarray
-    dataset: str
-    class_names: tuple[str, ...]
-    files: tuple[dict[str, Any], ...] = ()
+    num_images: int
+    first_id: int
+    num_ids: int
+    seed: int | None
 
-    def __post_init__(self) -> None:
-        shape = tuple(self.images.shape)
-        if len(shape) != 4 or shape[3] not in (1, 3) or min(shape) < 1:
-            raise UserError(f"Images must have shape [N, H, W, C] with 1 or 3 channels and N > 0, not {list(shape)}.")
-        if len(self.labels) != shape[0]:
-            raise UserError(f"There are {shape[0]} images but {len(self.labels)} labels.")
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.class_names):
-            raise UserError(
-                f"Labels range from {low} to {high}, but the data set '{self.dataset}' has {len(self.class_names)} classes: "
-                f"they must lie in 0..{len(self.class_names) - 1}. Name the right data set with --dataset."
-            )
+    @cached_property
+    def permutation(self) -> KeyedPermutation:
+        """Position within the part -> source id less `first_id`."""
+        assert self.seed is not None
+        return KeyedPermutation(self.num_images, self.seed, PERMUTATION)
 
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def write_shards(
-    source: Source,
-    folder: Path,
-    *,
-    block_size: int = BLOCK_SIZE,
-    shard_size: int = SHARD_SIZE,
-    seed: int = 0,
-    progress: bool = True,
-) -> Path:
-    """Write `source` as shards into the new folder `folder`; the same arguments give the same bytes.
-
-    Everything is written into a temporary sibling that is renamed at the end, so `folder` is whole or not there.
-
-    Args:
-        block_size: images in a block.
-        shard_size: images in a shard, rounded up to whole blocks.
-        seed: of the permutation of the samples.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        UserError: bad sizes, `folder` exists already, or it cannot be written.
-    """
-    if block_size < 1 or shard_size < 1:
-        raise UserError(f"--block-size ({block_size}) and --shard-size ({shard_size}) must be at least 1.")
-    block_bytes = min(block_size, source.images.shape[0]) * int(np.prod(source.images.shape[1:], dtype=np.int64))
-    if block_bytes > _MAX_BLOCK_BYTES:
-        raise UserError(
-            f"A block of {block_size} images has {block_bytes} bytes, more than {_MAX_BLOCK_BYTES}. Lower --block-size."
-        )
-    require_new_folder(folder)
-    make_folder(folder.parent)
-    temporary = temporary_sibling(folder)
-    try:
-        temporary.mkdir()
-        shards = _write_tars(source, temporary, block_size, shard_size, seed, progress)
-        write_json(temporary / INDEX, _index_of(source, shards, block_size, seed))
-        if folder.exists():
-            folder.rmdir()  # empty, checked above
-        os.replace(temporary, folder)
-        fsync_folder(folder.parent)
-    except OSError as error:
-        raise UserError(f"The shards cannot be written to {folder} ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def require_new_folder(folder: Path) -> None:
-    """Raise `UserError` where `folder` is anything but absent or empty: nothing is ever overwritten."""
-    try:
-        taken = folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be used as --out ({error.strerror}). Choose another place.") from error
-    if taken:
-        raise UserError(
-            f"{folder} exists already and is never overwritten. Choose another --out, or remove it yourself."
-        )
-
-
-def _index_of(source: Source, shards: list[dict[str, Any]], block_size: int, seed: int) -> dict[str, Any]:
-    num_classes = len(source.class_names)
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "dataset": source.dataset,
-        "class_names": list(source.class_names),
-        "image_shape": [int(n) for n in source.images.shape[1:]],
-        "num_images": int(source.images.shape[0]),
-        "class_counts": np.bincount(source.labels, minlength=num_classes).tolist(),
-        "permutation": {"seed": seed, "n": int(source.images.shape[0])},
-        "block_size": block_size,
-        "source": list(source.files),
-        "shards": shards,
-    }
-
-
-def _write_tars(
-    source: Source, folder: Path, block_size: int, shard_size: int, seed: int, progress: bool
-) -> list[dict[str, Any]]:
-    num_images = int(source.images.shape[0])
-    permutation = KeyedPermutation(num_images, seed, "shards")
-    per_shard = block_size * -(-shard_size // block_size)
-    shards = []
-    with tqdm(total=num_images, desc="writing shards", unit="img", disable=not progress) as bar:
-        for number, start in enumerate(range(0, num_images, per_shard)):
-            name = f"shard-{number:05d}.tar"
-            blocks: list[list[int]] = []
-            with open(folder / name, "wb") as file:
-                writer = webdataset.TarWriter(file, encoder=False, mtime=0)
-                offset = 0
-                for first in range(start, min(start + per_shard, num_images), block_size):
-                    positions = np.arange(first, min(first + block_size, start + per_shard, num_images))
-                    ids = permutation(positions)
-                    images = _npy(np.ascontiguousarray(source.images[ids], dtype=np.uint8))
-                    labels = _npy(np.ascontiguousarray(source.labels[ids], dtype="<i8"))
-                    key = f"{first // block_size:08d}"
-                    writer.write({"__key__": key, "images.npy": images.data, "labels.npy": labels.data})
-                    at_images = offset + _TAR_BLOCK + images.header_bytes
-                    offset += _TAR_BLOCK + _padded(len(images.data))
-                    at_labels = offset + _TAR_BLOCK + labels.header_bytes
-                    offset += _TAR_BLOCK + _padded(len(labels.data))
-                    blocks.append([at_images, at_labels, len(ids), first])
-                    bar.update(len(ids))
-                writer.close()
-                file.flush()
-                os.fsync(file.fileno())
-            path = folder / name
-            shards.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "blocks": blocks})
-    return shards
-
-
-@dataclass(frozen=True)
-class _Npy:
-    data: bytes
-    header_bytes: int
-
-
-def _npy(array: np.ndarray) -> _Npy:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
-    return _Npy(stream.getvalue(), len(stream.getvalue()) - array.nbytes)
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _TAR_BLOCK) * _TAR_BLOCK
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        # The table of a permutation is computed anew in a worker process.
+        return {key: value for key, value in self.__dict__.items() if key != "permutation"}
 
 
 class ShardSet:
-    """The verified shards of one folder, open for random access. Make it with `open_shards`."""
+    """The shards of one index, open for random access. Make it with `open_shards`.
 
-    def __init__(self, folder: Path, index: dict[str, Any], what: str) -> None:
+    Attributes:
+        folder: where the shards are, a path or an address.
+        dataset, class_names, class_counts, image_shape ((H, W, C)), num_images, source_files: of the index.
+        names: of the shards, as in the index.
+        shard_starts: int64 [S + 1]; shard s holds the positions shard_starts[s] .. shard_starts[s + 1] - 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        index: dict[str, Any],
+        what: str,
+        *,
+        only: Sequence[str] | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         self.folder = folder
         self._what = what
+        self._cache = cache
         try:
-            self._read_index(index)
+            self._read_index(index, only)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise self._damaged(f"it lacks or garbles {error}") from error
-        self._maps: list[np.ndarray | None] = [None] * len(self._names)
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.max_open = _MAX_OPEN
+
+    # ---- the index ----
+
+    @property
+    def _index_path(self) -> str:
+        return f"{str(self.folder).rstrip('/')}/{INDEX}"
 
     def _damaged(self, why: str) -> UserError:
-        return UserError(f"The index {self.folder / INDEX} of {self._what} is damaged: {why}. Make the shards again.")
+        return UserError(f"The index {self._index_path} of {self._what} is damaged: {why}. {_REMAKE}")
 
-    def _read_index(self, index: dict[str, Any]) -> None:
+    def _read_index(self, index: dict[str, Any], only: Sequence[str] | None) -> None:
         if index.get("format") != FORMAT:
-            raise UserError(f"{self.folder / INDEX} is not an index of shards (its format is {index.get('format')!r}).")
-        if index.get("version") != VERSION:
+            raise UserError(f"{self._index_path} is not an index of shards (its format is {index.get('format')!r}).")
+        version = index.get("version")
+        if version != VERSION:
+            newer = isinstance(version, int) and version > VERSION
+            way_out = "Update nrat_scale." if newer else _REMAKE
             raise UserError(
-                f"{self.folder / INDEX} has version {index.get('version')!r}; this program reads version {VERSION}. "
-                "Make the shards again with tools/shard_dataset.py."
+                f"{self._index_path} has version {version!r}; this program reads version {VERSION}. {way_out}"
             )
         self.dataset = str(index["dataset"])
         self.class_names = tuple(str(name) for name in index["class_names"])
         self.num_classes = len(self.class_names)
         height, width, channels = (int(n) for n in index["image_shape"])
         self.image_shape = (height, width, channels)
-        self.num_images = int(index["num_images"])
-        self.class_counts = tuple(int(n) for n in index["class_counts"])
+        if min(self.image_shape) < 1:
+            raise self._damaged(f"its image shape is {list(self.image_shape)}")
         self.source_files = list(index["source"])
-        self.permutation_seed = int(index["permutation"]["seed"])
-        self._names = [str(shard["name"]) for shard in index["shards"]]
-        self._bytes = [int(shard["bytes"]) for shard in index["shards"]]
-        self._sha256 = [str(shard["sha256"]) for shard in index["shards"]]
-        for name in self._names:
-            if not _SHARD_NAME.fullmatch(name):  # nothing outside the folder is ever opened
-                raise self._damaged(f"{name!r} is no name of a shard")
-        blocks = [np.asarray(shard["blocks"], dtype=np.int64).reshape(-1, 4) for shard in index["shards"]]
-        self._shard_of_block = np.repeat(np.arange(len(blocks)), [len(b) for b in blocks])
-        table = np.concatenate(blocks) if blocks else np.zeros((0, 4), np.int64)
-        self._image_offset, self._label_offset, counts, self._first = np.ascontiguousarray(table.T)
-        self._image_bytes = height * width * channels
-        ends = np.asarray(self._bytes, np.int64)[self._shard_of_block] if len(table) else table[:, 0]
+        self.parts = [
+            Part(int(part["num_images"]), int(part["first_id"]), int(part["num_ids"]), _optional_int(part["seed"]))
+            for part in index["parts"]
+        ]
+        entries = list(index["shards"])
+        for entry in entries:
+            if not _SHARD_NAME.fullmatch(str(entry["name"])):  # nothing outside the folder is ever opened
+                raise self._damaged(f"{entry['name']!r} is no name of a shard")
+        self._read_shards(entries, int(index["num_images"]))
+        if self._class_counts.sum(axis=0).tolist() != list(index["class_counts"]):
+            raise self._damaged("its counts contradict each other")
+        self._keep(only)
+
+    def _read_shards(self, entries: list[dict[str, Any]], num_images: int) -> None:
+        self.names = [str(entry["name"]) for entry in entries]
+        self._bytes = [int(entry["bytes"]) for entry in entries]
+        self._sha256 = [str(entry["sha256"]) for entry in entries]
+        self._class_counts = np.asarray([entry["class_counts"] for entry in entries], np.int64)
+        # Blocks that store no ids have three numbers, the others four.
+        blocks = [[*block, -1] if len(block) == 3 else block for entry in entries for block in entry["blocks"]]
+        table = np.asarray(blocks, np.int64).reshape(-1, 4)
+        self._shard_of_block = np.repeat(np.arange(len(entries)), [len(entry["blocks"]) for entry in entries])
+        self._image_offset, self._label_offset, self._counts, self._id_offset = np.ascontiguousarray(table.T)
+        self._image_bytes = math.prod(self.image_shape)
+        self._origin = np.cumsum(self._counts) - self._counts  # position in the whole index of a block's first image
+        ends = np.asarray(self._bytes, np.int64)[self._shard_of_block]
+        per_shard = np.bincount(self._shard_of_block, self._counts, len(entries)).astype(np.int64)
+        part_ends = np.cumsum([part.num_images for part in self.parts])
+        stored = [part.seed is None for part in self.parts]
         if (
-            self.num_images < 1
-            or min(self.image_shape) < 1
-            or int(index["permutation"]["n"]) != self.num_images
-            or (counts < 1).any()
-            or (self._first != np.concatenate([[0], np.cumsum(counts)[:-1]])).any()
-            or int(counts.sum()) != self.num_images
+            not entries
+            or not self.parts
+            or len(set(self.names)) != len(self.names)
+            or num_images < 1
+            or (self._counts < 1).any()
+            or int(self._counts.sum()) != num_images
+            or int(part_ends[-1]) != num_images
+            or any(min(part.num_images, part.num_ids) < 1 or part.first_id < 0 for part in self.parts)
+            or any(part.seed is not None and part.num_ids != part.num_images for part in self.parts)
             # By division, so that no number of a damaged index can overflow.
-            or (self._image_offset < 0).any()
-            or (counts > (ends - self._image_offset) // self._image_bytes).any()
-            or (self._label_offset < 0).any()
-            or (counts > (ends - self._label_offset) // 8).any()
-            or not self._labels_follow_images(counts)
-            or min(self.class_counts) < 0
-            or sum(self.class_counts) != self.num_images
-            or len(self.class_counts) != self.num_classes
+            or not self._fits(self._image_offset, ends, self._image_bytes).all()
+            or not self._fits(self._label_offset, ends, 8).all()
+            or not self._fits(self._id_offset, ends, 8)[self._id_offset != -1].all()
+            or not self._labels_follow_images()
+            or ((self._id_offset >= 0) != np.asarray(stored)[np.searchsorted(part_ends, self._origin, "right")]).any()
+            or self._class_counts.shape != (len(entries), self.num_classes)
+            or (self._class_counts < 0).any()
+            or (self._class_counts.sum(axis=1) != per_shard).any()
         ):
             raise self._damaged("its counts and offsets contradict each other")
 
-    def _labels_follow_images(self, counts: np.ndarray) -> bool:
+    def _fits(self, offsets: np.ndarray, ends: np.ndarray, row_bytes: int) -> np.ndarray:
+        return np.asarray((offsets >= 0) & (self._counts <= (ends - offsets) // row_bytes))
+
+    def _labels_follow_images(self) -> bool:
         # Between them lie padding (less than a tar block), a tar header (one) and an npy header (less than one): any
         # other distance means that `image_shape` or an offset is wrong.
-        gap = self._label_offset - (self._image_offset + counts * self._image_bytes)
-        return bool(((gap > _TAR_BLOCK) & (gap < 3 * _TAR_BLOCK)).all())
+        gap = self._label_offset - (self._image_offset + self._counts * self._image_bytes)
+        return bool(((gap > TAR_BLOCK) & (gap < 3 * TAR_BLOCK)).all())
+
+    def _keep(self, only: Sequence[str] | None) -> None:
+        """Restrict the set to the shards named `only` (all where None) and number the positions."""
+        if only is not None:
+            unknown = sorted(set(only) - set(self.names))
+            if unknown:
+                raise UserError(f"{self._index_path} lists no shard {unknown[0]}; it has {len(self.names)} others.")
+            kept = [number for number, name in enumerate(self.names) if name in set(only)]
+            blocks = np.isin(self._shard_of_block, kept)
+            self._shard_of_block = np.searchsorted(kept, self._shard_of_block[blocks])
+            for name in ("_image_offset", "_label_offset", "_counts", "_id_offset", "_origin"):
+                setattr(self, name, getattr(self, name)[blocks])
+            self.names = [self.names[number] for number in kept]
+            self._bytes = [self._bytes[number] for number in kept]
+            self._sha256 = [self._sha256[number] for number in kept]
+            self._class_counts = self._class_counts[kept]
+        self.num_images = int(self._counts.sum())
+        self.class_counts = tuple(self._class_counts.sum(axis=0).tolist())
+        self._first = np.cumsum(self._counts) - self._counts
+        per_shard = np.bincount(self._shard_of_block, self._counts, len(self.names)).astype(np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(per_shard)])
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the files and computes the permutation anew.
-        state = {key: value for key, value in self.__dict__.items() if key != "permutation"}
-        return {**state, "_maps": [None] * len(self._names)}
+        # A worker process maps the files anew.
+        return {**self.__dict__, "_maps": OrderedDict()}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie behind an address."""
+        return self._cache is not None
 
     @property
     def fingerprint(self) -> str:
         """sha256 over the shards' own sha256: names the data, whatever folder they lie in."""
         return hashlib.sha256("\n".join(self._sha256).encode()).hexdigest()
 
-    @cached_property
-    def permutation(self) -> KeyedPermutation:
-        """position -> source id; its `inverse` is source id -> position."""
-        return KeyedPermutation(self.num_images, self.permutation_seed, "shards")
+    def bytes_of(self, numbers: Sequence[int]) -> int:
+        """The size of some shards together."""
+        return sum(self._bytes[number] for number in numbers)
+
+    # ---- verification ----
 
     def verify(self, *, full: bool = False) -> None:
-        """Check that every shard is there, has its size and (once per file and remembered, or always if `full`) its hash.
+        """Check that every local shard is there, has its size and its hash; remote ones are verified as they arrive.
+
+        A hash is computed once per file and remembered, or always if `full`.
 
         Raises:
-            UserError: names the shard that is missing or damaged.
+            ShardUnusable: names the shard that is missing or damaged.
         """
-        remembered = {} if full else self._remembered()
-        checked: dict[str, list[int]] = {}
-        for name, size, sha256 in zip(self._names, self._bytes, self._sha256, strict=True):
-            path = self.folder / name
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise UserError(
-                    f"The shard {path} of {self._what} cannot be opened ({error.strerror}). "
-                    "Bring it back, or make the shards again with tools/shard_dataset.py."
-                ) from error
-            wrong = f"it has {stat.st_size} bytes instead of {size}" if stat.st_size != size else ""
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            if not wrong and remembered.get(f"{name}:{sha256}") != stamp and _sha256_of_shard(path) != sha256:
-                wrong = "its sha256 is not the one in the index"
-            if wrong:
-                raise UserError(
-                    f"The shard {path} of {self._what} is damaged: {wrong}. "
-                    "Copy it again, or make the shards again with tools/shard_dataset.py."
-                )
-            checked[f"{name}:{sha256}"] = stamp
-        if checked != remembered and os.access(self.folder, os.W_OK):
-            with suppress(UserError):  # only a memory aid: without it everything is hashed again
-                write_json(self.folder / ".verified.json", checked)
+        for number, error in self.check(full=full).items():
+            assert error.name == self.names[number]
+            raise error
 
-    def _remembered(self) -> dict[str, Any]:
-        path = self.folder / ".verified.json"
-        if not path.is_file():
+    def check(self, *, full: bool = False) -> dict[int, ShardUnusable]:
+        """As `verify`, but finds every unusable shard."""
+        if self._cache is not None:
             return {}
+        assert isinstance(self.folder, Path)
+        remembered = {} if full else _remembered(self.folder)
+        checked: dict[str, list[int]] = {}
+        unusable = {}
+        for number, name in enumerate(self.names):
+            try:
+                stamp = self._checked(number, remembered)
+            except ShardUnusable as error:
+                unusable[number] = error
+            else:
+                checked[f"{name}:{self._sha256[number]}"] = stamp
+        if {**remembered, **checked} != remembered and os.access(self.folder, os.W_OK):
+            with suppress(UserError):  # only a memory aid: without it everything is hashed again
+                write_json(self.folder / ".verified.json", {**remembered, **checked})
+        return unusable
+
+    def _checked(self, number: int, remembered: dict[str, Any]) -> list[int]:
+        assert isinstance(self.folder, Path)
+        name, size, sha256 = self.names[number], self._bytes[number], self._sha256[number]
+        path = self.folder / name
         try:
-            return read_json(path, "record of verified shards")
-        except UserError:
-            return {}
+            stat = path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            wrong = f"it has {stat.st_size} bytes instead of {size}" if stat.st_size != size else ""
+            if not wrong and remembered.get(f"{name}:{sha256}") != stamp and sha256_of(path) != sha256:
+                wrong = "its sha256 is not the one in the index"
+        except OSError as error:
+            raise ShardUnusable(
+                f"The shard {path} of {self._what} cannot be opened ({error.strerror}). "
+                "Bring it back, or make the shards again with tools/shard_dataset.py.",
+                name,
+                str(error.strerror),
+            ) from error
+        if wrong:
+            raise ShardUnusable(
+                f"The shard {path} of {self._what} is damaged: {wrong}. "
+                "Copy it again, or make the shards again with tools/shard_dataset.py.",
+                name,
+                wrong,
+            )
+        return stamp
+
+    # ---- samples ----
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """uint8 [m, H, W, C] of the samples at `positions` [m]."""
@@ -349,19 +303,68 @@ class ShardSet:
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m] of the samples at `positions` [m], as stored (before any label noise)."""
-        rows = self._gather(positions, self._label_offset, 8)
-        return rows.reshape(-1).view("<i8").astype(np.int64)
+        return self._gather(positions, self._label_offset, 8).reshape(-1).view("<i8").astype(np.int64)
 
-    def labels_in_source_order(self) -> np.ndarray:
-        """int64 [N]: all labels by source id."""
-        labels = np.empty(self.num_images, np.int64)
-        positions = np.arange(self.num_images)
-        labels[self.permutation(positions)] = self.labels(positions)
-        return labels
+    def source_ids(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [m]: the source ids of the samples at `positions` [m]."""
+        positions = np.asarray(positions, np.int64)
+        block = np.searchsorted(self._first, positions, side="right") - 1
+        origin = self._origin[block] + positions - self._first[block]
+        ids = np.empty(len(positions), np.int64)
+        for first, part in zip(self._part_starts, self.parts, strict=True):
+            here = np.flatnonzero((origin >= first) & (origin < first + part.num_images))
+            if not len(here):
+                continue
+            if part.seed is None:
+                stored = self._gather(positions[here], self._id_offset, 8).reshape(-1).view("<i8")
+                ids[here] = part.first_id + stored
+            else:
+                ids[here] = part.first_id + part.permutation(origin[here] - first)
+        return ids
 
-    def images_in_source_order(self) -> np.ndarray:
-        """uint8 [N, H, W, C]: all images by source id, in memory."""
-        return self.images(self.permutation.inverse(np.arange(self.num_images)))
+    def positions_of(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [m]: the positions of the samples with the source ids [m]; -1 where there is no such sample here."""
+        ids = np.asarray(ids, np.int64)
+        positions = np.full(len(ids), -1)
+        for first, part in zip(self._part_starts, self.parts, strict=True):
+            here = np.flatnonzero((ids >= part.first_id) & (ids < part.first_id + part.num_ids))
+            if not len(here):
+                continue
+            if part.seed is None:
+                stored, order = self._stored_ids
+                at = np.minimum(np.searchsorted(stored, ids[here]), len(stored) - 1)
+                positions[here] = np.where(stored[at] == ids[here], order[at], -1)
+                continue
+            origin = first + part.permutation.inverse(ids[here] - part.first_id)
+            block = np.searchsorted(self._origin, origin, side="right") - 1
+            offset = origin - self._origin[block]
+            there = (block >= 0) & (offset < self._counts[block])
+            positions[here] = np.where(there, self._first[block] + offset, -1)
+        return positions
+
+    @cached_property
+    def _part_starts(self) -> np.ndarray:
+        sizes = np.asarray([part.num_images for part in self.parts])
+        return np.asarray(np.cumsum(sizes) - sizes)
+
+    @cached_property
+    def _stored_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """(source ids, ascending; positions) of the samples whose ids are stored in their blocks."""
+        blocks = np.flatnonzero(self._id_offset >= 0)
+        positions = np.concatenate([self._first[b] + np.arange(self._counts[b]) for b in blocks])
+        ids = self.source_ids(positions)
+        order = np.argsort(ids, kind="stable")
+        return ids[order], positions[order]
+
+    def in_source_order(self) -> np.ndarray:
+        """int64 [N]: all positions, in the order of their source ids."""
+        if len(self.parts) == 1 and self.parts[0].seed is not None and self.num_images == self.parts[0].num_images:
+            return self.parts[0].permutation.inverse(np.arange(self.num_images))
+        return np.argsort(self.source_ids(np.arange(self.num_images)), kind="stable")
+
+    def shards_of(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [m]: which shards hold the samples at `positions` [m]."""
+        return np.searchsorted(self.shard_starts, positions, side="right") - 1
 
     def _gather(self, positions: np.ndarray, offsets: np.ndarray, row_bytes: int) -> np.ndarray:
         positions = np.asarray(positions, dtype=np.int64)
@@ -380,40 +383,75 @@ class ShardSet:
             out[here] = windows[start[here]]
         return out
 
+    def fetch(self, number: int, *, stopped: Callable[[], bool] = lambda: False) -> Path:
+        """The local, verified file of shard `number`; one behind an address is fetched into the cache first.
+
+        Raises:
+            ShardUnusable: it stays missing or damaged.
+        """
+        if self._cache is None:
+            return Path(self.folder) / self.names[number]
+        url = f"{self.folder}/{self.names[number]}"
+        try:
+            return self._cache.fetch(url, self._bytes[number], self._sha256[number], stopped=stopped)
+        except UserError as error:
+            message = f"The shard {self.names[number]} of {self._what} cannot be used: {error}"
+            raise ShardUnusable(message, self.names[number], str(error)) from error
+
     def _map(self, number: int) -> np.ndarray:
-        mapped = self._maps[number]
+        mapped = self._maps.get(number)
         if mapped is None:
-            path = self.folder / self._names[number]
+            path = self.fetch(number)
             try:
                 mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)))
             except (OSError, ValueError) as error:
-                raise UserError(f"The shard {path} cannot be read ({error}).") from error
+                reason = f"it cannot be read ({error})"
+                raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
             self._maps[number] = mapped
+            while len(self._maps) > self.max_open:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(number)
         return mapped
 
 
-def _sha256_of_shard(path: Path) -> str:
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    path = folder / ".verified.json"
+    if not path.is_file():
+        return {}
     try:
-        return sha256_of(path)
-    except OSError as error:
-        raise UserError(f"The shard {path} cannot be read ({error.strerror}). Copy it again.") from error
+        return read_json(path, "record of verified shards")
+    except UserError:
+        return {}
 
 
-def open_shards(folder: str | Path, what: str = "the data", *, commands: Sequence[str] = ()) -> ShardSet:
-    """The shards in `folder`, whose index is read and checked; call `verify` before trusting the images.
+def open_shards(
+    where: str | Path, what: str = "the data", *, commands: Sequence[str] = (), cache: Cache | None = None
+) -> ShardSet:
+    """The shards at `where`, whose index is read and checked; call `verify` before trusting the images.
 
     Args:
-        folder: where `tools/shard_dataset.py` wrote.
-        what: names the data in errors, for instance the recipe key that gives `folder`.
+        where: the folder that `tools/shard_dataset.py` wrote, or its address (https://, s3://, hf://datasets/...);
+            followed by `/NAME.tar` or `/shard-{00000..00009}.tar`, only those of its shards.
+        what: names the data in errors, for instance the recipe key that gives `where`.
         commands: what to type to make these shards, shown where they are missing.
+        cache: where remote shards are kept; the default one where None.
 
     Raises:
-        UserError: no such folder or index, or a damaged one.
+        UserError: no such folder, address or index, or a damaged one.
     """
-    folder = Path(folder)
-    if not (folder / INDEX).is_file():
+    folder, only = expand(str(where))
+    if is_remote(folder):
+        data = fetch_bytes(f"{folder}/{INDEX}", _MAX_INDEX_BYTES)
+        index = parse_json(data, f"index of {what}", f"{folder}/{INDEX}")
+        return ShardSet(folder, index, what, only=only, cache=cache or Cache())
+    path = Path(folder) / INDEX
+    if not path.is_file():
         way_out = (
             "Prepare them with:\n  " + "\n  ".join(commands) if commands else "Make them with tools/shard_dataset.py."
         )
         raise UserError(f"There are no shards of {what} at {folder} (no {INDEX}). {way_out}")
-    return ShardSet(folder, read_json(folder / INDEX, f"index of {what}"), what)
+    return ShardSet(Path(folder), read_json(path, f"index of {what}"), what, only=only)

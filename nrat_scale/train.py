@@ -361,7 +361,7 @@ def _describe(t: Training, arguments: dict[str, Any]) -> None:
     }
     write_json(t.run / "data.json", sources)
     if real is not None and real.given is not None and real.clean is not None:
-        order = real.shards.permutation.inverse(np.arange(len(real.shards)))
+        order = real.shards.in_source_order()
         clean, given = real.clean[order], real.given[order]
         noise = label_noise.describe(clean, given, shards.num_classes, t.recipe.data.real.noise)
         write_json(t.run / "label_noise.json", noise)

@@ -21,8 +21,8 @@ from nrat_scale.attacks import ThreatSpec
 from nrat_scale.checkpoint import save_checkpoint, write_pointer
 from nrat_scale.errors import UserError
 from nrat_scale.models import ModelSpec, create, model_arguments
+from nrat_scale.pack import Source, write_shards
 from nrat_scale.recipe import load_recipe, to_yaml
-from nrat_scale.shards import Source, write_shards
 
 THREAT = ThreatSpec(0.06, 0.02, 1)
 NAMES = tuple("0123456789")

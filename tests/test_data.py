@@ -25,7 +25,8 @@ from nrat_scale.data import (
 )
 from nrat_scale.errors import UserError
 from nrat_scale.labels import NoiseSpec
-from nrat_scale.shards import Source, open_shards, write_shards
+from nrat_scale.pack import Source, write_shards
+from nrat_scale.shards import open_shards
 
 NOISE = NoiseSpec("symmetric", 0.4)
 
@@ -140,7 +141,7 @@ def test_batches_hold_what_they_say(spec: DataSpec) -> None:
     assert torch.equal(seen["clean_labels"][~generated], ids[~generated] % 10)
     assert 0.3 < seen["labels"][~generated].ne(seen["clean_labels"][~generated]).float().mean() < 0.5
     pool = data.pools[0]
-    held_out = set(pool.shards.permutation(pool.held_out).tolist())
+    held_out = set(pool.shards.source_ids(pool.held_out).tolist())
     assert set(ids[~generated].tolist()) == set(range(130)) - held_out
 
 
@@ -149,7 +150,7 @@ def test_noise_and_split_are_properties_of_the_data(spec: DataSpec, tmp_path: Pa
     a = open_training_data(spec, 0).pools[0]
     other = replace(spec, real=RealSpec(str(shards(tmp_path / "real", 130, seed=9)), NOISE))
     b = open_training_data(other, 0).pools[0]
-    order = [pool.shards.permutation.inverse(np.arange(130)) for pool in (a, b)]
+    order = [pool.shards.positions_of(np.arange(130)) for pool in (a, b)]
     assert a.given is not None
     assert b.given is not None
     assert np.array_equal(a.given[order[0]], b.given[order[1]])

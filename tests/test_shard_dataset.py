@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -22,14 +21,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import readers
+import shard_dataset as tool
 from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.shards import ShardSet, open_shards
 
 TOOL = Path(__file__).parents[1] / "tools" / "shard_dataset.py"
-_SPEC = importlib.util.spec_from_file_location("shard_dataset", TOOL)
-tool = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tool)
 
 
 @pytest.fixture
@@ -76,9 +74,9 @@ def _data(
 
 
 def _same(shards: ShardSet, images: np.ndarray, labels: np.ndarray) -> bool:
-    assert shards.images_in_source_order().shape == images.shape
-    return np.array_equal(shards.images_in_source_order(), images) and np.array_equal(
-        shards.labels_in_source_order(), labels
+    assert shards.images(shards.in_source_order()).shape == images.shape
+    return np.array_equal(shards.images(shards.in_source_order()), images) and np.array_equal(
+        shards.labels(shards.in_source_order()), labels
     )
 
 
@@ -157,7 +155,7 @@ def test_npz_needs_little_memory(tmp_path, save):
         tracemalloc.stop()
     assert peak < 14e6 < size / 4  # a block has 1.6 MB and exists as gathered, serialised and written
     shards = open_shards(tmp_path / "out")
-    assert np.array_equal(shards.images(np.arange(20_000))[:, 0, 0, 0], shards.permutation(np.arange(20_000)) % 251)
+    assert np.array_equal(shards.images(np.arange(20_000))[:, 0, 0, 0], shards.source_ids(np.arange(20_000)) % 251)
 
 
 def test_stored_npz_is_mapped_in_place(tmp_path):
@@ -167,7 +165,7 @@ def test_stored_npz_is_mapped_in_place(tmp_path):
         scratch = tmp_path / str(number)
         scratch.mkdir()
         save(tmp_path / "a.npz", image=images, label=labels)
-        tool.read_npz([str(tmp_path / "a.npz")], None, scratch)
+        readers.read_npz([str(tmp_path / "a.npz")], None, scratch)
         assert len(list(scratch.iterdir())) == 2 * number  # `image` and `label`
 
 
@@ -183,7 +181,7 @@ def test_any_damaged_byte_of_an_npz_is_noticed(tmp_path, save):
         damaged[place] ^= 1 << generator.integers(8)
         (tmp_path / "b.npz").write_bytes(damaged)
         try:
-            source = tool.read_npz([str(tmp_path / "b.npz")], None, tmp_path)
+            source = readers.read_npz([str(tmp_path / "b.npz")], None, tmp_path)
         except UserError as error:
             noticed += "b.npz" in str(error)
         else:
@@ -244,7 +242,7 @@ def _make_batches(folder: Path, make: Callable[[np.ndarray, np.ndarray], bytes],
     """All six batches, of 11, 12, ... images, and what they hold."""
     folder.mkdir(parents=True)
     batches = {}
-    for number, name in enumerate(tool.CIFAR10_MD5):
+    for number, name in enumerate(readers.CIFAR10_MD5):
         batches[name] = _cifar(11 + number, number)
         (folder / f"{name}{suffix}").write_bytes(make(*batches[name]))
     return batches
@@ -254,7 +252,7 @@ def _publish(monkeypatch, folder: Path) -> None:
     """Let the md5 of the batches in `folder` be the published ones."""
     for path in folder.iterdir():
         monkeypatch.setitem(
-            tool.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            readers.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         )
 
 
@@ -293,7 +291,7 @@ def test_published_md5_sums_are_those_of_the_batches():
     """The table that guards the unpickling agrees with the one that torchvision publishes."""
     from torchvision.datasets import CIFAR10
 
-    assert dict(CIFAR10.train_list + CIFAR10.test_list) == tool.CIFAR10_MD5
+    assert dict(CIFAR10.train_list + CIFAR10.test_list) == readers.CIFAR10_MD5
 
 
 class _Malicious:
@@ -325,7 +323,7 @@ def test_a_pickle_with_a_wrong_md5_is_not_opened(tmp_path, cli, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("unpickled")
 
-    monkeypatch.setattr(tool._BatchUnpickler, "load", never)
+    monkeypatch.setattr(readers._BatchUnpickler, "load", never)
     _make_batches(tmp_path / "cifar-10-batches-py", _python3_batch)
     before = _tree(tmp_path)
     result = cli("cifar10", tmp_path, "--split", "train", "--out", tmp_path / "out")
@@ -413,8 +411,10 @@ def test_digits_are_the_real_ones_enlarged(digits):
     found = 0
     for shards in splits:
         shards.verify()
-        images, at = shards.images_in_source_order()[..., 0], -1
-        for image, label in zip(images, shards.labels_in_source_order(), strict=True):  # ascending original index
+        images, at = shards.images(shards.in_source_order())[..., 0], -1
+        for image, label in zip(
+            images, shards.labels(shards.in_source_order()), strict=True
+        ):  # ascending original index
             at = next(i for i in range(at + 1, 1797) if np.abs(enlarged[i] - image).max() < 0.51)
             assert labels[at] == label
             found += 1
@@ -434,7 +434,7 @@ def test_digits_are_split_by_class_and_by_seed(digits):
     assert (
         train.source_files[0]["name"] == "sklearn.datasets.load_digits" and len(train.source_files[0]["sha256"]) == 64
     )
-    again, other = tool.read_digits("test", 0), tool.read_digits("test", 1)
+    again, other = readers.read_digits("test", 0), readers.read_digits("test", 1)
     assert _same(test, again.images, again.labels)
     assert not np.array_equal(again.images, other.images)
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import nrat_scale.shards
 from nrat_scale.errors import UserError
 from nrat_scale.files import sha256_of
-from nrat_scale.shards import Source, open_shards, write_shards
+from nrat_scale.pack import Source, write_shards
+from nrat_scale.shards import open_shards
 
 
 def _source(
@@ -70,10 +71,10 @@ def test_every_image_and_label_comes_back(num_images, shape, block_size, shard_s
         per_shard = -(-shard_size // block_size) * block_size
         assert len(list(out.glob("*.tar"))) == -(-num_images // per_shard)
         assert len(shards) == num_images and shards.image_shape == shape
-        assert np.array_equal(shards.images_in_source_order(), source.images)
-        assert np.array_equal(shards.labels_in_source_order(), source.labels)
+        assert np.array_equal(shards.images(shards.in_source_order()), source.images)
+        assert np.array_equal(shards.labels(shards.in_source_order()), source.labels)
         positions = np.random.default_rng(seed).integers(0, num_images, 50)  # with repetitions, in no order
-        ids = shards.permutation(positions)
+        ids = shards.source_ids(positions)
         assert np.array_equal(shards.images(positions), source.images[ids])
         assert np.array_equal(shards.labels(positions), source.labels[ids])
         assert shards.images(np.zeros(0, np.int64)).shape == (0, *shape)
@@ -98,7 +99,7 @@ def test_samples_are_permuted_when_written(tmp_path):
     for seed in (0, 1):
         shards = open_shards(_write(tmp_path / str(seed), source, seed=seed))
         labels.append(shards.labels(np.arange(70)))
-        assert np.array_equal(labels[-1], source.labels[shards.permutation(np.arange(70))])
+        assert np.array_equal(labels[-1], source.labels[shards.source_ids(np.arange(70))])
         assert not np.array_equal(labels[-1], source.labels)
     assert not np.array_equal(*labels)
 
@@ -134,9 +135,9 @@ def test_plain_webdataset_reads_the_same_samples(folder):
 def test_a_copy_for_a_worker_process_reads_the_same(folder):
     """Data loader workers receive the shards by pickle: neither maps nor the permutation may get lost."""
     shards = open_shards(folder)
-    expected = shards.images_in_source_order()  # maps and permutation are in use
+    expected = shards.images(shards.in_source_order())  # maps and permutation are in use
     copy = pickle.loads(pickle.dumps(shards))  # noqa: S301
-    assert np.array_equal(copy.images_in_source_order(), expected)
+    assert np.array_equal(copy.images(copy.in_source_order()), expected)
 
 
 def test_positions_out_of_range_are_refused(folder):
@@ -335,36 +336,38 @@ def test_an_unreadable_shard_is_named(folder, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(nrat_scale.shards, "sha256_of", broken)
-    with pytest.raises(UserError, match=r"shard-00000\.tar cannot be read \(Input/output error\)"):
+    with pytest.raises(UserError, match=r"shard-00000\.tar of the data cannot be opened \(Input/output error\)"):
         open_shards(folder).verify()
 
 
 FIELDS = [
-    "format", "version", "dataset", "class_names", "image_shape", "num_images", "class_counts", "permutation", "source",
-    "shards",
+    "format", "version", "dataset", "class_names", "image_shape", "num_images", "class_counts", "parts", "source", "shards",
 ]  # fmt: skip
 REMOVED = [(field,) for field in FIELDS]
-REMOVED += [("permutation", field) for field in ("seed", "n")]
-REMOVED += [("shards", 1, field) for field in ("name", "bytes", "sha256", "blocks")]
-REMOVED += [("shards", 1), ("shards", 1, "blocks", 0), ("shards", 1, "blocks", 0, 3)]
+REMOVED += [("parts", 0), *(("parts", 0, field) for field in ("num_images", "first_id", "num_ids", "seed"))]
+REMOVED += [("shards", 1, field) for field in ("name", "bytes", "sha256", "class_counts", "blocks")]
+REMOVED += [("shards", 1), ("shards", 1, "blocks", 0), ("shards", 1, "blocks", 0, 2)]
 ALTERED = [
-    ("format", "something else"), ("version", 2), ("version", "1"), ("class_names", ["a", "b"]), ("class_names", 7),
+    ("format", "something else"), ("version", 3), ("version", 1), ("version", "2"), ("class_names", ["a", "b"]), ("class_names", 7),
     ("class_names", []), ("image_shape", [8, 6]), ("image_shape", [8, 6, 1]), ("image_shape", [16, 16, 3]),
     ("image_shape", [-8, -6, 3]), ("image_shape", [0, 6, 3]), ("image_shape", [2**40, 2**40, 3]), ("image_shape", "8x6"),
     ("num_images", 71), ("num_images", 0), ("num_images", -70), ("num_images", "many"), ("num_images", float("inf")),
     ("num_images", None), ("class_counts", [70]), ("class_counts", [1] * 7), ("class_counts", [-1, 71, 0, 0, 0, 0, 0]),
-    ("permutation", []), ("permutation", "n", 69), ("permutation", "seed", None), ("source", None), ("shards", []),
+    ("parts", []), ("parts", 0, "num_images", 69), ("parts", 0, "seed", None), ("parts", 0, "num_ids", 71), ("source", None),
+    ("parts", 0, "first_id", -1), ("shards", []), ("shards", 1, "class_counts", [32]), ("shards", 1, "name", "shard-00000.tar"),
     ("shards", {}), ("shards", 1, "bytes", 10), ("shards", 1, "bytes", 2**80), ("shards", 1, "bytes", "many"),
-    ("shards", 1, "blocks", []), ("shards", 1, "blocks", "none"), ("shards", 1, "blocks", [[1, 2, 3]]),
+    ("shards", 1, "blocks", []), ("shards", 1, "blocks", "none"), ("shards", 1, "blocks", [[1, 2]]),
     ("shards", 1, "blocks", 0, 0, -1), ("shards", 1, "blocks", 0, 0, 10**9), ("shards", 1, "blocks", 0, 0, 10**30),
     ("shards", 1, "blocks", 0, 1, -1), ("shards", 1, "blocks", 0, 1, 640), ("shards", 1, "blocks", 0, 1, 10**9),
     ("shards", 1, "blocks", 0, 2, 15), ("shards", 1, "blocks", 0, 2, 2**61), ("shards", 1, "blocks", 0, 2, -16),
-    ("shards", 1, "blocks", 0, 3, 31), ("shards", 1, "blocks", 1, [640, 3200, 16, 32]),
+    ("shards", 1, "blocks", 1, [640, 3200, 16, 32]), ("shards", 1, "blocks", 1, [640, 3200, 16, -1, 0]),
 ]  # fmt: skip
 HOSTILE = [
     "../x.tar",
     "/etc/passwd",
-    "a/b.tar",
+    "a/../b.tar",
+    "a//b.tar",
+    "a/.b/c.tar",
     "shard\0.tar",
     ".hidden.tar",
     "shard.zip",

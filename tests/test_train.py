@@ -17,8 +17,9 @@ import nrat_scale
 from nrat_scale import evaluate, release, report
 from nrat_scale.checkpoint import named_checkpoint, open_checkpoint
 from nrat_scale.errors import UserError
+from nrat_scale.pack import Source, write_shards
 from nrat_scale.recipe import load_recipe
-from nrat_scale.shards import Source, open_shards, write_shards
+from nrat_scale.shards import open_shards
 from nrat_scale.train import main, train
 
 ROOT = Path(__file__).parent.parent
