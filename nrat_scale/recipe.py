@@ -30,7 +30,17 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 RESUMES = ("auto", "never")
 _FRACTION = re.compile(r"\s*([0-9.]+)\s*/\s*([0-9.]+)\s*")
 # What may differ between the parts of one run: where and how far it runs, not what it computes.
-_NOT_IDENTITY = ("run_dir", "resume", "train.max_steps", "data.workers", "data.real.prepare", "data.generated.prepare")
+_NOT_IDENTITY = (
+    "run_dir",
+    "resume",
+    "train.max_steps",
+    "data.workers",
+    "data.max_bad_shards",
+    "data.remote.cache",
+    "data.remote.cache_gb",
+    "data.real.prepare",
+    "data.generated.prepare",
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,9 @@ class RecipeSpec:
             raise UserError(f"precision is '{self.precision}'. {did_you_mean(self.precision, PRECISIONS)}")
         if self.resume not in RESUMES:
             raise UserError(f"resume is '{self.resume}'. {did_you_mean(self.resume, RESUMES)}")
-        build_objective(self.objective)
+        family = build_objective(self.objective).family
+        if family == "mart" and self.data.augment.cutmix:
+            raise UserError("data.augment.cutmix mixes labels, and MART needs hard ones. Set it to 0.")
         if self.objective.smoothing and self.objective.smoothing_mode == "off":
             raise UserError(
                 f"objective.smoothing is {self.objective.smoothing} but objective.smoothing_mode is 'off' "

@@ -81,6 +81,8 @@ class ShardSet:
         folder: where the shards are, a path or an address.
         dataset, class_names, class_counts, image_shape ((H, W, C)), num_images, source_files: of the index.
         names: of the shards, as in the index.
+        unusable: what was found missing or damaged; these shards are not read.
+        max_open: how many memory maps are kept.
         shard_starts: int64 [S + 1]; shard s holds the positions shard_starts[s] .. shard_starts[s + 1] - 1.
     """
 
@@ -103,6 +105,7 @@ class ShardSet:
                 raise
             raise self._damaged(f"it lacks or garbles {error}") from error
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.unusable: dict[int, ShardUnusable] = {}
         self.max_open = _MAX_OPEN
 
     # ---- the index ----
@@ -244,29 +247,28 @@ class ShardSet:
         Raises:
             ShardUnusable: names the shard that is missing or damaged.
         """
-        for number, error in self.check(full=full).items():
-            assert error.name == self.names[number]
+        for error in self.check(full=full).values():
             raise error
 
     def check(self, *, full: bool = False) -> dict[int, ShardUnusable]:
-        """As `verify`, but finds every unusable shard."""
+        """As `verify`, but finds every unusable shard and keeps them in `unusable`."""
         if self._cache is not None:
             return {}
         assert isinstance(self.folder, Path)
         remembered = {} if full else _remembered(self.folder)
         checked: dict[str, list[int]] = {}
-        unusable = {}
+        self.unusable = {}
         for number, name in enumerate(self.names):
             try:
                 stamp = self._checked(number, remembered)
             except ShardUnusable as error:
-                unusable[number] = error
+                self.unusable[number] = error
             else:
                 checked[f"{name}:{self._sha256[number]}"] = stamp
         if {**remembered, **checked} != remembered and os.access(self.folder, os.W_OK):
             with suppress(UserError):  # only a memory aid: without it everything is hashed again
                 write_json(self.folder / ".verified.json", {**remembered, **checked})
-        return unusable
+        return self.unusable
 
     def _checked(self, number: int, remembered: dict[str, Any]) -> list[int]:
         assert isinstance(self.folder, Path)
@@ -356,6 +358,11 @@ class ShardSet:
         order = np.argsort(ids, kind="stable")
         return ids[order], positions[order]
 
+    def first_in_source_order(self, count: int) -> np.ndarray:
+        """int64 [count]: the positions of the samples with the smallest source ids."""
+        positions = self.positions_of(np.arange(count))
+        return self.in_source_order()[:count] if (positions < 0).any() else positions
+
     def in_source_order(self) -> np.ndarray:
         """int64 [N]: all positions, in the order of their source ids."""
         if len(self.parts) == 1 and self.parts[0].seed is not None and self.num_images == self.parts[0].num_images:
@@ -389,6 +396,8 @@ class ShardSet:
         Raises:
             ShardUnusable: it stays missing or damaged.
         """
+        if number in self.unusable:
+            raise self.unusable[number]
         if self._cache is None:
             return Path(self.folder) / self.names[number]
         url = f"{self.folder}/{self.names[number]}"
@@ -396,7 +405,16 @@ class ShardSet:
             return self._cache.fetch(url, self._bytes[number], self._sha256[number], stopped=stopped)
         except UserError as error:
             message = f"The shard {self.names[number]} of {self._what} cannot be used: {error}"
-            raise ShardUnusable(message, self.names[number], str(error)) from error
+            self.unusable[number] = ShardUnusable(message, self.names[number], str(error))
+            raise self.unusable[number] from error
+
+    def open(self, number: int) -> None:
+        """Map shard `number` into memory, unless it is already.
+
+        Raises:
+            ShardUnusable: it stays missing or damaged.
+        """
+        self._map(number)
 
     def _map(self, number: int) -> np.ndarray:
         mapped = self._maps.get(number)

@@ -10,7 +10,7 @@ All random numbers come from (seed, step), so a resumed run repeats the undistur
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from nrat_scale.attacks import apply_noise, in_space, pgd, start_noise
-from nrat_scale.data import Batch, LabelledImages, TrainingData, augment
+from nrat_scale.data import LabelledImages, TrainingData
+from nrat_scale.loader import Batch
 from nrat_scale.modes import attack_mode
-from nrat_scale.objectives import Objective
+from nrat_scale.objectives import LOSSES, Objective
 from nrat_scale.recipe import RecipeSpec
 from nrat_scale.seeds import torch_generator
 from nrat_scale.weights import awp
@@ -95,10 +96,9 @@ def train_step(t: Training, batch: Batch) -> None:
 def _micro_batches(t: Training, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(x, y, unit start noise) of each micro-batch; all randomness is that of the global batch, sliced."""
     device, size = t.accelerator.device, t.recipe.data.batch_size
-    x = augment(batch, t.recipe.data.augment, size, t.recipe.seed, device)
+    x, y = t.data.augmented(batch, device)
     if t.recipe.precision == "fp64":
         x = x.double()
-    y = batch.labels.to(device, non_blocking=True)
     generator = torch_generator(device, t.recipe.seed, "attack", batch.step)
     noise = start_noise(torch.Size((size, *x.shape[1:])), t.recipe.threat.init, x, generator)
     noise = noise[batch.first : batch.first + len(x)]
@@ -110,13 +110,21 @@ def attacked(t: Training, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, 
     """(x, x_adv, y): the training attack, with the natural logits taken as the attack runs the model."""
     if not t.objective.attacks:
         return x, None, y
+    _, encode, _ = in_space(t.base, t.recipe.threat.space)
+    start = apply_noise(encode(x), noise, t.recipe.threat)
+    return x, pgd(t.base, x, _inner(t, x, y), t.recipe.threat, start=start), y
+
+
+def _inner(t: Training, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """What the attack maximises, a function of the adversarial logits."""
+    if y.ndim == 2 and t.objective.spec.inner == "kl":
+        # CutMix: DM_AT attacks KL(y || p') instead of KL(p || p'); its gradient is that of cross-entropy.
+        return lambda logits_adv: LOSSES["ce"](logits_adv, y)
     logits = None
     if t.objective.inner_needs_natural:
         with torch.no_grad(), attack_mode(t.base, t.recipe.threat.bn):
             logits = t.base(x)
-    _, encode, _ = in_space(t.base, t.recipe.threat.space)
-    start = apply_noise(encode(x), noise, t.recipe.threat)
-    return x, pgd(t.base, x, t.objective.inner(logits, y), t.recipe.threat, start=start), y
+    return t.objective.inner(logits, y)
 
 
 def _perturbed_weights(
@@ -145,7 +153,8 @@ def _record(t: Training, loss: Tensor, logits: Tensor | None, logits_adv: Tensor
             f"The loss is not finite in step {t.step + 1}. Lower optim.lr (the paper uses 0.1, 0.05 or 0.01), "
             "set train.max_grad_norm, or use precision bf16 or fp32."
         )
-    right = [0 if z is None else z.argmax(1).eq(y).sum() for z in (logits, logits_adv)]
+    label = y if y.ndim == 1 else y.argmax(1)
+    right = [0 if z is None else z.argmax(1).eq(label).sum() for z in (logits, logits_adv)]
     t.sums += torch.stack(
         [torch.as_tensor(v, dtype=torch.float64, device=y.device) for v in (loss * len(y), *right, len(y))]
     )

@@ -44,6 +44,7 @@ from nrat_scale.step import SUMS, Training, train_step
 from nrat_scale.weights import build_ema
 
 Result = TypeVar("Result")
+SKIPPED = "skipped_shards.json"
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -260,6 +261,8 @@ def start(recipe: RecipeSpec) -> Training:
     arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
     _on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
+    _on_main(accelerator, lambda: data.skips.attach(run / SKIPPED))
+    data.skips.attach(run / SKIPPED)
     return _build(recipe, run, data, accelerator, arguments, base)
 
 
@@ -351,15 +354,7 @@ def _describe(t: Training, arguments: dict[str, Any]) -> None:
         "dataset": shards.dataset,
     }
     write_json(t.run / "model.json", description)
-    sources = {
-        pool.kind: {
-            "fingerprint": pool.shards.fingerprint,
-            "num_images": len(pool.shards),
-            "num_held_out": len(pool.held_out),
-        }
-        for pool in t.data.pools
-    }
-    write_json(t.run / "data.json", sources)
+    write_json(t.run / "data.json", t.data.describe())
     if real is not None and real.given is not None and real.clean is not None:
         order = real.shards.in_source_order()
         clean, given = real.clean[order], real.given[order]

@@ -9,24 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nrat_scale.data import (
-    UNKNOWN_LABEL,
-    AugmentSpec,
-    Batch,
-    DataSpec,
-    GeneratedSpec,
-    RealSpec,
-    SamplePlan,
-    ValidationSpec,
-    augment,
-    choose_held_out,
-    mix_counts,
-    open_training_data,
-)
+from nrat_scale.augment import AugmentSpec, crop_and_flip, cutmix, cutmix_partners, to_float
+from nrat_scale.data import DataSpec, open_training_data
 from nrat_scale.errors import UserError
 from nrat_scale.labels import NoiseSpec
+from nrat_scale.loader import Batch
 from nrat_scale.pack import Source, write_shards
+from nrat_scale.sampling import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.shards import open_shards
+from nrat_scale.sources import UNKNOWN_LABEL, GeneratedSpec, RealSpec, ValidationSpec, choose_held_out
 
 NOISE = NoiseSpec("symmetric", 0.4)
 
@@ -54,11 +45,24 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
+
+@st.composite
+def orders(draw: st.DrawFn) -> SourceOrder:
+    """A source of shards of any size (also empty ones: all held out), whole or in windows."""
+    sizes = draw(st.lists(st.integers(0, 25), min_size=1, max_size=8).filter(any))
+    starts = (0, *np.cumsum(sizes).tolist())
+    return SourceOrder(draw(st.integers(1, 40)), starts, draw(st.none() | st.integers(1, 9)))
+
+
 PLANS = st.builds(
-    lambda sources, seed: SamplePlan(tuple(s for s, _ in sources), tuple(c for _, c in sources), seed),
-    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40)), min_size=1, max_size=2),
+    lambda sources, seed: SamplePlan(tuple(sources), seed),
+    st.lists(orders(), min_size=1, max_size=2),
     st.integers(0, 2**40),
 )
+
+
+def plan_of(sizes: tuple[int, ...], counts: tuple[int, ...], seed: int) -> SamplePlan:
+    return SamplePlan(tuple(SourceOrder(c, (0, s)) for s, c in zip(sizes, counts, strict=True)), seed)
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,7 +70,7 @@ PLANS = st.builds(
 def test_every_sample_once_per_pass(plan: SamplePlan) -> None:
     """Sources cycle independently: each whole pass is a permutation of its source, whatever the batch size."""
     batches = [plan.batch(step) for step in range(30)]
-    for source, (size, count) in enumerate(zip(plan.sizes, plan.counts, strict=True)):
+    for source, (size, count) in enumerate((source.size, source.count) for source in plan.sources):
         assert all((sources == source).sum() == count for sources, _ in batches)
         seen = [sorted(samples[sources == source]) for sources, samples in batches]
         whole_passes = 30 * count // size
@@ -81,16 +85,16 @@ def test_plan_is_a_pure_function(plan: SamplePlan, step: int) -> None:
     """A batch depends on (sizes, counts, seed, step) alone, not on what was asked before."""
     first = plan.batch(step)
     plan.batch(step + 17)
-    again = SamplePlan(plan.sizes, plan.counts, plan.seed).batch(step)
+    again = SamplePlan(plan.sources, plan.seed).batch(step)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_passes_and_seeds_differ() -> None:
     """Each pass and each seed has an order of its own, and kinds are interleaved within a batch."""
-    plan = SamplePlan((64, 64), (32, 32), 1)
+    plan = plan_of((64, 64), (32, 32), 1)
     passes = [np.concatenate([plan.batch(s)[1][plan.batch(s)[0] == 0] for s in pair]) for pair in ((0, 1), (2, 3))]
     assert not np.array_equal(*passes)
-    assert not np.array_equal(plan.batch(0)[1], SamplePlan((64, 64), (32, 32), 2).batch(0)[1])
+    assert not np.array_equal(plan.batch(0)[1], plan_of((64, 64), (32, 32), 2).batch(0)[1])
     assert 5 < plan.batch(0)[0][:32].sum() < 27, "one rank would see one kind only"
 
 
@@ -115,6 +119,7 @@ def columns(batches: list[Batch]) -> dict[str, torch.Tensor]:
 def test_any_split_gives_the_same_batches(spec: DataSpec, world: int, workers: int) -> None:
     """Ranks, workers and a restart change nothing: joined together the slices are the global batches."""
     whole = list(open_training_data(spec, 5).batches(0, 9))
+    assert whole[0].images.is_contiguous(memory_format=torch.channels_last)
     ranks = [
         [
             *open_training_data(replace(spec, workers=workers), 5).batches(0, 4, rank, world),
@@ -140,21 +145,21 @@ def test_batches_hold_what_they_say(spec: DataSpec) -> None:
     assert seen["clean_labels"][generated].eq(UNKNOWN_LABEL).all()
     assert torch.equal(seen["clean_labels"][~generated], ids[~generated] % 10)
     assert 0.3 < seen["labels"][~generated].ne(seen["clean_labels"][~generated]).float().mean() < 0.5
-    pool = data.pools[0]
-    held_out = set(pool.shards.source_ids(pool.held_out).tolist())
+    source = data.sources[0]
+    held_out = set(source.shards.source_ids(source.held_out).tolist())
     assert set(ids[~generated].tolist()) == set(range(130)) - held_out
 
 
 def test_noise_and_split_are_properties_of_the_data(spec: DataSpec, tmp_path: Path) -> None:
     """The order in the shards changes no noisy label, and the noise does not change which images are held out."""
-    a = open_training_data(spec, 0).pools[0]
+    a = open_training_data(spec, 0).sources[0]
     other = replace(spec, real=RealSpec(str(shards(tmp_path / "real", 130, seed=9)), NOISE))
-    b = open_training_data(other, 0).pools[0]
-    order = [pool.shards.positions_of(np.arange(130)) for pool in (a, b)]
+    b = open_training_data(other, 0).sources[0]
+    order = [source.shards.positions_of(np.arange(130)) for source in (a, b)]
     assert a.given is not None
     assert b.given is not None
     assert np.array_equal(a.given[order[0]], b.given[order[1]])
-    clean = open_training_data(replace(spec, real=replace(spec.real, noise=NoiseSpec())), 0).pools[0]
+    clean = open_training_data(replace(spec, real=replace(spec.real, noise=NoiseSpec())), 0).sources[0]
     assert np.array_equal(a.held_out, clean.held_out)
 
 
@@ -177,7 +182,6 @@ def test_held_out_is_stratified(tmp_path: Path) -> None:
     assert set(np.bincount(found.labels(stratified))) == {4, 5}
     assert len(set(stratified.tolist())) == 41
     assert not np.array_equal(stratified, choose_held_out(found, ValidationSpec(size=41, seed=1)))
-    assert len(choose_held_out(found, ValidationSpec(size=41, take="random"))) == 41
     with pytest.raises(UserError, match="only 205 images"):
         choose_held_out(found, ValidationSpec(size=205))
 
@@ -215,15 +219,10 @@ def test_data_that_do_not_fit(spec: DataSpec, tmp_path: Path) -> None:
 # ---- augmentation ---------------------------------------------------------------------------------------------------
 
 
-def batch_of(images: torch.Tensor, step: int = 0, first: int = 0) -> Batch:
-    empty = torch.zeros(len(images), dtype=torch.int64)
-    return Batch(step, first, images, empty, empty, empty.bool(), empty)
-
-
 def test_augmentation_is_crop_and_flip() -> None:
     """Every result is one of the padded image's crops or its mirror image; all offsets and both directions occur."""
     images = torch.randint(0, 256, (300, 2, 6, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = augment(batch_of(images), AugmentSpec(crop=1, flip=True), 300, 0, torch.device("cpu"))
+    out = to_float(crop_and_flip(images, torch.arange(300), AugmentSpec(crop=1, flip=True), 300, 0, 0))
     assert out.dtype == torch.float32
     seen = set()
     for image, result in zip(images, out, strict=True):
@@ -238,10 +237,45 @@ def test_augmentation_is_crop_and_flip() -> None:
 def test_augmentation_does_not_depend_on_the_split() -> None:
     """A rank's slice is augmented as within the global batch; steps and seeds differ."""
     images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    spec, cpu = AugmentSpec(crop=2, flip=True), torch.device("cpu")
-    whole = augment(batch_of(images), spec, 12, 3, cpu)
-    parts = [augment(batch_of(images[i : i + 4], first=i), spec, 12, 3, cpu) for i in (0, 4, 8)]
+    spec, everywhere = AugmentSpec(crop=2, flip=True), torch.arange(12)
+    whole = crop_and_flip(images, everywhere, spec, 12, 3, 0)
+    parts = [crop_and_flip(images[i : i + 4], everywhere[i : i + 4], spec, 12, 3, 0) for i in (0, 4, 8)]
     assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, augment(batch_of(images, step=1), spec, 12, 3, cpu))
-    plain = augment(batch_of(images), AugmentSpec(crop=0, flip=False), 12, 3, cpu)
-    assert torch.equal(plain, images.float() / 255)
+    assert not torch.equal(whole, crop_and_flip(images, everywhere, spec, 12, 3, 1))
+    assert not torch.equal(whole, crop_and_flip(images, everywhere, spec, 12, 4, 0))
+    assert torch.equal(crop_and_flip(images, everywhere, AugmentSpec(crop=0, flip=False), 12, 3, 0), images)
+
+
+def test_cutmix_replaces_one_rectangle_by_area() -> None:
+    """What comes of the partner is one rectangle, `own` is the rest's area, and lambda covers (0, 1)."""
+    n, spec = 400, AugmentSpec(cutmix=0.5)
+    zeros, ones = torch.zeros(n, 1, 16, 12, dtype=torch.uint8), torch.ones(n, 1, 16, 12, dtype=torch.uint8)
+    mixed, own = cutmix(zeros, ones, torch.arange(n), spec, n, 0, 7)
+    assert torch.allclose(own, 1 - mixed.float().mean((1, 2, 3)), atol=1e-6)
+    for image in mixed[:, 0]:
+        rows, columns = image.amax(1).nonzero(), image.amax(0).nonzero()
+        if len(rows):
+            assert image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    untouched = own.eq(1).float().mean()
+    assert 0.4 < untouched < 0.6
+    assert own.min() < 0.15
+    assert 0.3 < own[own < 1].mean() < 0.8
+    assert not cutmix(zeros, ones, torch.arange(n), AugmentSpec(cutmix=0.0), n, 0, 7)[0].any()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_cutmix_does_not_depend_on_the_split(spec: DataSpec, world: int) -> None:
+    """A partner on another rank is the same image, augmented as it is there, and labels mix by area."""
+    mixing = replace(spec, augment=AugmentSpec(crop=2, flip=True, cutmix=1.0))
+    data, cpu = open_training_data(mixing, 3), torch.device("cpu")
+    for step, batch in enumerate(data.batches(0, 3)):
+        x, y = data.augmented(batch, cpu)
+        assert torch.allclose(y.sum(1), torch.ones(24))
+        parts = [data.augmented(b, cpu) for r in range(world) for b in data.batches(step, step + 1, r, world)]
+        assert torch.equal(x, torch.cat([part[0] for part in parts]))
+        assert torch.equal(y, torch.cat([part[1] for part in parts]))
+        partners = cutmix_partners(24, 3, step)
+        assert sorted(partners) == list(range(24))
+        for row in range(24):
+            mixed = set(y[row].nonzero().flatten().tolist())
+            assert mixed <= {int(batch.labels[row]), int(batch.labels[partners[row]])}

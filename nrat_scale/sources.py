@@ -1,0 +1,379 @@
+"""One source of training images: its shards, what is held out of them, and the labels that training sees.
+
+Noise is drawn over the whole source in source order, before anything is held out; the validation split is a function
+of (index, `ValidationSpec`) alone. So runs with other noise, other seeds or on other machines share one split.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from nrat_scale import labels as label_noise
+from nrat_scale.datasets import DATASETS
+from nrat_scale.errors import UserError
+from nrat_scale.files import write_json
+from nrat_scale.labels import NoiseSpec
+from nrat_scale.seeds import KeyedPermutation, derive, hash64
+from nrat_scale.shards import ShardSet, ShardUnusable
+
+REAL, GENERATED = "real", "generated"
+TAKES = ("stratified", "first")
+UNKNOWN_LABEL = -1
+
+
+@dataclass(frozen=True)
+class RealSpec:
+    """Real, labelled training images.
+
+    Attributes:
+        shards: folder or address of shards; None trains on generated images alone.
+        noise: label noise put on them, drawn over the whole set before the validation split.
+        exclude: an .npy file of source ids (integers [m]) that are never trained on, such as a test split of the same
+            shards.
+        prepare: the commands that make the shards, one a line, shown where they are missing.
+    """
+
+    shards: str | None = None
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    exclude: str | None = None
+    prepare: str | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedSpec:
+    """Generated images with the labels they were generated for.
+
+    Attributes:
+        shards: folder or address of shards; None trains on real images alone.
+        fraction: part of every batch, in (0, 1]: floor(batch_size * fraction) images, the rest is real.
+        exclude, prepare: as for `RealSpec`.
+    """
+
+    shards: str | None = None
+    fraction: float = 0.7
+    exclude: str | None = None
+    prepare: str | None = None
+
+
+@dataclass(frozen=True)
+class ValidationSpec:
+    """Training images held out to select the best checkpoint.
+
+    Attributes:
+        source: `real` or `generated`.
+        size: number of images.
+        take: `stratified` (each class in proportion, by the labels stored in the shards) or `first` (in the order of the
+            source).
+        labels: `given` (as training sees them, with the noise) or `clean`.
+        seed: of the choice; apart from the run's seed, so that runs with several seeds share one split.
+    """
+
+    source: str = REAL
+    size: int = 1024
+    take: str = "stratified"
+    labels: str = "given"
+    seed: int = 0
+
+
+# ---- shards that cannot be used -------------------------------------------------------------------------------------
+
+
+class SkipLog:
+    """The shards that a run does without, shared by its processes through a file of the run.
+
+    Args:
+        limit: how many shards may be skipped in all; 0 stops at the first.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.entries: list[dict[str, Any]] = []
+        self._path: Path | None = None
+
+    def attach(self, path: Path) -> None:
+        """Keep the log in `path` from now on, together with what stands there already."""
+        self._path = path
+        if self.entries:
+            self._write([])
+        elif path.is_file():
+            self.entries = _entries(path)
+
+    def of(self, kind: str) -> set[str]:
+        """The names of the skipped shards of one source."""
+        return {entry["shard"] for entry in self.entries if entry["source"] == kind}
+
+    def add(self, kind: str, error: ShardUnusable, num_images: int) -> None:
+        """Note that a shard is skipped; raises `error` where nothing may be skipped, `UserError` beyond the limit."""
+        if self.limit == 0:
+            raise error
+        self._write([{"source": kind, "shard": error.name, "num_images": num_images, "reason": error.reason}])
+
+    def _write(self, new: list[dict[str, Any]]) -> None:
+        lock = FileLock(f"{self._path}.lock") if self._path is not None else nullcontext()
+        with lock:
+            there = _entries(self._path) if self._path is not None and self._path.is_file() else []
+            known = {(entry["source"], entry["shard"]): entry for entry in [*there, *self.entries, *new]}
+            self.entries = list(known.values())
+            if len(self.entries) > self.limit:
+                names = ", ".join(f"{e['shard']} ({e['reason']})" for e in self.entries[-self.limit - 1 :])
+                raise UserError(
+                    f"{len(self.entries)} shards cannot be used, more than data.max_bad_shards {self.limit}: {names}. "
+                    "Bring them back, or raise data.max_bad_shards."
+                )
+            if self._path is not None:
+                write_json(self._path, {"skipped": self.entries})
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_text(encoding="utf-8"))["skipped"])
+
+
+# ---- a source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingSource:
+    """One source of training samples: its shards without what is held out and excluded.
+
+    Attributes:
+        kind: `real` or `generated`.
+        shards: where the images are.
+        held_out: sorted positions [m] of validation.
+        excluded: sorted positions [k] that the recipe excludes.
+        given, clean: labels by position [N], where they differ from the stored ones or are known; None for a source
+            that is read straight from the shards and whose true labels nobody knows.
+        log: where skipped shards are noted.
+    """
+
+    kind: str
+    shards: ShardSet
+    held_out: np.ndarray
+    excluded: np.ndarray
+    given: np.ndarray | None = None
+    clean: np.ndarray | None = None
+    log: SkipLog = field(default_factory=SkipLog)
+
+    def __post_init__(self) -> None:
+        self.left_out = np.union1d(self.held_out, self.excluded)
+        bounds = self.shards.shard_starts
+        self.starts = bounds - np.searchsorted(self.left_out, bounds)
+
+    def __len__(self) -> int:
+        return len(self.shards) - len(self.left_out)
+
+    def positions(self, samples: np.ndarray) -> np.ndarray:
+        """The positions [m] of training samples numbered [m] in [0, len(self))."""
+        return samples + np.searchsorted(self._gaps, samples, side="right")
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        # Sample k stands after all left-out positions h_j with h_j - j <= k.
+        return self.left_out - np.arange(len(self.left_out))
+
+    def given_labels(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [m], as training sees them."""
+        return self.shards.labels(positions) if self.given is None else self.given[positions]
+
+    def clean_labels(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [m]; `UNKNOWN_LABEL` where nobody knows."""
+        return np.full(len(positions), UNKNOWN_LABEL) if self.clean is None else self.clean[positions]
+
+    def ids_sha256(self, positions: np.ndarray) -> str:
+        """Names a set of samples: sha256 of their source ids, ascending, as little-endian int64."""
+        return hashlib.sha256(np.sort(self.shards.source_ids(positions)).astype("<i8").tobytes()).hexdigest()
+
+    def usable(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None = None) -> np.ndarray:
+        """`positions`, those in shards that cannot be used replaced by others; opens the shards that are needed.
+
+        The replacement is a function of the position and of the shards that are skipped. It comes from the shards that
+        `near` names (those of the same window), or from all where `near` is None or has none left.
+
+        Raises:
+            ShardUnusable: a shard cannot be used and the recipe allows no (further) skipping.
+        """
+        shard = self.shards.shards_of(positions)
+        skipped = self._open(np.unique(shard))
+        if not skipped:
+            return positions
+        lost = np.isin(shard, list(skipped))
+        positions = positions.copy()
+        if lost.any():
+            candidates = near() if near is not None else np.arange(len(self.shards.names))
+            positions[lost] = self._substitutes(positions[lost], candidates)
+        return positions
+
+    def _open(self, numbers: np.ndarray) -> set[int]:
+        """Open these shards; the numbers of all shards that are skipped by now."""
+        for number in numbers.tolist():
+            if self.shards.names[number] in self.log.of(self.kind):
+                continue
+            try:
+                self.shards.open(number)
+            except ShardUnusable as error:
+                self.skip(number, error)
+        skipped = self.log.of(self.kind)
+        return {number for number, name in enumerate(self.shards.names) if name in skipped} if skipped else set()
+
+    def skip(self, number: int, error: ShardUnusable) -> None:
+        """Do without a shard; raises where that is not allowed."""
+        self.log.add(self.kind, error, int(self.starts[number + 1] - self.starts[number]))
+
+    def _substitutes(self, positions: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        sizes = np.diff(self.starts)
+        everywhere = np.arange(len(sizes))
+        while True:
+            skipped = self._open(np.zeros(0, np.int64))
+            good = np.asarray([n for n in candidates.tolist() if n not in skipped and sizes[n]], np.int64)
+            if not len(good) and len(candidates) == len(everywhere):
+                raise UserError(f"No usable shard of the {self.kind} data is left.")
+            if not len(good):
+                candidates = everywhere
+                continue
+            ends = np.cumsum(sizes[good])
+            pick = (hash64(derive(0, "substitute"), positions) % np.uint64(ends[-1])).astype(np.int64)
+            at = np.searchsorted(ends, pick, side="right")
+            samples = self.starts[good[at]] + pick - (ends[at] - sizes[good[at]])
+            if len(self._open(np.unique(good[at]))) == len(skipped):
+                return self.positions(samples)
+
+
+# ---- held out and excluded ------------------------------------------------------------------------------------------
+
+
+def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
+    """The sorted positions int64 [size] that validation holds out: a function of (index, spec), not of label noise.
+
+    `stratified` takes classes in proportion to their number in the index (largest remainders first), by the stored
+    labels. Shards are met in a keyed random order, and the samples of each too: written shards are permuted, so one or
+    two of them have enough, and of remote ones no others are fetched.
+
+    Raises:
+        UserError: there are not enough images, or a class would be missing.
+    """
+    if spec.size >= len(shards):
+        raise UserError(
+            f"data.validation.size is {spec.size}, but {shards.folder} has only {len(shards)} images; some must be left to train on."
+        )
+    chosen = shards.first_in_source_order(spec.size) if spec.take == "first" else _stratified(shards, spec)
+    found = np.bincount(shards.labels(chosen), minlength=shards.num_classes)
+    missing = [
+        name for name, n, there in zip(shards.class_names, found, shards.class_counts, strict=True) if there and not n
+    ]
+    if missing:
+        why = "the source is sorted by class, as the published 1m.npz is" if spec.take == "first" else "it is too small"
+        raise UserError(
+            f"The validation split (data.validation: size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
+            f"{shards.num_classes} classes, such as '{missing[0]}': {why}. Use take: stratified and at least one image a class."
+        )
+    return np.sort(chosen)
+
+
+def _stratified(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
+    quota = _proportional(np.asarray(shards.class_counts), spec.size)
+    chosen: list[np.ndarray] = []
+    num_shards = len(shards.names)
+    for number in KeyedPermutation(num_shards, spec.seed, "validation shards")(np.arange(num_shards)).tolist():
+        first, last = shards.shard_starts[number], shards.shard_starts[number + 1]
+        order = KeyedPermutation(int(last - first), spec.seed, "validation", number)
+        positions = first + order(np.arange(last - first))
+        labels = shards.labels(positions)
+        for label in np.flatnonzero(quota):
+            members = positions[labels == label][: quota[label]]
+            quota[label] -= len(members)
+            chosen.append(members)
+        if not quota.any():
+            break
+    assert not quota.any(), "the class counts of the index are wrong"
+    return np.concatenate(chosen)
+
+
+def _proportional(counts: np.ndarray, size: int) -> np.ndarray:
+    exact = counts * size / counts.sum()
+    quota = exact.astype(np.int64)
+    order = np.argsort(-(exact - quota), kind="stable")
+    quota[order[: size - quota.sum()]] += 1
+    return np.asarray(quota)
+
+
+def read_excluded(path: str, shards: ShardSet, key: str) -> np.ndarray:
+    """The sorted positions of the source ids in an .npy file.
+
+    Raises:
+        UserError: no such file, no integers, or ids that the shards do not have.
+    """
+    try:
+        with open(path, "rb") as file:
+            ids = np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except FileNotFoundError:
+        raise UserError(f"There is no file of source ids at {path} ({key}).") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} ({key}) cannot be read as an .npy array of source ids ({error}).") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"{path} ({key}) must hold integers of shape [m], not {ids.dtype} of shape {list(ids.shape)}.")
+    positions = shards.positions_of(ids)
+    if (positions < 0).any():
+        raise UserError(
+            f"{path} ({key}) names the source id {ids[positions < 0][0]}, which {shards.folder} does not have."
+        )
+    return np.unique(positions)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.ndarray]:
+    """(given, clean) labels int64 [N] by position; the noise is drawn in source order over the whole set.
+
+    Raises:
+        UserError: the noise cannot be put on these labels.
+    """
+    if noise.kind == "none" and noise.rate:
+        raise UserError(
+            f"data.real.noise.rate is {noise.rate} but data.real.noise.kind is 'none'. Name a kind, such as symmetric."
+        )
+    class_map = noise.class_map
+    if class_map is None and noise.kind.startswith("asymmetric"):
+        known = DATASETS.get(shards.dataset)
+        class_map = known.asymmetric_map if known else None
+        if not class_map:
+            raise UserError(
+                f"No asymmetric noise map is published for '{shards.dataset}'. "
+                "Give data.real.noise.class_map, for instance {0: 6, 6: 0}."
+            )
+    order = shards.in_source_order()
+    clean = shards.labels(order)
+    given = label_noise.corrupt(
+        clean,
+        noise.kind,
+        noise.rate,
+        noise.seed,
+        shards.num_classes,
+        class_map=class_map,
+        images=shards.images(order) if noise.kind == "instance_dependent" else None,
+        human_labels=label_noise.load_human_labels(noise.human_labels) if noise.human_labels else None,
+    )
+    by_position = np.empty((2, len(shards)), np.int64)
+    by_position[:, order] = given, clean
+    return by_position[0], by_position[1]
+
+
+def check_compatible(sources: Sequence[ShardSet]) -> None:
+    """Raise `UserError` where shards cannot be mixed: another image shape or number of classes."""
+    for other in sources[1:]:
+        first = sources[0]
+        for what, a, b in (
+            ("image shape", first.image_shape, other.image_shape),
+            ("number of classes", first.num_classes, other.num_classes),
+        ):
+            if a != b:
+                raise UserError(
+                    f"Real and generated data do not fit together: {what} is {a} in {first.folder} and {b} in {other.folder}."
+                )
