@@ -28,7 +28,7 @@ from nrat_scale.errors import UserError
 from nrat_scale.fetch import Stopped
 from nrat_scale.sampling import SamplePlan
 from nrat_scale.seeds import KeyedPermutation, derive
-from nrat_scale.shards import ShardUnusable
+from nrat_scale.shards import ShardUnusable, joined
 from nrat_scale.sources import GENERATED, TrainingSource
 
 T = TypeVar("T")
@@ -200,16 +200,18 @@ class GatherStage:
             yield batch if self.cutmix_seed is None else _with_partners(batch, size, positions[size:])
 
     def _gather(self, step: int, first: int, kinds: np.ndarray, samples: np.ndarray) -> Batch:
-        images = np.empty((len(kinds), *self.sources[0].shards.image_shape), np.uint8)
         given, clean, ids = (np.empty(len(kinds), np.int64) for _ in range(3))
         generated = np.zeros(len(kinds), bool)
+        pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(kinds == number)
-            positions = source.usable(source.positions(samples[here]), self._near(number, step))
-            images[here] = source.shards.images(positions)
-            given[here], clean[here] = source.given_labels(positions), source.clean_labels(positions)
-            ids[here] = source.shards.source_ids(positions)
+            positions, views, given[here] = source.read(samples[here], self._near(number, step))
+            pixels.append(iter(views))
+            clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
+        # One copy, from the memory maps to the batch: rows of each source come in the order of their places.
+        images = joined([next(pixels[kind]) for kind in kinds.tolist()])
+        images = images.reshape(len(kinds), *self.sources[0].shards.image_shape)
         labels, clean_labels, kind, source_ids = (torch.from_numpy(a) for a in (given, clean, generated, ids))
         return Batch(step, int(first), to_nchw(images), labels, clean_labels, kind, source_ids)
 

@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,12 +30,15 @@ from nrat_scale.fetch import Cache, expand, fetch_bytes, is_remote
 from nrat_scale.files import parse_json, read_json, sha256_of, write_json
 from nrat_scale.seeds import KeyedPermutation
 
+assert sys.byteorder == "little", "shards hold little-endian integers and are read where they lie"
+
 FORMAT, VERSION = "nrat_scale.shards", 2
 INDEX = "index.json"
 PERMUTATION = "shards"  # names the stream of the permutation, as in `seeds.derive`
 TAR_BLOCK = 512  # bytes
 _MAX_INDEX_BYTES = 1 << 30
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+_GATHERED = 4096  # images copied at a time
 _MAX_OPEN = 4096  # memory maps of local shards; far below the 65,530 that Linux admits
 _REMAKE = "Make the shards again with tools/shard_dataset.py."
 
@@ -104,7 +108,7 @@ class ShardSet:
             if isinstance(error, UserError):
                 raise
             raise self._damaged(f"it lacks or garbles {error}") from error
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[int, tuple[memoryview, memoryview]] = OrderedDict()
         self.unusable: dict[int, ShardUnusable] = {}
         self.max_open = _MAX_OPEN
 
@@ -178,6 +182,8 @@ class ShardSet:
             or not self._fits(self._image_offset, ends, self._image_bytes).all()
             or not self._fits(self._label_offset, ends, 8).all()
             or not self._fits(self._id_offset, ends, 8)[self._id_offset != -1].all()
+            or (self._label_offset % 8).any()
+            or (self._id_offset[self._id_offset != -1] % 8).any()
             or not self._labels_follow_images()
             or ((self._id_offset >= 0) != np.asarray(stored)[np.searchsorted(part_ends, self._origin, "right")]).any()
             or self._class_counts.shape != (len(entries), self.num_classes)
@@ -298,28 +304,47 @@ class ShardSet:
 
     # ---- samples ----
 
+    def rows(self, positions: np.ndarray) -> tuple[list[memoryview], np.ndarray]:
+        """(the pixels of each sample where they lie, H * W * C bytes each; labels int64 [m]) at `positions` [m].
+
+        For batches: the caller copies the pixels once, to where he needs them.
+        """
+        block, offset = self._located(positions)
+        shard = self._shard_of_block[block].tolist()
+        data, integers = {}, {}
+        for number in dict.fromkeys(shard):
+            data[number], integers[number] = self._map(number)
+        start = self._image_offset[block] + offset * self._image_bytes
+        stop = start + self._image_bytes
+        at_label = self._label_offset[block] // 8 + offset
+        pixels = [data[n][i:j] for n, i, j in zip(shard, start.tolist(), stop.tolist(), strict=True)]
+        labels = [integers[n][i] for n, i in zip(shard, at_label.tolist(), strict=True)]
+        return pixels, np.asarray(labels, np.int64)
+
     def images(self, positions: np.ndarray) -> np.ndarray:
         """uint8 [m, H, W, C] of the samples at `positions` [m]."""
-        rows = self._gather(positions, self._image_offset, self._image_bytes)
-        return rows.reshape(len(rows), *self.image_shape)
+        out = np.empty((len(positions), self._image_bytes), np.uint8)
+        for first in range(0, len(positions), _GATHERED):
+            part = positions[first : first + _GATHERED]
+            out[first : first + _GATHERED] = joined(self.rows(part)[0]).reshape(len(part), -1)
+        return out.reshape(len(out), *self.image_shape)
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m] of the samples at `positions` [m], as stored (before any label noise)."""
-        return self._gather(positions, self._label_offset, 8).reshape(-1).view("<i8").astype(np.int64)
+        return self._integers(positions, self._label_offset)
 
     def source_ids(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]: the source ids of the samples at `positions` [m]."""
         positions = np.asarray(positions, np.int64)
-        block = np.searchsorted(self._first, positions, side="right") - 1
-        origin = self._origin[block] + positions - self._first[block]
+        block, offset = self._located(positions)
+        origin = self._origin[block] + offset
         ids = np.empty(len(positions), np.int64)
         for first, part in zip(self._part_starts, self.parts, strict=True):
             here = np.flatnonzero((origin >= first) & (origin < first + part.num_images))
             if not len(here):
                 continue
             if part.seed is None:
-                stored = self._gather(positions[here], self._id_offset, 8).reshape(-1).view("<i8")
-                ids[here] = part.first_id + stored
+                ids[here] = part.first_id + self._integers(positions[here], self._id_offset)
             else:
                 ids[here] = part.first_id + part.permutation(origin[here] - first)
         return ids
@@ -373,21 +398,21 @@ class ShardSet:
         """int64 [m]: which shards hold the samples at `positions` [m]."""
         return np.searchsorted(self.shard_starts, positions, side="right") - 1
 
-    def _gather(self, positions: np.ndarray, offsets: np.ndarray, row_bytes: int) -> np.ndarray:
+    def _located(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(block, place in it), int64 [m] each."""
         positions = np.asarray(positions, dtype=np.int64)
         assert positions.size == 0 or (positions.min() >= 0 and positions.max() < self.num_images), "no such sample"
         block = np.searchsorted(self._first, positions, side="right") - 1
-        start = offsets[block] + (positions - self._first[block]) * row_bytes
-        shard = self._shard_of_block[block]
-        out = np.empty((len(positions), row_bytes), np.uint8)
-        for number in np.unique(shard):
-            here = np.flatnonzero(shard == number)
-            flat = self._map(int(number))
-            # Every byte offset is a possible row: one gather copies the wanted rows and nothing else.
-            windows = np.lib.stride_tricks.as_strided(
-                flat, (len(flat) - row_bytes + 1, row_bytes), (1, 1), writeable=False
-            )
-            out[here] = windows[start[here]]
+        return block, positions - self._first[block]
+
+    def _integers(self, positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """int64 [m] out of the members whose data stand at `offsets` by block."""
+        block, offset = self._located(positions)
+        at, shard = offsets[block] // 8 + offset, self._shard_of_block[block]
+        out = np.empty(len(at), np.int64)
+        for number in np.unique(shard).tolist():
+            here = shard == number
+            out[here] = np.asarray(self._map(number)[1])[at[here]]
         return out
 
     def fetch(self, number: int, *, stopped: Callable[[], bool] = lambda: False) -> Path:
@@ -416,20 +441,26 @@ class ShardSet:
         """
         self._map(number)
 
-    def _map(self, number: int) -> np.ndarray:
+    def _map(self, number: int) -> tuple[memoryview, memoryview]:
+        """Shard `number` in memory: as bytes and as int64."""
         mapped = self._maps.get(number)
         if mapped is None:
             path = self.fetch(number)
             try:
-                mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)))
+                data = np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)).data
             except (OSError, ValueError) as error:
                 reason = f"it cannot be read ({error})"
                 raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
-            self._maps[number] = mapped
+            mapped = self._maps[number] = data, data[: len(data) // 8 * 8].cast("q")
             while len(self._maps) > self.max_open:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(number)
         return mapped
+
+
+def joined(pixels: Sequence[memoryview]) -> np.ndarray:
+    """uint8 [bytes of all], writable: one copy."""
+    return np.frombuffer(bytearray().join(pixels), np.uint8)
 
 
 def _optional_int(value: Any) -> int | None:

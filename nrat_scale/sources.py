@@ -190,15 +190,30 @@ class TrainingSource:
         """Names a set of samples: sha256 of their source ids, ascending, as little-endian int64."""
         return hashlib.sha256(np.sort(self.shards.source_ids(positions)).astype("<i8").tobytes()).hexdigest()
 
-    def usable(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None = None) -> np.ndarray:
-        """`positions`, those in shards that cannot be used replaced by others; opens the shards that are needed.
+    def read(
+        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None = None
+    ) -> tuple[np.ndarray, list[memoryview], np.ndarray]:
+        """(positions [m], pixels of each, given labels int64 [m]) of training samples numbered [m].
 
-        The replacement is a function of the position and of the shards that are skipped. It comes from the shards that
-        `near` names (those of the same window), or from all where `near` is None or has none left.
+        A sample in a shard that cannot be used is replaced by another one, where the recipe allows to skip shards. The
+        other one is a function of the position and of the shards that are skipped; it comes from the shards that `near`
+        names (those of the same window), or from all where `near` is None or has none left.
 
         Raises:
             ShardUnusable: a shard cannot be used and the recipe allows no (further) skipping.
         """
+        positions = self.positions(samples)
+        if self.log.entries:
+            positions = self._usable(positions, near)
+        try:
+            pixels, labels = self.shards.rows(positions)
+        except ShardUnusable:
+            positions = self._usable(positions, near)
+            pixels, labels = self.shards.rows(positions)
+        return positions, pixels, labels if self.given is None else self.given[positions]
+
+    def _usable(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None) -> np.ndarray:
+        """`positions`, those in shards that cannot be used replaced; opens the shards that are needed."""
         shard = self.shards.shards_of(positions)
         skipped = self._open(np.unique(shard))
         if not skipped:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -56,8 +57,9 @@ def make_net() -> Callable[..., SmallNet]:
 
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
-    """A loopback server: `files` maps paths to contents, with the headers of the Hugging Face Hub."""
+    """A loopback server: `files` maps paths to contents, with the headers of the Hugging Face Hub; `requests` counts."""
     files: dict[str, bytes] = {}
+    requests: Counter[str] = Counter()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -72,6 +74,7 @@ def server() -> Iterator[SimpleNamespace]:
             self.end_headers()
 
         def do_GET(self) -> None:
+            requests[f"GET {self.path}"] += 1
             self.do_HEAD()
             self.wfile.write(files.get(self.path, b""))
 
@@ -81,6 +84,6 @@ def server() -> Iterator[SimpleNamespace]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.05,))
         thread.start()
-        yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", files=files)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", files=files, requests=requests)
         running.shutdown()
         thread.join()

@@ -66,6 +66,7 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_flush_denormal(False)  # as it was: training sets it for its process
 
 
 def digest(run: Path) -> dict[str, str]:
