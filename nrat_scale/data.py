@@ -209,7 +209,7 @@ class TrainingData:
         cutmix_seed = self._seed if spec.augment.cutmix else None
         pipeline = webdataset.DataPipeline(
             PlanStage(self.plan, start, stop),
-            FetchStage(self.plan, self.sources),
+            FetchStage(self.plan, self.sources, stop),
             GatherStage(self.plan, self.sources, rank, world_size, cutmix_seed),
         )
         if spec.workers == 0:

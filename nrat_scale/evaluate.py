@@ -28,6 +28,7 @@ from nrat_scale.files import read_json, sha256_of, write_json
 from nrat_scale.recipe import load_recipe
 from nrat_scale.seeds import KeyedPermutation
 from nrat_scale.shards import ShardSet, open_shards
+from nrat_scale.sources import SKIPPED
 
 RESULTS = "results.json"
 
@@ -60,6 +61,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
+def skipped_shards(run: Path) -> list[dict[str, Any]]:
+    """The shards that a run did without (`data.on_bad_shard: skip`): source, name, number of images, reason."""
+    path = run / SKIPPED
+    return list(read_json(path, "log of skipped shards").get("skipped", [])) if path.is_file() else []
+
+
 def run_subjects(run: Path, names: Sequence[str]) -> list[Subject]:
     """The named checkpoints of a run; two names of the same step share one model and are evaluated once."""
     by_step: dict[int, Subject] = {}
@@ -73,6 +80,7 @@ def run_subjects(run: Path, names: Sequence[str]) -> list[Subject]:
                 "epoch": checkpoint.state["epoch"],
                 "weights": "ema" if weights == "ema" else "raw",
                 "sha256": checkpoint.sha256[f"{weights}.safetensors"],
+                "skipped_shards": skipped_shards(run),
             }
             by_step[checkpoint.step] = Subject(name, run_model(run, checkpoint), identity)
         subjects.append(replace(by_step[checkpoint.step], label=name))

@@ -112,13 +112,15 @@ class FetchStage:
 
     plan: SamplePlan
     sources: list[TrainingSource]
+    stop: int
 
     def __call__(self, plans: Iterator[Planned]) -> Iterator[Planned]:
         ahead = {number: _Ahead(source) for number, source in enumerate(self.sources) if source.shards.is_remote}
         try:
             for planned in plans:
                 for number, fetcher in ahead.items():
-                    now, then = self.plan.shards_of(number, planned[0]), self.plan.shards_after(number, planned[0])
+                    now = self.plan.shards_of(number, planned[0])
+                    then = self.plan.shards_after(number, planned[0], self.stop)
                     fetcher.want([*now.tolist(), *then.tolist()])
                 yield planned
         finally:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -24,7 +25,7 @@ import nrat_scale
 from nrat_scale import models
 from nrat_scale.checkpoint import Checkpoint, named_checkpoint
 from nrat_scale.errors import UserError, run_cli
-from nrat_scale.evaluate import RESULTS, is_run, run_model
+from nrat_scale.evaluate import RESULTS, is_run, run_model, skipped_shards
 from nrat_scale.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
 from nrat_scale.report import markdown_table
@@ -39,6 +40,7 @@ class Contents:
     recipe: RecipeSpec
     description: dict[str, Any]
     noise: dict[str, Any] | None
+    skipped: list[dict[str, Any]]
     results: dict[str, Any] | None
 
 
@@ -90,20 +92,26 @@ def _gather(run: Path, name: str, which: str) -> Contents:
         record = everything.get("checkpoints", {}).get(which, {})
         if record.get("sha256") == checkpoint.sha256[f"{checkpoint.evaluated}.safetensors"] and record.get("attacks"):
             results = {**everything, "checkpoints": {which: record}}
-    return Contents(name, checkpoint, _without_paths(recipe), description, noise, results)
+    return Contents(name, checkpoint, _without_paths(recipe), description, noise, skipped_shards(run), results)
 
 
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
-    """The recipe with nobody's folders in it: shards given by an absolute path keep the name of their folder alone."""
+    """The recipe with nobody's folders and passwords in it: of an absolute path only the last name is kept, of an address
+    neither user nor query."""
 
     def shown(path: str | None) -> str | None:
+        if path and "://" in path:
+            parts = urlsplit(path)
+            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         return PurePath(path).name if path and PurePath(path).is_absolute() else path
 
     real, generated = recipe.data.real, recipe.data.generated
+    noise = replace(real.noise, human_labels=shown(real.noise.human_labels))
     data = replace(
         recipe.data,
-        real=replace(real, shards=shown(real.shards), prepare=None),
-        generated=replace(generated, shards=shown(generated.shards), prepare=None),
+        real=replace(real, shards=shown(real.shards), exclude=shown(real.exclude), noise=noise, prepare=None),
+        generated=replace(generated, shards=shown(generated.shards), exclude=shown(generated.exclude), prepare=None),
+        remote=replace(recipe.data.remote, cache=None),
     )
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")
 
@@ -234,6 +242,12 @@ def _training(contents: Contents) -> str:
     if data.generated.shards:
         share = 100 * data.generated.fraction if data.real.shards else 100
         lines.append(f"generated images: `{data.generated.shards}`, {share:g} % of every batch")
+    if contents.skipped:
+        total = sum(entry["num_images"] for entry in contents.skipped)
+        names = ", ".join(f"{entry['source']} `{entry['shard']}`" for entry in contents.skipped)
+        lines.append(
+            f"{len(contents.skipped)} shard(s) with {total} images could not be used and were skipped: {names}"
+        )
     validation = data.validation
     lines.append(f"selection: {validation.size} held-out {validation.source} images, {recipe.train.validation_attack}")
     return "\n".join(f"* {line}" for line in lines) + "\n\nThe complete recipe is in `recipe.yaml`."

@@ -70,8 +70,9 @@ class _WindowPass:
         self._seed, self._names = seed, names
         self._first = starts[:-1]
         self._sizes = np.diff(starts)
-        self._shards = KeyedPermutation(num_shards, seed, "shards of a pass", *names)(np.arange(num_shards))
-        self._bounds = [*range(0, num_shards, source.window), num_shards]
+        shards = KeyedPermutation(num_shards, seed, "shards of a pass", *names)(np.arange(num_shards))
+        self._shards = shards[self._sizes[shards] > 0]  # all of a shard's samples may be held out
+        self._bounds = [*range(0, len(self._shards), source.window), len(self._shards)]
         sizes = [int(self._sizes[self.shards(w)].sum()) for w in range(len(self._bounds) - 1)]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._orders: OrderedDict[int, KeyedPermutation] = OrderedDict()
@@ -148,16 +149,26 @@ class SamplePlan:
             found += [order.shards(int(window)) for window in np.unique(order.windows_of(places))]
         return np.concatenate(found)
 
-    def shards_after(self, number: int, step: int) -> np.ndarray:
-        """The shards of the window behind those of `shards_of`: what should be fetched ahead."""
+    def shards_after(self, number: int, step: int, stop: int) -> np.ndarray:
+        """The shards of the window behind those of `shards_of`: what should be fetched ahead.
+
+        Empty where the batches before step `stop` do not get that far.
+        """
+        passed, window, order = self._last_window(number, step)
+        if (passed, window) == self._last_window(number, stop - 1)[:2]:
+            return np.zeros(0, np.int64)
+        if window + 1 < order.num_windows:
+            return order.shards(window + 1)
+        following = self._order(number, passed + 1)
+        assert isinstance(following, _WindowPass)
+        return following.shards(0)
+
+    def _last_window(self, number: int, step: int) -> tuple[int, int, _WindowPass]:
+        """(pass, window, order of the pass) of the last sample of source `number` in batch `step`."""
         passed, places = list(self._places(number, step))[-1]
         order = self._order(number, passed)
         assert isinstance(order, _WindowPass)
-        window = int(order.windows_of(places[-1:])[0]) + 1
-        if window == order.num_windows:
-            order, window = self._order(number, passed + 1), 0
-            assert isinstance(order, _WindowPass)
-        return order.shards(window)
+        return passed, int(order.windows_of(places[-1:])[0]), order
 
     def _samples(self, number: int, step: int) -> np.ndarray:
         return np.concatenate([self._order(number, passed)(places) for passed, places in self._places(number, step)])

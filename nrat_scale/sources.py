@@ -27,6 +27,7 @@ from nrat_scale.shards import ShardSet, ShardUnusable
 REAL, GENERATED = "real", "generated"
 TAKES = ("stratified", "first")
 UNKNOWN_LABEL = -1
+SKIPPED = "skipped_shards.json"  # in the run directory
 
 
 @dataclass(frozen=True)

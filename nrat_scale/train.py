@@ -40,11 +40,11 @@ from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
 from nrat_scale.seeds import derive
+from nrat_scale.sources import SKIPPED
 from nrat_scale.step import SUMS, Training, train_step
 from nrat_scale.weights import build_ema
 
 Result = TypeVar("Result")
-SKIPPED = "skipped_shards.json"
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 

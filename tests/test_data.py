@@ -1,5 +1,6 @@
 """The data plane: the plan is a pure function, nothing is lost or seen twice, and no split changes what is trained on."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,25 @@ def test_plan_is_a_pure_function(plan: SamplePlan, step: int) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@settings(max_examples=40, deadline=None)
+@given(orders(), st.integers(0, 10**6), st.integers(0, 500))
+def test_a_batch_lies_in_its_windows(source: SourceOrder, seed: int, step: int) -> None:
+    """What is fetched for a step is what the step needs, and what is fetched ahead is what comes next."""
+    source = replace(source, window=source.window or 2)
+    plan = SamplePlan((source,), seed)
+    starts = np.asarray(source.starts)
+
+    def shards_of(samples: np.ndarray) -> set[int]:
+        return set((np.searchsorted(starts, samples, side="right") - 1).tolist())
+
+    now = plan.shards_of(0, step).tolist()
+    assert shards_of(plan.batch(step)[1]) <= set(now)
+    assert not len(plan.shards_after(0, step, step + 1)), "no batch comes after this one"
+    ahead = set(now) | set(plan.shards_after(0, step, 10**6).tolist())
+    following = plan.shards_of(0, step + 1).tolist()[: len(source.starts) - 1]
+    assert following[0] in ahead
+
+
 def test_passes_and_seeds_differ() -> None:
     """Each pass and each seed has an order of its own, and kinds are interleaved within a batch."""
     plan = plan_of((64, 64), (32, 32), 1)
@@ -173,6 +193,46 @@ def test_validation_labels(spec: DataSpec) -> None:
     assert torch.equal(given_labels.clean_labels, clean.labels)
     generated = replace(spec, validation=ValidationSpec(source="generated", size=30))
     assert open_training_data(generated, 0).validation().clean_labels is None
+
+
+def test_first_is_in_the_order_of_the_source(tmp_path: Path) -> None:
+    """The first images of the source, whatever the order in the shards; one class alone is refused with the reason."""
+    found = open_shards(shards(tmp_path / "mixed", 205, seed=3))
+    first = choose_held_out(found, ValidationSpec(size=41, take="first"))
+    assert sorted(found.source_ids(first)) == list(range(41))
+    images = np.zeros((100, 4, 4, 1), np.uint8)
+    by_class = Source(images, np.arange(100) // 10, "custom", tuple("0123456789"))
+    write_shards(by_class, tmp_path / "by_class", progress=False)
+    with pytest.raises(UserError, match=r"no image of 6 of 10 classes, such as '4': the source is sorted by class"):
+        choose_held_out(open_shards(tmp_path / "by_class"), ValidationSpec(size=40, take="first"))
+    with pytest.raises(UserError, match=r"no image of 5 of 10 classes.*too small"):
+        choose_held_out(open_shards(tmp_path / "by_class"), ValidationSpec(size=5))
+
+
+def test_the_split_needs_few_shards(tmp_path: Path) -> None:
+    """Shards are permuted when written: the split reads one or two of them, so that of remote data no more are fetched."""
+    found = open_shards(shards(tmp_path / "s", 640))
+    chosen = choose_held_out(found, ValidationSpec(size=50))
+    assert len(set(found.shards_of(chosen).tolist())) <= 2
+    assert len(found._maps) <= 2
+
+
+def test_excluded_ids_are_never_trained_on(spec: DataSpec, tmp_path: Path) -> None:
+    """Ids of a test split in the same shards stay out of the batches, and the run records which they were."""
+    excluded = np.arange(40, 70)
+    np.save(tmp_path / "test_ids.npy", excluded)
+    changed = replace(spec, generated=replace(spec.generated, exclude=str(tmp_path / "test_ids.npy")))
+    data = open_training_data(changed, 0)
+    seen = columns(list(data.batches(0, 40)))
+    ids = set(seen["ids"][seen["generated"]].tolist())
+    assert ids == set(range(310)) - set(excluded.tolist())
+    described = data.describe()["generated"]
+    assert described["num_excluded"] == 30
+    assert described["excluded_sha256"] == hashlib.sha256(excluded.astype("<i8").tobytes()).hexdigest()
+    for content, message in ((np.array([310]), "source id 310"), (np.array([0.5]), "must hold integers")):
+        np.save(tmp_path / "wrong.npy", content)
+        with pytest.raises(UserError, match=message):
+            open_training_data(replace(spec, generated=replace(spec.generated, exclude=str(tmp_path / "wrong.npy"))), 0)
 
 
 def test_held_out_is_stratified(tmp_path: Path) -> None:

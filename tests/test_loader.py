@@ -84,7 +84,7 @@ def test_remote_shards_give_the_batches_of_local_ones(local: DataSpec, remote: D
 def test_training_starts_with_the_first_window(remote: DataSpec, server: SimpleNamespace) -> None:
     """The first batches need the shards of one window only; what comes later may still be missing."""
     data = open_training_data(remote, 1)
-    first = set(data.plan.shards_of(1, 0).tolist()) | set(data.plan.shards_after(1, 0).tolist())
+    first = set(data.plan.shards_of(1, 0).tolist()) | set(data.plan.shards_after(1, 0, 4).tolist())
     for number, name in enumerate(data.sources[1].shards.names):
         if number not in first:
             del server.files[f"/generated/{name}"]
