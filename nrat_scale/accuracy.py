@@ -30,6 +30,10 @@ ATTACK = re.compile(r"(natural|fgsm|aa|pgd([1-9][0-9]*)|cw([1-9][0-9]*))")
 _Z95 = 1.959963984540054
 
 
+class Interrupted(Exception):
+    """An evaluation was given up because somebody asked for it."""
+
+
 # ---- per-image outcomes ---------------------------------------------------------------------------------------------
 
 
@@ -68,6 +72,7 @@ def correct_under(
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Which images the model still classifies rightly under `attack`: bool [n].
 
@@ -78,8 +83,10 @@ def correct_under(
         threat: eps, step length and space.
         seed: of the random starts.
         batch_size: images at a time; for `aa` the size of its blocks, which its result depends on.
+        stopped: asked before each block; once it is true the rest is given up.
 
     Raises:
+        Interrupted: `stopped` said so.
         UserError: an unknown attack.
         FloatingPointError: logits or gradients are not finite.
     """
@@ -97,6 +104,8 @@ def correct_under(
     blocks = range(0, len(rows), batch_size)
     with tqdm(total=len(rows), desc=attack, unit="img", disable=not progress, leave=False) as bar:
         for start in blocks:
+            if stopped():
+                raise Interrupted
             block = rows[start : start + batch_size]
             outcome[block] = _survivors(match, model, images.take(block), threat, seed, bar)
             bar.update(len(block))

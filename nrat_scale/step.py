@@ -27,6 +27,7 @@ from nrat_scale.modes import attack_mode
 from nrat_scale.objectives import LOSSES, Objective
 from nrat_scale.recipe import RecipeSpec
 from nrat_scale.seeds import torch_generator
+from nrat_scale.stops import StopSignals
 from nrat_scale.weights import awp
 
 SUMS = ("loss", "natural", "robust", "images")
@@ -34,7 +35,10 @@ SUMS = ("loss", "natural", "robust", "images")
 
 @dataclass
 class Training:
-    """Everything one run holds. `base` is the bare module, `model` what Accelerate made of it (DDP, autocast)."""
+    """Everything one run holds. `base` is the bare module, `model` what Accelerate made of it (DDP, autocast).
+
+    `validation_due`: the epoch that `step` ends was trained and logged, but not validated, because the run was stopped.
+    """
 
     recipe: RecipeSpec
     run: Path
@@ -48,7 +52,9 @@ class Training:
     validation: LabelledImages
     step: int = 0
     best: dict[str, Any] | None = None
+    validation_due: bool = False
     metrics: list[str] = field(default_factory=list)
+    signals: StopSignals = field(default_factory=StopSignals)
     sums: Tensor = field(default_factory=lambda: torch.zeros(len(SUMS), dtype=torch.float64))
 
     @property

@@ -5,7 +5,6 @@ epochs, validate, select, save. What happens within a step stands in `step`.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -17,13 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
-from torch import Tensor, nn
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather
+from torch import nn
 from tqdm import tqdm
 
 from nrat_scale import labels as label_noise
 from nrat_scale import models
-from nrat_scale.accuracy import Images, correct_under
 from nrat_scale.checkpoint import (
     Checkpoint,
     load_optimizer_tensors,
@@ -33,7 +31,7 @@ from nrat_scale.checkpoint import (
     save_checkpoint,
     write_pointer,
 )
-from nrat_scale.data import LabelledImages, TrainingData, normalisation, open_training_data
+from nrat_scale.data import TrainingData, normalisation, open_training_data
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, write_atomically, write_json
 from nrat_scale.modes import batchnorms
@@ -42,95 +40,15 @@ from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_reci
 from nrat_scale.seeds import derive
 from nrat_scale.sources import SKIPPED
 from nrat_scale.step import SUMS, Training, train_step
+from nrat_scale.stops import Stopped, resume_command
+from nrat_scale.validation import average_batchnorm, validate
 from nrat_scale.weights import build_ema
 
 Result = TypeVar("Result")
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-# ---- validation and records -----------------------------------------------------------------------------------------
-
-
-def validate(t: Training) -> dict[str, Any]:
-    """Natural and robust accuracy on the held-out images, split over ranks; a metrics row."""
-    average_batchnorm(t)
-    model, held_out = t.evaluated, t.validation
-    training = model.training
-    rows = np.arange(t.accelerator.process_index, len(held_out.labels), t.accelerator.num_processes)
-    images = Images(held_out.images, held_out.labels, np.arange(len(held_out.labels))).take(rows)
-    attack = t.recipe.train.validation_attack
-    counts = [len(rows)]
-    model.eval()
-    with t.accelerator.autocast():
-        for name in ("natural", attack):
-            given, clean = _both_labels(name, model, images, held_out, rows, t)
-            counts += [int(given.sum()), int(clean.sum())]
-    model.train(training)
-    total = t.accelerator.reduce(torch.tensor(counts, device=t.accelerator.device), "sum").tolist()
-    n = total[0]
-
-    def record(correct: int) -> dict[str, Any]:
-        return {"correct": correct, "n": n, "accuracy": correct / n}
-
-    known = held_out.clean_labels is not None
-    return {
-        "kind": "validation",
-        "epoch": -(-t.step // t.data.steps_per_epoch),
-        "step": t.step,
-        "attack": attack,
-        "labels": t.recipe.data.validation.labels,
-        "natural": record(total[1]),
-        "robust": record(total[3]),
-        "natural_clean": record(total[2]) if known else None,
-        "robust_clean": record(total[4]) if known else None,
-    }
-
-
-def _both_labels(
-    attack: str, model: nn.Module, images: Images, held_out: LabelledImages, rows: np.ndarray, t: Training
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outcomes [m] against the labels used and against the clean ones; only where they differ is the attack repeated."""
-    if t.recipe.precision == "fp64":
-        model = _Doubled(model)
-    options: dict[str, Any] = {"seed": t.recipe.seed, "batch_size": 256}
-    outcome = correct_under(attack, model, images, t.recipe.threat, **options)
-    if held_out.clean_labels is None:
-        return outcome, np.zeros(len(outcome), bool)
-    clean_labels = held_out.clean_labels[torch.from_numpy(rows)]
-    differ = np.flatnonzero(clean_labels.ne(images.labels).numpy())
-    clean = outcome.copy()
-    if len(differ):
-        subset = dataclasses.replace(images, labels=clean_labels).take(differ)
-        clean[differ] = correct_under(attack, model, subset, t.recipe.threat, **options)
-    return outcome, clean
-
-
-class _Doubled(nn.Module):
-    """A float64 model for float32 images."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
-        for name in ("mean", "std"):
-            if hasattr(model, name):
-                setattr(self, name, getattr(model, name))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())
-
-
-@torch.no_grad()
-def average_batchnorm(t: Training) -> None:
-    """Give all ranks, and the EMA, the mean over ranks of BatchNorm's running statistics."""
-    layers = batchnorms(t.base)
-    for layer in layers:
-        for buffer in (layer.running_mean, layer.running_var):
-            if buffer is not None and t.accelerator.num_processes > 1:
-                buffer.copy_(t.accelerator.reduce(buffer, "mean"))
-    if t.ema is not None:
-        for buffer, source in zip(t.ema.module.buffers(), t.base.buffers(), strict=True):
-            buffer.copy_(source)
+# ---- records --------------------------------------------------------------------------------------------------------
 
 
 def log(t: Training, row: dict[str, Any]) -> None:
@@ -175,6 +93,7 @@ def save(t: Training, *, is_best: bool) -> None:
             "epoch": -(-t.step // t.data.steps_per_epoch),
             "identity": t.recipe.identity,
             "best": t.best,
+            "validation_due": t.validation_due,
             "metrics_lines": len(t.metrics),
             "sums": sums,
             "seed": t.recipe.seed,  # all randomness is a function of (seed, step): there is no other state
@@ -224,7 +143,7 @@ def _restore(t: Training, checkpoint: Checkpoint) -> None:
         t.accelerator.scaler.load_state_dict(state["scaler"])
     if t.accelerator.is_main_process:
         t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
-    t.step, t.best = int(state["step"]), state["best"]
+    t.step, t.best, t.validation_due = int(state["step"]), state["best"], bool(state["validation_due"])
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -365,10 +284,13 @@ def _describe(t: Training, arguments: dict[str, Any]) -> None:
 
 
 def fit(t: Training) -> None:
-    """Train from `t.step` to `t.last_step`."""
+    """Train from `t.step` to `t.last_step`.
+
+    Raises:
+        Stopped: a signal asked for it; the state is saved.
+    """
     per_epoch = t.data.steps_per_epoch
     table = schedule_table(t.recipe.optim, t.recipe.train.epochs)
-    batches = t.data.batches(t.step, t.last_step, t.accelerator.process_index, t.accelerator.num_processes)
     momenta = {layer: layer.momentum for layer in batchnorms(t.base)}
     bar = tqdm(
         total=t.last_step,
@@ -378,6 +300,9 @@ def fit(t: Training) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         disable=not t.accelerator.is_main_process,
     )
+    if t.validation_due:
+        _validate_and_save(t, bar)
+    batches = t.data.batches(t.step, t.last_step, t.accelerator.process_index, t.accelerator.num_processes)
     for batch in batches:
         epoch = t.step // per_epoch
         set_epoch(t.optimizer, *table[epoch])
@@ -388,32 +313,47 @@ def fit(t: Training) -> None:
         t.step += 1
         bar.update()
         if t.step % per_epoch == 0:
-            _end_epoch(t, epoch + 1, table[epoch][0], bar)
+            log(t, _train_row(t, epoch + 1, table[epoch][0]))
+            _validate_and_save(t, bar)
+        _stop_if_asked(t)
     bar.close()
     if t.step % per_epoch:  # stopped by max_steps within an epoch
         # Before the first validation nothing is selected: best.json then names the only checkpoint there is, and says so.
         save(t, is_best=t.best is None)
 
 
-def _end_epoch(t: Training, epoch: int, lr: float, bar: Any) -> None:
-    spec = t.recipe.train
-    row = _train_row(t, epoch, lr)
-    log(t, row)
+def _stop_if_asked(t: Training) -> None:
+    """Save and raise `Stopped` on all ranks, at the same step, once one of them has received a signal."""
+    signum = t.signals.received
+    if t.accelerator.num_processes > 1:
+        signum = int(gather(torch.tensor([signum], device=t.accelerator.device)).max())
+    if signum:
+        save(t, is_best=False)
+        raise Stopped(signum)
+
+
+def _validate_and_save(t: Training, bar: Any) -> None:
+    """What follows the last step of an epoch: validation where it is due, selection, a checkpoint."""
+    spec, epoch = t.recipe.train, t.step // t.data.steps_per_epoch
     final = epoch == spec.epochs
     improved = False
-    if final or epoch % spec.validate_every == 0:
+    t.validation_due = final or epoch % spec.validate_every == 0
+    if t.validation_due:
         validation = validate(t)
+        if validation is None:
+            return _stop_if_asked(t)
+        t.validation_due = False
         log(t, validation)
         improved = t.best is None or validation["robust"]["correct"] > t.best["robust"]["correct"]
         if improved:
             t.best = {key: validation[key] for key in ("step", "epoch", "natural", "robust", "attack")}
         bar.set_postfix_str(
-            f"epoch {epoch}: loss {row['loss']:.3f}, validation natural "
-            f"{100 * validation['natural']['accuracy']:.1f} %, {spec.validation_attack} "
+            f"epoch {epoch}: validation natural {100 * validation['natural']['accuracy']:.1f} %, {spec.validation_attack} "
             f"{100 * validation['robust']['accuracy']:.1f} %"
         )
     if improved or final or epoch % spec.save_every == 0 or t.step == t.last_step:
         save(t, is_best=improved)
+    return None
 
 
 def train(recipe: RecipeSpec) -> Path:
@@ -427,7 +367,8 @@ def train(recipe: RecipeSpec) -> Path:
             f"{t.recipe.name}: {t.recipe.objective.name} on {t.accelerator.device.type}, "
             f"{t.accelerator.num_processes} process(es), {t.recipe.precision}, steps {t.step} to {t.last_step} of {t.total_steps}"
         )
-        fit(t)
+        with t.signals.watched():
+            fit(t)
         best = t.best
         if best is not None and math.isfinite(best["robust"]["accuracy"]):
             t.accelerator.print(
@@ -449,7 +390,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     arguments = parser.parse_args(argv)
-    train(load_recipe(arguments.recipe, arguments.overrides))
+    try:
+        train(load_recipe(arguments.recipe, arguments.overrides))
+    except Stopped as stop:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{stop}; the run is saved. Go on with:\n{resume_command()}", flush=True)
+        sys.exit(stop.status)
 
 
 if __name__ == "__main__":
