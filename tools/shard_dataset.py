@@ -7,24 +7,22 @@
 
 The way of an image: a reader below gives a `Source`, whose images stay on disk (memory maps: an npz of 150 GB needs no
 more memory than a small one) -> `write_shards` permutes them by --seed and writes blocks -> everything was written
-beside --out and is renamed at the end, so --out is whole or not there.
+beside --out (in .OUT.unfinished) and is renamed at the end, so --out is whole or not there. The same command goes on where
+a killed one stopped: finished shards are verified and kept.
 
 A new format is one reader that returns a `Source`, and one block in `_parser`.
 """
 
 import argparse
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, run_cli
-from nrat_scale.files import fsync_folder, make_folder, temporary_sibling
-from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, require_new_folder, write_shards
+from nrat_scale.errors import run_cli
+from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, write_into
+from nrat_scale.unfinished import hidden_sibling, unfinished
 from readers import CIFAR10_BATCHES, read_cifar10, read_digits, read_idx, read_npz
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -48,13 +46,14 @@ def _add_kind(
         epilog="\n  ".join(["examples:", *(f"python tools/shard_dataset.py {kind} {text}" for text in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(read=read)
+    parser.set_defaults(kind=kind, run=_convert, read=read)
     sizes: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
     add("--block-size", default=BLOCK_SIZE, help="images in a block (default: %(default)s)", **sizes)
     add("--shard-size", default=SHARD_SIZE, help="images in a shard, in whole blocks (default: %(default)s)", **sizes)
     add("--seed", type=int, default=0, metavar="N", help="of the order in the shards (default: %(default)s)")
+    add("--jobs", default=1, help="processes that write shards (default: %(default)s); changes no byte", **sizes)
     return parser
 
 
@@ -112,31 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`. At the end it is gone, and so are the parents made for it if they are empty."""
-    made = [folder for folder in out.parents if not folder.exists()]
-    scratch = temporary_sibling(out)
-    try:
-        make_folder(out.parent)
-        with _writing(out):
-            scratch.mkdir()
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty, because all went well
-                folder.rmdir()
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from error
-
-
 def _summary(folder: Path, source: Source) -> str:
     shards = sorted(folder.glob("*.tar"))
     size = sum(path.stat().st_size for path in shards) / 1e6
@@ -146,24 +120,41 @@ def _summary(folder: Path, source: Source) -> str:
     )
 
 
+# Neither changes what is written: another start may go on with other ones.
+_WITHOUT_EFFECT = ("out", "jobs", "download")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the command line decides the images beside the input files, which are known by their hashes."""
+    return {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in _WITHOUT_EFFECT and isinstance(value, str | int | float | None)
+    }
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    with unfinished(arguments.out) as work:
+        sources = arguments.read(arguments, work.scratch)
+        for split, source in sources.items():
+            write_into(
+                work, source, split, block_size=arguments.block_size, shard_size=arguments.shard_size,
+                seed=arguments.seed, jobs=arguments.jobs, options=_options(arguments), progress=sys.stderr.isatty(),
+            )  # fmt: skip
+    for split, source in sources.items():
+        print(_summary(arguments.out / split, source))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     arguments = _parser().parse_args(argv)
-    out = arguments.out if arguments.out.name else arguments.out.absolute()  # "." has no sibling
-    require_new_folder(out)
-    with _workplace(out) as scratch:
-        sources = arguments.read(arguments, scratch)
-        shards = scratch / "shards"
-        for split, source in sources.items():
-            write_shards(
-                source, shards / split, block_size=arguments.block_size, shard_size=arguments.shard_size,
-                seed=arguments.seed, progress=sys.stderr.isatty(),
-            )  # fmt: skip
-        with _writing(out):
-            os.replace(shards, out)
-            fsync_folder(out.parent)
-    for split, source in sources.items():
-        print(_summary(out / split, source))
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        if hasattr(arguments, "out") and (unfinished_folder := hidden_sibling(arguments.out.absolute())).exists():
+            kept = f"What is finished stays in {unfinished_folder}: the same command goes on with it."
+            print(f"interrupted. {kept}", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
