@@ -266,6 +266,10 @@ class _Writer:
             tar.close()
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                # Nobody reads it soon. The next shard gets its pages, which costs the kernel far less than new ones,
+                # and the input keeps its own.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(temporary, path)
         fsync_folder(path.parent)
         facts = {"name": path.name, "bytes": tar.offset, "sha256": tar.sha256.hexdigest()}
