@@ -788,7 +788,7 @@ def test_an_end_before_the_first_shard_leaves_nothing(tmp_path, cli, monkeypatch
 def test_the_examples_in_the_help_are_right(cli):
     """What the help says can be typed: every example names its kind and options as the parser knows them."""
     examples = []
-    for kind in ("", "npz", "cifar10", "idx", "digits"):
+    for kind in ("", "npz", "cifar10", "idx", "digits", "verify", "info", "merge", "subset", "push"):
         result = cli(*[kind][: len(kind)], "--help")
         assert result.status == 0
         here = [
@@ -798,7 +798,7 @@ def test_the_examples_in_the_help_are_right(cli):
         examples += here
     for example in examples:
         arguments = tool._parser().parse_args(shlex.split(example)[2:])
-        assert callable(arguments.read) and str(arguments.out).startswith("data/")
+        assert callable(arguments.run) and str(getattr(arguments, "out", "data/")).startswith("data/")
 
 
 def test_index_is_json_without_local_paths(tmp_path, convert):
