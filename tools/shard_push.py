@@ -96,6 +96,13 @@ class _Hub:
             )
 
         self._retried(commit)
+        there = self._retried(
+            lambda: self._api.get_paths_info(self._repo, names, repo_type="dataset", revision=self._revision)
+        )
+        sizes = {entry.path: getattr(entry, "size", None) for entry in there}
+        for name in names:  # a .gitignore in the repository, for instance, makes the client leave a file out
+            if sizes.get(name) != (folder / name).stat().st_size:
+                raise UserError(f"{name} did not arrive at {self._address} as it is here. Look at the repository.")
 
     def _retried(self, attempt: Callable[[], _Result]) -> _Result:
         """The result of `attempt`, repeated while what fails may pass."""
@@ -106,7 +113,10 @@ class _Hub:
                 Exception
             ) as error:  # below the Hub's client lie different HTTP libraries, whose errors share no base
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                may_pass = status in _TRANSIENT or (status is None and not isinstance(error, ValueError))
+                # Without an answer it was the network, unless the client refused what it was given.
+                may_pass = status in _TRANSIENT or (
+                    status is None and not isinstance(error, ValueError | FileNotFoundError)
+                )
                 if not may_pass or failed == _ATTEMPTS:
                     raise self._sentence(error, status) from error
             time.sleep(_FIRST_PAUSE_SECONDS * 2.0 ** (failed - 1) * random.uniform(0.5, 1.0))
