@@ -148,7 +148,7 @@ def write_into(
     records = work.records / (name or "shards") if identified else None
     writer = _writer(source, work.whole / name, records, block_size, shard_size, seed, ids, num_ids)
     plan = {
-        "folder": name, "shard_size": shard_size, "options": options,
+        "folder": name, "shard_size": shard_size, "seed": writer.part["seed"], "options": options,
         "labels": _sha256(source.labels), "ids": None if ids is None else _sha256(ids),
         **_index_of(source, [], writer.part, block_size),
     }  # fmt: skip

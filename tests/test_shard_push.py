@@ -13,8 +13,6 @@ import shard_push
 from nrat_scale.errors import UserError
 from nrat_scale.pack import Source, write_shards
 
-TOOL = Path(__file__).parents[1] / "tools" / "shard_dataset.py"
-
 
 @pytest.fixture
 def hub():
@@ -38,45 +36,39 @@ def _published(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*folder.glob("shard-*.tar"), folder / "index.json"]}
 
 
-def _run(
-    hub: HubServer, home: Path, *argv: object, token: str | None = None, code: str = "pass"
-) -> subprocess.CompletedProcess:
+def _run(hub: HubServer, home: Path, *commands: list[object], token: str | None = None) -> subprocess.CompletedProcess:
+    """Run commands in one process, one after the other, with short pauses: the client reads its environment at import."""
+    lines = [[str(word) for word in command] for command in commands]
     script = (
-        f"import shard_push, shard_dataset; from nrat_scale.errors import run_cli; {code}; run_cli(shard_dataset.main)"
+        "import shard_push, shard_dataset; from nrat_scale.errors import run_cli; "
+        f"shard_push._FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [shard_dataset.main(line) for line in {lines!r}])"
     )
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, argv)],
-        env={**os.environ, **hub.environment(home, token)}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    env = {**os.environ, **hub.environment(home, token), "NRAT_SCALE_CACHE": str(home / "cache")}
+    return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=120)
 
 
 def test_what_is_pushed_is_what_lies_here(tmp_path, hub, folder):
     """Bytes equal, the index in the last commit, no other file; failures that pass are tried again; a second push is
     cheap; and the address can be verified, which reads every byte of it."""
-    hub.failures = {"POST /api/repos/create": [503], "PUT /lfs/": [500, 0], "/commit/": [500]}
-    code = "shard_push._FIRST_PAUSE_SECONDS = 0.05"
-    result = _run(hub, tmp_path / "home", "push", folder, "hf://datasets/someone/made", code=code)
+    hub.failures = {"POST /api/repos/create": [503], "PUT /lfs/": [500, 0], "/commit/main": [500]}
+    address = "hf://datasets/someone/made"
+    commands = ["push", folder, address], ["push", folder, f"{address}@v2"], ["verify", f"{address}@v2"]
+    result = _run(hub, tmp_path / "home", *commands)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("hf://datasets/someone/made: 3 shards and index.json uploaded")
-    assert hub.files("someone/made") == _published(folder)
-    assert [paths for _, _, paths in hub.commits] == [[f"shard-0000{i}.tar" for i in range(3)], ["index.json"]]
+    assert result.stdout.startswith(f"{address}: 3 shards and index.json uploaded")
+    assert "all 3 shards (70 images" in result.stdout
+    assert hub.files("someone/made") == hub.files("someone/made", "v2") == _published(folder)
+    assert [paths for _, _, paths in hub.commits[:2]] == [[f"shard-0000{i}.tar" for i in range(3)], ["index.json"]]
+    assert all(paths[-1:] == ["index.json"] for _, _, paths in hub.commits[1::2])
     assert not any(map(bool, hub.failures.values()))
+    assert sum("PUT /lfs/" in request for request in hub.requests) == 3 + 2  # each once, and two that failed
     assert hub.token not in result.stdout + result.stderr
-    hub.requests.clear()
-    result = _run(hub, tmp_path / "home", "push", folder, "hf://datasets/someone/made@v2")
-    assert result.returncode == 0, result.stderr
-    assert hub.files("someone/made", "v2") == _published(folder)
-    assert not any("PUT /lfs/" in request for request in hub.requests)
-    env = {**os.environ, **hub.environment(tmp_path / "home"), "NRAT_SCALE_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, TOOL, "verify", "hf://datasets/someone/made"]
-    verified = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
-    assert verified.returncode == 0 and "all 3 shards (70 images" in verified.stdout, verified.stderr
 
 
 def test_a_conversion_can_end_with_a_push(tmp_path, hub):
     """`--push` of a format that writes two sets: both arrive, below their names, indices last."""
     out = tmp_path / "digits"
-    result = _run(hub, tmp_path / "home", "digits", "--out", out, "--push", "hf://datasets/someone/digits")
+    result = _run(hub, tmp_path / "home", ["digits", "--out", out, "--push", "hf://datasets/someone/digits"])
     assert result.returncode == 0, result.stderr
     assert set(hub.files("someone/digits")) == {
         f"{split}/{name}" for split in ("train", "test") for name in ("shard-00000.tar", "index.json")
@@ -88,7 +80,7 @@ def test_a_conversion_can_end_with_a_push(tmp_path, hub):
 
 def test_a_wrong_token_is_a_sentence(tmp_path, hub, folder):
     """401: exit status 2, what to do, no traceback, no token, and nothing of it on the Hub."""
-    result = _run(hub, tmp_path / "home", "push", folder, "hf://datasets/someone/made", token="hf_wrong")
+    result = _run(hub, tmp_path / "home", ["push", folder, "hf://datasets/someone/made"], token="hf_wrong")
     assert result.returncode == 2 and result.stderr.startswith("error: The shards cannot be pushed to hf://datasets/")
     assert "401" in result.stderr and "hf auth login" in result.stderr and "Traceback" not in result.stderr
     assert "hf_wrong" not in result.stderr and result.stderr.count("\n") == 1
