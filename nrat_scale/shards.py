@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,21 @@ class Part:
     def __getstate__(self) -> dict[str, Any]:
         # The table of a permutation is computed anew in a worker process.
         return {key: value for key, value in self.__dict__.items() if key != "permutation"}
+
+
+class Block(NamedTuple):
+    """Where the data of one block stand in its shard, in bytes.
+
+    Attributes:
+        id_offset: -1 where the block stores no ids.
+        num_ids: stored ids are below it.
+    """
+
+    image_offset: int
+    label_offset: int
+    num_images: int
+    id_offset: int
+    num_ids: int
 
 
 class ShardSet:
@@ -242,6 +257,24 @@ class ShardSet:
     def bytes_of(self, numbers: Sequence[int]) -> int:
         """The size of some shards together."""
         return sum(self._bytes[number] for number in numbers)
+
+    def blocks_of(self, number: int) -> list[Block]:
+        """The blocks of shard `number`, in their order."""
+        here = np.flatnonzero(self._shard_of_block == number)
+        columns = (self._image_offset, self._label_offset, self._counts, self._id_offset)
+        part_ends = np.cumsum([part.num_images for part in self.parts])
+        parts = np.searchsorted(part_ends, self._origin[here], "right")
+        num_ids = [self.parts[part].num_ids for part in parts]
+        return [Block(*row) for row in zip(*(column[here].tolist() for column in columns), num_ids, strict=True)]
+
+    def class_counts_of(self, number: int) -> np.ndarray:
+        """int64 [K]: the images of each class in shard `number`, as the index states them."""
+        return np.asarray(self._class_counts[number])
+
+    @property
+    def num_ids(self) -> int:
+        """The source ids lie in 0 .. num_ids - 1."""
+        return max(part.first_id + part.num_ids for part in self.parts)
 
     # ---- verification ----
 

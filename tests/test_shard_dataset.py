@@ -739,20 +739,37 @@ def test_out_may_be_the_empty_current_folder(tmp_path, cli, monkeypatch):
     assert _same(open_shards(tmp_path / "here"), IMAGES, LABELS)
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
-def test_an_end_in_the_middle_leaves_nothing(tmp_path, cli, monkeypatch, error, status):
-    """Ctrl-C and a full disk, when one of two splits is written already or a member is half unpacked."""
-    real, calls = tool.write_shards, []
+ENDS = [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)]
 
-    def fails_the_second_time(source, folder, **options):
-        calls.append(folder)
+
+@pytest.mark.parametrize(("error", "status"), ENDS)
+def test_an_end_after_the_first_shard_keeps_it(tmp_path, cli, monkeypatch, digits, error, status):
+    """Ctrl-C and a full disk when one of two splits is written: no --out, and the same command goes on from there."""
+    real, calls = tool.write_into, []
+
+    def fails_the_second_time(work, source, name, **options):
+        calls.append(name)
         if len(calls) == 2:
-            raise error if isinstance(error, KeyboardInterrupt) else UserError("No space left on device")
-        return real(source, folder, **options)
+            raise error
+        return real(work, source, name, **options)
 
-    monkeypatch.setattr(tool, "write_shards", fails_the_second_time)
-    assert cli("digits", "--out", tmp_path / "new" / "out").status == status and len(calls) == 2
-    assert _tree(tmp_path) == {}
+    out, kept = tmp_path / "new" / "out", tmp_path / "new" / ".out.unfinished"
+    monkeypatch.setattr(tool, "write_into", fails_the_second_time)
+    result = cli("digits", "--out", out)
+    assert result.status == status and len(calls) == 2
+    assert f"What is finished stays in {kept}" in result.err and "Traceback" not in result.err
+    assert list(out.parent.iterdir()) == [kept]
+    first = (kept / "whole" / "train" / "shard-00000.tar").stat()
+    assert cli("digits", "--out", out).status == 0
+    assert (out / "train" / "shard-00000.tar").stat() == first  # not written again
+    assert list(out.parent.iterdir()) == [out]
+    for path in [path for path in out.rglob("*") if path.is_file()]:
+        assert path.read_bytes() == (digits / path.relative_to(out)).read_bytes()
+
+
+@pytest.mark.parametrize(("error", "status"), ENDS)
+def test_an_end_before_the_first_shard_leaves_nothing(tmp_path, cli, monkeypatch, error, status):
+    """Ctrl-C and a full disk while a member is unpacked: nothing is worth keeping."""
 
     def fails(self, *arguments):
         raise error
@@ -771,7 +788,7 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path, cli, monkeypatch, error, 
 def test_the_examples_in_the_help_are_right(cli):
     """What the help says can be typed: every example names its kind and options as the parser knows them."""
     examples = []
-    for kind in ("", "npz", "cifar10", "idx", "digits"):
+    for kind in ("", "npz", "cifar10", "idx", "digits", "verify", "info", "merge", "subset", "push"):
         result = cli(*[kind][: len(kind)], "--help")
         assert result.status == 0
         here = [
@@ -781,7 +798,7 @@ def test_the_examples_in_the_help_are_right(cli):
         examples += here
     for example in examples:
         arguments = tool._parser().parse_args(shlex.split(example)[2:])
-        assert callable(arguments.read) and str(arguments.out).startswith("data/")
+        assert callable(arguments.run) and str(getattr(arguments, "out", "data/")).startswith("data/")
 
 
 def test_index_is_json_without_local_paths(tmp_path, convert):

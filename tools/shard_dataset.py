@@ -1,30 +1,32 @@
-"""Convert an image data set into shards: verified, randomly accessible WebDataset tars.
+"""Convert an image data set into shards: verified, randomly accessible WebDataset tars; look after shards.
 
     python tools/shard_dataset.py digits --out data/digits
     python tools/shard_dataset.py cifar10 data --split train --out data/cifar10/train --download
     python tools/shard_dataset.py npz 1m.npz --dataset cifar10 --out data/cifar10_1m
     python tools/shard_dataset.py idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist
+    python tools/shard_dataset.py verify data/cifar10_1m
+    python tools/shard_dataset.py push data/cifar10_1m hf://datasets/USER/REPO
 
 The way of an image: a reader below gives a `Source`, whose images stay on disk (memory maps: an npz of 150 GB needs no
 more memory than a small one) -> `write_shards` permutes them by --seed and writes blocks -> everything was written
-beside --out and is renamed at the end, so --out is whole or not there.
+beside --out (in .OUT.unfinished) and is renamed at the end, so --out is whole or not there. The same command goes on where
+a killed one stopped: finished shards are verified and kept.
 
 A new format is one reader that returns a `Source`, and one block in `_parser`.
 """
 
 import argparse
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import shard_admin
+import shard_push
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, run_cli
-from nrat_scale.files import fsync_folder, make_folder, temporary_sibling
-from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, require_new_folder, write_shards
+from nrat_scale.errors import run_cli
+from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, write_into
+from nrat_scale.unfinished import hidden_sibling, unfinished
 from readers import CIFAR10_BATCHES, read_cifar10, read_digits, read_idx, read_npz
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -37,10 +39,10 @@ def _at_least_one(text: str) -> int:
     return value
 
 
-def _add_kind(
-    kinds: Any, kind: str, read: Callable[[argparse.Namespace, Path], dict[str, Source]], summary: str, *examples: str
+def _add_command(
+    kinds: Any, kind: str, run: Callable[[argparse.Namespace], str], summary: str, *examples: str
 ) -> argparse.ArgumentParser:
-    """A subcommand with the common options; `read` gives the sources, named by their folder in --out ("" is --out)."""
+    """A subcommand with its help; `run` does it and returns what to print."""
     parser: argparse.ArgumentParser = kinds.add_parser(
         kind,
         help=summary,
@@ -48,13 +50,29 @@ def _add_kind(
         epilog="\n  ".join(["examples:", *(f"python tools/shard_dataset.py {kind} {text}" for text in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(read=read)
+    parser.set_defaults(kind=kind, run=run)
+    return parser
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """The options of every subcommand that writes shards."""
     sizes: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
     add("--block-size", default=BLOCK_SIZE, help="images in a block (default: %(default)s)", **sizes)
     add("--shard-size", default=SHARD_SIZE, help="images in a shard, in whole blocks (default: %(default)s)", **sizes)
-    add("--seed", type=int, default=0, metavar="N", help="of the order in the shards (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: %(default)s)")
+    add("--jobs", default=1, help="processes that write shards (default: %(default)s); changes no byte", **sizes)
+    add("--push", metavar="ADDRESS", help="then upload them: hf://datasets/USER/REPO[@REVISION]")
+
+
+def _add_kind(
+    kinds: Any, kind: str, read: Callable[[argparse.Namespace, Path], dict[str, Source]], summary: str, *examples: str
+) -> argparse.ArgumentParser:
+    """A format; `read` gives the sources, named by their folder in --out ("" is --out)."""
+    parser = _add_command(kinds, kind, _convert, summary, *examples)
+    parser.set_defaults(read=read)
+    _add_writing(parser)
     return parser
 
 
@@ -109,32 +127,74 @@ def _parser() -> argparse.ArgumentParser:
         "scikit-learn's handwritten digits, without any download: DIR/train and DIR/test",
         "--out data/digits",
     )
+    _add_admin(kinds)
     return parser
 
 
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`. At the end it is gone, and so are the parents made for it if they are empty."""
-    made = [folder for folder in out.parents if not folder.exists()]
-    scratch = temporary_sibling(out)
-    try:
-        make_folder(out.parent)
-        with _writing(out):
-            scratch.mkdir()
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty, because all went well
-                folder.rmdir()
+def _add_admin(kinds: Any) -> None:
+    """The subcommands for shards that exist."""
+    place: dict[str, Any] = {"metavar": "DIR", "help": "folder of shards, or its address (https://, s3://, hf://)"}
+    verify = _add_command(
+        kinds,
+        "verify",
+        lambda given: shard_admin.verify(given.where),
+        "check every byte of shards, and that they are what their index says",
+        "data/cifar10_1m",
+        "hf://datasets/USER/REPO",
+    )
+    verify.add_argument("where", **place)
+    info = _add_command(
+        kinds,
+        "info",
+        lambda given: shard_admin.info(given.where, given.sheet),
+        "what is in shards: counts, classes, source files, order; a contact sheet",
+        "data/cifar10_1m --sheet data/sheet.png",
+    )
+    info.add_argument("where", **place)
+    info.add_argument("--sheet", type=Path, metavar="FILE.png", help="new image with samples, one row for each class")
+    merge = _add_command(
+        kinds,
+        "merge",
+        lambda given: shard_admin.merge(given.folders, given.out),
+        "one index over several folders of shards that lie below it; nothing is copied",
+        "data/all/first data/all/second --out data/all/index.json",
+    )
+    merge.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="in the order of the source ids")
+    merge.add_argument(
+        "--out", type=Path, required=True, metavar="PARENT/index.json", help="new index; every DIR lies in PARENT"
+    )
+    subset = _add_command(
+        kinds,
+        "subset",
+        _subset,
+        "some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
+        "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
+        "data/cifar10_1m --ids data/kept.txt --out data/kept",
+        "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
+    )
+    subset.add_argument("where", **place)
+    subset.add_argument("--per-class", type=_at_least_one, metavar="N", help="N of each class, drawn with --seed")
+    subset.add_argument("--ids", type=Path, metavar="FILE", help="source ids: .npy (integers), or .txt (one a line)")
+    subset.add_argument("--scores", type=Path, metavar="FILE.npy", help="one number for each source id; see --keep")
+    subset.add_argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8")
+    _add_writing(subset)
+    push = _add_command(
+        kinds,
+        "push",
+        lambda given: shard_push.push(given.folder, given.address),
+        "verify shards and upload them to the Hugging Face Hub (token from HF_TOKEN or `hf auth login`)",
+        "data/cifar10_1m hf://datasets/USER/REPO",
+    )
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("address", metavar="ADDRESS", help="hf://datasets/USER/REPO[@REVISION]")
 
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from error
+def _subset(given: argparse.Namespace) -> str:
+    return shard_admin.subset(
+        given.where, given.out, per_class=given.per_class, ids=given.ids, scores=given.scores, keep=given.keep,
+        seed=given.seed, block_size=given.block_size, shard_size=given.shard_size, jobs=given.jobs,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
 
 
 def _summary(folder: Path, source: Source) -> str:
@@ -146,24 +206,44 @@ def _summary(folder: Path, source: Source) -> str:
     )
 
 
+# Neither changes what is written: another start may go on with other ones.
+_WITHOUT_EFFECT = ("out", "jobs", "download", "push")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of the command line decides the images beside the input files, which are known by their hashes."""
+    return {
+        key: value
+        for key, value in vars(arguments).items()
+        if key not in _WITHOUT_EFFECT and isinstance(value, str | int | float | None)
+    }
+
+
+def _convert(arguments: argparse.Namespace) -> str:
+    with unfinished(arguments.out) as work:
+        sources = arguments.read(arguments, work.scratch)
+        for split, source in sources.items():
+            write_into(
+                work, source, split, block_size=arguments.block_size, shard_size=arguments.shard_size,
+                seed=arguments.seed, jobs=arguments.jobs, options=_options(arguments), progress=sys.stderr.isatty(),
+            )  # fmt: skip
+    return "\n".join(_summary(arguments.out / split, source) for split, source in sources.items())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     arguments = _parser().parse_args(argv)
-    out = arguments.out if arguments.out.name else arguments.out.absolute()  # "." has no sibling
-    require_new_folder(out)
-    with _workplace(out) as scratch:
-        sources = arguments.read(arguments, scratch)
-        shards = scratch / "shards"
-        for split, source in sources.items():
-            write_shards(
-                source, shards / split, block_size=arguments.block_size, shard_size=arguments.shard_size,
-                seed=arguments.seed, progress=sys.stderr.isatty(),
-            )  # fmt: skip
-        with _writing(out):
-            os.replace(shards, out)
-            fsync_folder(out.parent)
-    for split, source in sources.items():
-        print(_summary(out / split, source))
+    address = getattr(arguments, "push", None)
+    if address is not None:
+        shard_push.parse_address(address)  # a mistake in it must not cost a conversion
+    try:
+        print(arguments.run(arguments), flush=True)
+    except KeyboardInterrupt:
+        if hasattr(arguments, "out") and (kept := hidden_sibling(arguments.out.absolute())).exists():
+            print(f"What is finished stays in {kept}: the same command goes on with it.", file=sys.stderr)
+        raise
+    if address is not None:
+        print(shard_push.push(arguments.out, address))
 
 
 if __name__ == "__main__":
