@@ -2,14 +2,20 @@
 
 import hashlib
 import http.server
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+# Processes that tests start find the modules of tools/ and of tests/ as pytest does.
+_FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tools", "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 torch.set_num_threads(1)  # the small models of the tests only lose time to more
 

@@ -12,7 +12,7 @@ TOOLS = ROOT / "tools"
 # Read from the top: a module may import those above it in its own list where the list is `ordered`, and all layers below.
 # `audit` and `plan` are names kept for later.
 GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "datasets", "stops")  # ordered
-L0 = ("labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim")
+L0 = ("labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard")
 L1 = ("pack", "sources", "loader", "data")  # ordered
 L2 = ("accuracy", "recipe", "checkpoint")
 L3 = ("evaluate", "step", "validation", "train", "report", "release", "audit", "plan")  # ordered
