@@ -11,7 +11,7 @@ TOOLS = ROOT / "tools"
 
 # Read from the top: a module may import those above it in its own list where the list is `ordered`, and all layers below.
 # `audit` and `plan` are names kept for later.
-GROUND = ("errors", "files", "seeds", "fetch", "modes", "datasets")  # ordered
+GROUND = ("errors", "files", "seeds", "fetch", "modes", "class_names", "datasets")  # ordered
 L0 = ("labels", "shards", "models", "attacks", "objectives", "weights", "optim")
 L1 = ("data", "pack")
 L2 = ("accuracy", "recipe", "checkpoint")
