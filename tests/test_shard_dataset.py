@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import reader_cifar
 import readers
 import shard_dataset as tool
 from nrat_scale.datasets import DATASETS
@@ -242,7 +243,7 @@ def _make_batches(folder: Path, make: Callable[[np.ndarray, np.ndarray], bytes],
     """All six batches, of 11, 12, ... images, and what they hold."""
     folder.mkdir(parents=True)
     batches = {}
-    for number, name in enumerate(readers.CIFAR10_MD5):
+    for number, name in enumerate(reader_cifar.CIFAR10_MD5):
         batches[name] = _cifar(11 + number, number)
         (folder / f"{name}{suffix}").write_bytes(make(*batches[name]))
     return batches
@@ -252,7 +253,7 @@ def _publish(monkeypatch, folder: Path) -> None:
     """Let the md5 of the batches in `folder` be the published ones."""
     for path in folder.iterdir():
         monkeypatch.setitem(
-            readers.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            reader_cifar.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         )
 
 
@@ -291,7 +292,7 @@ def test_published_md5_sums_are_those_of_the_batches():
     """The table that guards the unpickling agrees with the one that torchvision publishes."""
     from torchvision.datasets import CIFAR10
 
-    assert dict(CIFAR10.train_list + CIFAR10.test_list) == readers.CIFAR10_MD5
+    assert dict(CIFAR10.train_list + CIFAR10.test_list) == reader_cifar.CIFAR10_MD5
 
 
 class _Malicious:
@@ -323,7 +324,7 @@ def test_a_pickle_with_a_wrong_md5_is_not_opened(tmp_path, cli, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("unpickled")
 
-    monkeypatch.setattr(readers._BatchUnpickler, "load", never)
+    monkeypatch.setattr(reader_cifar._BatchUnpickler, "load", never)
     _make_batches(tmp_path / "cifar-10-batches-py", _python3_batch)
     before = _tree(tmp_path)
     result = cli("cifar10", tmp_path, "--split", "train", "--out", tmp_path / "out")
@@ -771,7 +772,7 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path, cli, monkeypatch, error, 
 def test_the_examples_in_the_help_are_right(cli):
     """What the help says can be typed: every example names its kind and options as the parser knows them."""
     examples = []
-    for kind in ("", "npz", "cifar10", "idx", "digits"):
+    for kind in ("", "npz", "cifar10", "cifar100", "idx", "digits"):
         result = cli(*[kind][: len(kind)], "--help")
         assert result.status == 0
         here = [

@@ -25,7 +25,8 @@ from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import fsync_folder, make_folder, temporary_sibling
 from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, require_new_folder, write_shards
-from readers import CIFAR10_BATCHES, read_cifar10, read_digits, read_idx, read_npz
+from reader_cifar import SPLITS, read_cifar10, read_cifar100
+from readers import read_digits, read_idx, read_npz
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
@@ -90,8 +91,19 @@ def _parser() -> argparse.ArgumentParser:
     cifar10.add_argument(
         "root", type=Path, metavar="ROOT", help="holds or is cifar-10-batches-py or cifar-10-batches-bin"
     )
-    cifar10.add_argument("--split", choices=list(CIFAR10_BATCHES), required=True)
+    cifar10.add_argument("--split", choices=SPLITS, required=True)
     cifar10.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
+    cifar100 = _add_kind(
+        kinds,
+        "cifar100",
+        lambda given, scratch: {"": read_cifar100(given.root, given.split, download=given.download)},
+        "CIFAR-100 as its authors publish it (Python or binary version), with its 100 fine labels",
+        "data --split train --out data/cifar100/train --download",
+        "data/cifar-100-binary --split test --out data/cifar100/test",
+    )
+    cifar100.add_argument("root", type=Path, metavar="ROOT", help="holds or is cifar-100-python or cifar-100-binary")
+    cifar100.add_argument("--split", choices=SPLITS, required=True)
+    cifar100.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
     idx = _add_kind(
         kinds,
         "idx",
