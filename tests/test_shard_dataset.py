@@ -15,7 +15,6 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,41 +24,10 @@ import reader_cifar
 import readers
 import shard_dataset as tool
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, run_cli
+from nrat_scale.errors import UserError
 from nrat_scale.shards import ShardSet, open_shards
 
 TOOL = Path(__file__).parents[1] / "tools" / "shard_dataset.py"
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run the command line in this process, as `run_cli` does: its exit status and what it printed."""
-
-    def run(*argv: object) -> SimpleNamespace:
-        status = 0
-        try:
-            run_cli(lambda: tool.main([str(word) for word in argv]))
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
-
-    return run
-
-
-@pytest.fixture
-def convert(cli, tmp_path):
-    """Convert into a new folder with small blocks, and open what was written."""
-
-    def run(*argv: object) -> ShardSet:
-        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
-        result = cli(*argv, "--out", out, "--block-size", 16, "--shard-size", 48)
-        assert result.status == 0, result.err
-        shards = open_shards(out)
-        shards.verify(full=True)
-        return shards
-
-    return run
 
 
 def _tree(folder: Path) -> dict[str, bytes | None]:

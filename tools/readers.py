@@ -29,6 +29,7 @@ from nrat_scale.pack import ImageArray, Source
 from nrat_scale.seeds import derive, hash64
 
 _CHUNK = 1 << 20  # bytes read at a time
+_ROWS = 1 << 16  # one-hot labels converted at a time
 MAX_CLASSES = 100_000  # without --dataset; a larger label is no class number
 COPY_AGAIN = "Download or copy it again."
 
@@ -106,7 +107,9 @@ def as_images(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
-    """int64 [num_images] of `array`, which must hold as many integers of 0 or more."""
+    """int64 [num_images] of `array`: as many integers of 0 or more, or one-hot rows ([num_images, K] of 0 and one 1)."""
+    if array.ndim == 2 and array.shape[0] == num_images and array.shape[1] > 1 and array.dtype.kind in "iub":
+        return _from_one_hot(array, where)
     if array.dtype.kind not in "iu":
         raise UserError(f"{where} has dtype {array.dtype}, expected integers (class numbers 0, 1, 2, ...).")
     if array.shape != (num_images,):
@@ -119,6 +122,20 @@ def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
             f"{where} has values from {low} to {high}, expected class numbers 0, 1, 2, ... (at most {MAX_CLASSES - 1})."
         )
     return array.astype(np.int64)
+
+
+def _from_one_hot(array: np.ndarray, where: str) -> np.ndarray:
+    labels = np.empty(len(array), np.int64)
+    for first in range(0, len(array), _ROWS):  # [50 million, 100] may lie on disk
+        rows = array[first : first + _ROWS]
+        wrong = np.flatnonzero(((rows != 0) & (rows != 1)).any(axis=1) | (np.count_nonzero(rows, axis=1) != 1))
+        if len(wrong):
+            raise UserError(
+                f"{where} has shape {list(array.shape)}, but row {first + wrong[0]} is not one-hot (zeros and one 1). "
+                f"Expected [{len(array)}], one class number for each image, or one-hot rows."
+            )
+        labels[first : first + _ROWS] = rows.argmax(axis=1)
+    return labels
 
 
 def make_source(images: ImageArray, labels: np.ndarray, dataset: str | None, files: Sequence[dict[str, Any]]) -> Source:

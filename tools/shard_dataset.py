@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         kinds,
         "npz",
         lambda given, scratch: {"": read_npz(given.files, given.dataset, scratch)},
-        "npz files with `image` (uint8 [N, H, W, C]) and `label` (integers [N])",
+        "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
         "1m.npz --dataset cifar10 --out data/cifar10_1m",
         "part0.npz part1.npz part2.npz --out data/parts",
         "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
