@@ -21,11 +21,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cifar10n import convert_human_labels
 from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import fsync_folder, make_folder, temporary_sibling
 from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, require_new_folder, write_shards
 from reader_cifar import SPLITS, read_cifar10, read_cifar100
+from reader_images import TINY_SPLITS, read_svhn, read_tiny_imagenet
+from reader_tars import read_tars
 from readers import read_digits, read_idx, read_npz
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -104,6 +107,32 @@ def _parser() -> argparse.ArgumentParser:
     cifar100.add_argument("root", type=Path, metavar="ROOT", help="holds or is cifar-100-python or cifar-100-binary")
     cifar100.add_argument("--split", choices=SPLITS, required=True)
     cifar100.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
+    svhn = _add_kind(
+        kinds,
+        "svhn",
+        lambda given, scratch: {"": read_svhn(given.file)},
+        "SVHN's cropped digits (train_32x32.mat, test_32x32.mat, extra_32x32.mat)",
+        "train_32x32.mat --out data/svhn/train",
+    )
+    svhn.add_argument("file", type=Path, metavar="FILE")
+    tiny = _add_kind(
+        kinds,
+        "tiny_imagenet",
+        lambda given, scratch: {"": read_tiny_imagenet(given.root, given.split, scratch)},
+        "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
+        "data --split train --out data/tiny_imagenet/train",
+    )
+    tiny.add_argument("root", type=Path, metavar="ROOT", help="holds or is tiny-imagenet-200")
+    tiny.add_argument("--split", choices=TINY_SPLITS, required=True)
+    reshard = _add_kind(
+        kinds,
+        "reshard",
+        lambda given, scratch: {"": read_tars(given.files, given.dataset, scratch)},
+        "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
+        "'other/{0000..0010}.tar' --dataset cifar10 --out data/other",
+    )
+    reshard.add_argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'")
+    _add_dataset(reshard)
     idx = _add_kind(
         kinds,
         "idx",
@@ -121,7 +150,23 @@ def _parser() -> argparse.ArgumentParser:
         "scikit-learn's handwritten digits, without any download: DIR/train and DIR/test",
         "--out data/digits",
     )
+    _add_cifar10n(kinds)
     return parser
+
+
+def _add_cifar10n(kinds: Any) -> None:
+    summary = "CIFAR-10N's human labels (CIFAR-10_human.pt) as an npz for data.real.noise.human_labels"
+    example = (
+        "python tools/shard_dataset.py cifar10n CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz"
+    )
+    parser = kinds.add_parser(
+        "cifar10n", help=summary, description=summary, epilog=f"examples:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=lambda given: print(*convert_human_labels(given.file, given.shards, given.out), sep="\n"))
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="of CIFAR-10's training images")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="new npz")
 
 
 @contextmanager
@@ -161,6 +206,9 @@ def _summary(folder: Path, source: Source) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     arguments = _parser().parse_args(argv)
+    if "run" in arguments:
+        arguments.run(arguments)
+        return
     out = arguments.out if arguments.out.name else arguments.out.absolute()  # "." has no sibling
     require_new_folder(out)
     with _workplace(out) as scratch:
