@@ -1,4 +1,4 @@
-"""Encoded images, decoded carefully, and the data sets that need it: SVHN's .mat files and Tiny ImageNet's folders.
+"""Encoded images, decoded carefully, and the data set that needs it here: Tiny ImageNet's folders.
 
 An image file can claim any size and hold any format that Pillow knows. Here the format is one of those expected, the
 size is looked at before a pixel is decoded, and whatever Pillow stumbles over ends in a sentence that names the file.
@@ -6,7 +6,6 @@ size is looked at before a pixel is decoded, and whatever Pillow stumbles over e
 
 import hashlib
 import io
-import math
 import re
 import struct
 import sys
@@ -23,14 +22,10 @@ from tqdm import tqdm
 from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import UserError
 from nrat_scale.pack import Source
-from readers import COPY_AGAIN, as_labels, facts_of, make_source, reading
+from readers import COPY_AGAIN, facts_of, make_source, reading
 
 MAX_SIDE = 1024  # pixels; this is a program for small images
 _CHANNELS = {"L": 1, "RGB": 3}  # Pillow's modes of 8 bits without transparency
-
-_SVHN_SHAPE = (32, 32, 3)
-_MAT_HEADER = 128  # bytes
-_MAX_DEFLATE = 1100  # zlib packs at most about 1,030 bytes into one
 
 TINY_SPLITS = ("train", "val")
 TINY_PER_CLASS = {"train": 500, "val": 50}  # as published: a file that got lost is noticed
@@ -164,78 +159,6 @@ def gathering(scratch: Path) -> Iterator[Gathered]:
 def progress(total: int, what: str) -> Any:
     """A bar on a terminal."""
     return tqdm(total=total, desc=what, unit="img", disable=not sys.stderr.isatty())
-
-
-# ---- SVHN -----------------------------------------------------------------------------------------------------------
-
-
-def read_svhn(path: Path) -> Source:
-    """SVHN's cropped digits: a MATLAB 5 file with X (uint8 [32, 32, 3, N]) and y ([N, 1], where 10 means the digit 0).
-
-    Raises:
-        UserError: SciPy is missing, or the file is missing, damaged, or holds anything else.
-    """
-    try:
-        from scipy.io import loadmat, whosmat
-    except ImportError as error:
-        raise UserError("Reading .mat files needs SciPy, which is missing: pip install scipy") from error
-    with reading(path, "SVHN file"):
-        _check_mat(path)
-        try:
-            variables = whosmat(str(path))
-            _check_variables(variables, path)
-            content = loadmat(str(path), variable_names=["X", "y"])
-            images, targets = content["X"], content["y"]
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # whatever the parts of SciPy's reader raise at what they did not expect
-            raise UserError(f"The SVHN file {path} is damaged ({_reason(error)}). {COPY_AGAIN}") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != _SVHN_SHAPE or images.shape[3] < 1:
-        raise UserError(f"`X` in {path} is {images.dtype} {list(images.shape)}, expected uint8 [32, 32, 3, N].")
-    labels = _svhn_labels(targets, images.shape[3], path)
-    return make_source(images.transpose(3, 0, 1, 2), labels, "svhn", [facts_of(path, "SVHN file")])
-
-
-def _check_mat(path: Path) -> None:
-    with open(path, "rb") as file:
-        header = file.read(_MAT_HEADER)
-    if len(header) < _MAT_HEADER or header[124:] not in (b"\x00\x01IM", b"\x01\x00MI"):
-        raise UserError(
-            f"{path} is no MATLAB 5 file. Give train_32x32.mat, test_32x32.mat or extra_32x32.mat as published at "
-            "http://ufldl.stanford.edu/housenumbers."
-        )
-
-
-def _check_variables(variables: list[tuple[str, tuple[int, ...], str]], path: Path) -> None:
-    """What the file announces, before it is loaded: SciPy would reserve whatever is stated."""
-    there = {name: (tuple(shape), kind) for name, shape, kind in variables}
-    if len(variables) != 2 or set(there) != {"X", "y"}:
-        names = ", ".join(sorted(repr(name) for name, _, _ in variables)[:10]) or "nothing"
-        raise UserError(f"{path} holds {names}, expected `X` and `y`: SVHN's cropped digits (format 2).")
-    numbers = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "double", "single")
-    size = sum(math.prod(shape) * (1 if kind.endswith("int8") else 8) for shape, kind in there.values())
-    if any(kind not in numbers or min(shape, default=0) < 1 for shape, kind in there.values()):
-        raise UserError(f"`X` and `y` in {path} must be arrays of numbers, found {there['X']} and {there['y']}.")
-    if size > _MAX_DEFLATE * path.stat().st_size:
-        raise UserError(f"The SVHN file {path} states {size} bytes of data, more than it can hold. {COPY_AGAIN}")
-
-
-def _svhn_labels(targets: np.ndarray, num_images: int, path: Path) -> np.ndarray:
-    """int64 [N] in 0..9 of y, which counts the digits from 1 and calls the zero 10."""
-    where = f"`y` in {path}"
-    if targets.shape not in ((num_images, 1), (1, num_images)):
-        raise UserError(
-            f"{where} has shape {list(targets.shape)}, expected [{num_images}, 1]: one label for each image."
-        )
-    whole = targets.reshape(-1)
-    if whole.dtype.kind == "f" and (whole == np.rint(whole)).all() and (np.abs(whole) <= 10).all():
-        whole = whole.astype(np.int64)  # MATLAB's numbers are doubles
-    labels = as_labels(whole, num_images, where)
-    if labels.min() < 1 or labels.max() > 10:
-        raise UserError(
-            f"{where} has values from {labels.min()} to {labels.max()}, expected 1..10 (10 is the digit 0)."
-        )
-    return np.asarray(labels % 10)
 
 
 # ---- Tiny ImageNet --------------------------------------------------------------------------------------------------

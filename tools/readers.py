@@ -3,8 +3,8 @@
 Images stay on disk wherever the format allows it (memory maps: an npz of 150 GB needs no more memory than a small one);
 labels are checked, and nothing is ever unpickled (but by reader_cifar.py: CIFAR's published batches).
 
-Here: npz, IDX, scikit-learn's digits, and what all readers share. reader_cifar.py, reader_images.py (SVHN, Tiny ImageNet)
-and reader_tars.py (other people's WebDataset shards) have the rest.
+Here: npz, IDX, scikit-learn's digits, and what all readers share. reader_cifar.py, reader_mat.py (SVHN), reader_images.py
+(Tiny ImageNet) and reader_tars.py (other people's WebDataset shards) have the rest.
 """
 
 import gzip

@@ -27,7 +27,8 @@ from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import fsync_folder, make_folder, temporary_sibling
 from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, require_new_folder, write_shards
 from reader_cifar import SPLITS, read_cifar10, read_cifar100
-from reader_images import TINY_SPLITS, read_svhn, read_tiny_imagenet
+from reader_images import TINY_SPLITS, read_tiny_imagenet
+from reader_mat import read_svhn
 from reader_tars import read_tars
 from readers import read_digits, read_idx, read_npz
 
