@@ -84,7 +84,11 @@ def scan_tar(path: Path) -> Scan:
             return _scanned(file, path.stat().st_size)
         except (_Refused, tarfile.HeaderError) as error:
             member = getattr(error, "member", None)
-            at = f"at {_shown(member)}" if member is not None else f"at byte {max(0, file.tell() - TAR_BLOCK)}"
+            at = (
+                f"at {_shown(member)}"
+                if member is not None
+                else f"at byte {max(0, (file.tell() - 1) // TAR_BLOCK * TAR_BLOCK)}"
+            )
             raise UserError(f"The tar {path} cannot be used: {at}: {error}.") from error
 
 
