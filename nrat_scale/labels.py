@@ -6,8 +6,11 @@ on library versions (`instance_dependent` excepted, which needs normal variates 
 """
 
 import hashlib
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +28,9 @@ class NoiseSpec:
         rate: fraction of labels to corrupt, in [0, 1] (not used by `cifar10n`).
         seed: of the noise alone; runs with different training seeds can share one noise.
         class_map: label -> label for the asymmetric kinds; by default the data set's published one.
-        human_labels: for `cifar10n`, an .npy file of int64 [n] in source order.
+        human_labels: for `cifar10n`, the .npz that `shard_dataset.py cifar10n` writes, or an .npy file of int64 [n] in
+            source order.
+        human_set: which labels of the .npz: one of `HUMAN_SETS`. An .npy file has only one.
     """
 
     kind: str = "none"
@@ -33,6 +38,7 @@ class NoiseSpec:
     seed: int = 0
     class_map: dict[int, int] | None = None
     human_labels: str | None = None
+    human_set: str = "worse"
 
 
 def corrupt(
@@ -144,7 +150,8 @@ def _asymmetric(
 def _human(labels: np.ndarray, human_labels: np.ndarray | None, num_classes: int) -> np.ndarray:
     if human_labels is None:
         raise UserError(
-            "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, an .npy file."
+            "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, the .npz "
+            "that tools/shard_dataset.py cifar10n writes, or an .npy file."
         )
     human = _checked(human_labels, num_classes, "human labels")
     if len(human) != len(labels):
@@ -194,19 +201,66 @@ NOISES = (
 )
 
 
-def load_human_labels(path: str) -> np.ndarray:
-    """int [n] from an .npy file, never unpickled.
+# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Every image was labelled by three people;
+# `aggre` is their majority, `worse` one of the wrong labels where there is any.
+HUMAN_SETS = {
+    "aggre": "aggre_label",
+    "worse": "worse_label",
+    "random1": "random_label1",
+    "random2": "random_label2",
+    "random3": "random_label3",
+}
+_MAX_LABEL_BYTES = 1 << 30
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, NotImplementedError, RuntimeError)
+
+
+def load_human_labels(path: str, which: str) -> np.ndarray:
+    """int [n] from an .npy file, or the labels `which` (a key of `HUMAN_SETS`) of an .npz; never unpickled.
 
     Raises:
-        UserError: missing file, or not such an array.
+        UserError: an unknown name, a missing file, or not such an array.
     """
+    if which not in HUMAN_SETS:
+        raise UserError(
+            f"Unknown human labels '{which}' (data.real.noise.human_set). {did_you_mean(which, HUMAN_SETS)}"
+        )
     try:
         with open(path, "rb") as file:
-            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+            if file.read(4) == b"PK\x03\x04":
+                return _npz_labels(file, HUMAN_SETS[which])
+            size = file.seek(0, 2)
+            file.seek(0)
+            return _npy_labels(file, size)
     except FileNotFoundError:
         raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"The human labels {path} cannot be read as an .npy array of integers ({error}).") from error
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"The human labels {path} cannot be read as an .npy array of integers, nor as the .npz that "
+            f"tools/shard_dataset.py cifar10n writes ({error})."
+        ) from error
+
+
+def _npz_labels(file: BinaryIO, key: str) -> np.ndarray:
+    with zipfile.ZipFile(file) as archive:
+        if f"{key}.npy" not in archive.namelist():
+            raise ValueError(f"it has no `{key}`")
+        info = archive.getinfo(f"{key}.npy")
+        with archive.open(info) as member:
+            return _npy_labels(member, info.file_size)
+
+
+def _npy_labels(stream: Any, size: int) -> np.ndarray:
+    """int [n] of the .npy file of `size` bytes in `stream`; what its header claims is checked before it is believed."""
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    needed = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "iu" or len(shape) != 1 or min(shape) < 0 or not needed < size <= _MAX_LABEL_BYTES:
+        raise ValueError(f"it holds {dtype} {list(shape)} in {size} bytes")
+    data = stream.read(needed + 1)
+    if len(data) != needed:
+        raise ValueError(f"{needed} bytes of labels are stated, but there are {len(data)} or more")
+    return np.frombuffer(data, dtype).astype(np.int64)
 
 
 def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) -> np.ndarray:

@@ -374,7 +374,7 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
         shards.num_classes,
         class_map=class_map,
         images=shards.images(order) if noise.kind == "instance_dependent" else None,
-        human_labels=label_noise.load_human_labels(noise.human_labels) if noise.human_labels else None,
+        human_labels=label_noise.load_human_labels(noise.human_labels, noise.human_set) if noise.human_labels else None,
     )
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean

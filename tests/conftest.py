@@ -13,6 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shard_dataset
+from nrat_scale.errors import run_cli
+from nrat_scale.shards import ShardSet, open_shards
+
 # Processes that tests start find the modules of tools/ and of tests/ as pytest does.
 _FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tools", "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -93,3 +97,34 @@ def server() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(url=f"http://127.0.0.1:{running.server_port}", files=files, requests=requests)
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run tools/shard_dataset.py in this process, as `run_cli` does: its exit status and what it printed."""
+
+    def run(*argv: object) -> SimpleNamespace:
+        status = 0
+        try:
+            run_cli(lambda: shard_dataset.main([str(word) for word in argv]))
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
+
+    return run
+
+
+@pytest.fixture
+def convert(cli: Callable[..., SimpleNamespace], tmp_path: Path) -> Callable[..., ShardSet]:
+    """Convert into a new folder with small blocks, and open what was written."""
+
+    def run(*argv: object) -> ShardSet:
+        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+        result = cli(*argv, "--out", out, "--block-size", 16, "--shard-size", 48)
+        assert result.status == 0, result.err
+        shards = open_shards(out)
+        shards.verify(full=True)
+        return shards
+
+    return run

@@ -223,7 +223,7 @@ def test_cifar10n_takes_the_human_labels_as_they_are(tmp_path):
     human = _labels(len(BALANCED), 10, 3)
     np.save(tmp_path / "human.npy", human)
     given_labels = corrupt(
-        BALANCED, "cifar10n", 0.0, 0, 10, human_labels=load_human_labels(str(tmp_path / "human.npy"))
+        BALANCED, "cifar10n", 0.0, 0, 10, human_labels=load_human_labels(str(tmp_path / "human.npy"), "worse")
     )
     assert np.array_equal(given_labels, human) and not np.shares_memory(given_labels, human)
     assert np.array_equal(given_labels, corrupt(BALANCED, "cifar10n", 0.9, 7, 10, human_labels=human))
@@ -237,11 +237,11 @@ def test_unreadable_human_labels_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
     for name in (*contents, "objects.npy"):
         with pytest.raises(UserError, match=r"cannot be read as an \.npy array"):
-            load_human_labels(str(tmp_path / name))
+            load_human_labels(str(tmp_path / name), "worse")
     with pytest.raises(UserError, match="There is no file of human labels"):
-        load_human_labels(str(tmp_path / "nowhere.npy"))
+        load_human_labels(str(tmp_path / "nowhere.npy"), "worse")
     with pytest.raises(UserError, match="cannot be read"):
-        load_human_labels(str(tmp_path))
+        load_human_labels(str(tmp_path), "worse")
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.4])

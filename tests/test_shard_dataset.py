@@ -15,50 +15,19 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import reader_cifar
 import readers
 import shard_dataset as tool
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, run_cli
+from nrat_scale.errors import UserError
 from nrat_scale.shards import ShardSet, open_shards
 
 TOOL = Path(__file__).parents[1] / "tools" / "shard_dataset.py"
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run the command line in this process, as `run_cli` does: its exit status and what it printed."""
-
-    def run(*argv: object) -> SimpleNamespace:
-        status = 0
-        try:
-            run_cli(lambda: tool.main([str(word) for word in argv]))
-        except SystemExit as end:
-            status = end.code
-        printed = capsys.readouterr()
-        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
-
-    return run
-
-
-@pytest.fixture
-def convert(cli, tmp_path):
-    """Convert into a new folder with small blocks, and open what was written."""
-
-    def run(*argv: object) -> ShardSet:
-        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
-        result = cli(*argv, "--out", out, "--block-size", 16, "--shard-size", 48)
-        assert result.status == 0, result.err
-        shards = open_shards(out)
-        shards.verify(full=True)
-        return shards
-
-    return run
 
 
 def _tree(folder: Path) -> dict[str, bytes | None]:
@@ -242,7 +211,7 @@ def _make_batches(folder: Path, make: Callable[[np.ndarray, np.ndarray], bytes],
     """All six batches, of 11, 12, ... images, and what they hold."""
     folder.mkdir(parents=True)
     batches = {}
-    for number, name in enumerate(readers.CIFAR10_MD5):
+    for number, name in enumerate(reader_cifar.CIFAR10_MD5):
         batches[name] = _cifar(11 + number, number)
         (folder / f"{name}{suffix}").write_bytes(make(*batches[name]))
     return batches
@@ -252,7 +221,7 @@ def _publish(monkeypatch, folder: Path) -> None:
     """Let the md5 of the batches in `folder` be the published ones."""
     for path in folder.iterdir():
         monkeypatch.setitem(
-            readers.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            reader_cifar.CIFAR10_MD5, path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         )
 
 
@@ -291,7 +260,7 @@ def test_published_md5_sums_are_those_of_the_batches():
     """The table that guards the unpickling agrees with the one that torchvision publishes."""
     from torchvision.datasets import CIFAR10
 
-    assert dict(CIFAR10.train_list + CIFAR10.test_list) == readers.CIFAR10_MD5
+    assert dict(CIFAR10.train_list + CIFAR10.test_list) == reader_cifar.CIFAR10_MD5
 
 
 class _Malicious:
@@ -323,7 +292,7 @@ def test_a_pickle_with_a_wrong_md5_is_not_opened(tmp_path, cli, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("unpickled")
 
-    monkeypatch.setattr(readers._BatchUnpickler, "load", never)
+    monkeypatch.setattr(reader_cifar._BatchUnpickler, "load", never)
     _make_batches(tmp_path / "cifar-10-batches-py", _python3_batch)
     before = _tree(tmp_path)
     result = cli("cifar10", tmp_path, "--split", "train", "--out", tmp_path / "out")
@@ -788,7 +757,7 @@ def test_an_end_before_the_first_shard_leaves_nothing(tmp_path, cli, monkeypatch
 def test_the_examples_in_the_help_are_right(cli):
     """What the help says can be typed: every example names its kind and options as the parser knows them."""
     examples = []
-    for kind in ("", "npz", "cifar10", "idx", "digits", "verify", "info", "merge", "subset", "push"):
+    for kind in ("", "npz", "cifar10", "cifar100", "idx", "digits", "verify", "info", "merge", "subset", "push"):
         result = cli(*[kind][: len(kind)], "--help")
         assert result.status == 0
         here = [

@@ -1,18 +1,17 @@
 """The formats that `shard_dataset.py` reads: one function each, from files to a `Source`.
 
 Images stay on disk wherever the format allows it (memory maps: an npz of 150 GB needs no more memory than a small one);
-labels are checked, and nothing is ever unpickled but the published batches of CIFAR.
+labels are checked, and nothing is ever unpickled (but by reader_cifar.py: CIFAR's published batches).
+
+Here: npz, IDX, scikit-learn's digits, and what all readers share. reader_cifar.py, reader_mat.py (SVHN), reader_images.py
+(Tiny ImageNet) and reader_tars.py (other people's WebDataset shards) have the rest.
 """
 
 import gzip
 import hashlib
-import http.client
 import io
 import math
-import os
-import pickle
 import re
-import shutil
 import struct
 import zipfile
 import zlib
@@ -25,26 +24,14 @@ import numpy as np
 
 from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import UserError
-from nrat_scale.files import make_folder, sha256_of, temporary_sibling
+from nrat_scale.files import sha256_of
 from nrat_scale.pack import ImageArray, Source
 from nrat_scale.seeds import derive, hash64
 
 _CHUNK = 1 << 20  # bytes read at a time
-_MAX_CLASSES = 100_000  # without --dataset; a larger label is no class number
-_COPY_AGAIN = "Download or copy it again."
-
-# As published with the data set (https://www.cs.toronto.edu/~kriz/cifar.html). The batches are pickles, which can run
-# any program: a file with another md5 is never unpickled.
-CIFAR10_MD5 = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
-CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-_CIFAR_PIXELS = 3 * 32 * 32
+_ROWS = 1 << 16  # one-hot labels converted at a time
+MAX_CLASSES = 100_000  # without --dataset; a larger label is no class number
+COPY_AGAIN = "Download or copy it again."
 
 _IDX_MAGIC = {"images": 0x803, "labels": 0x801}  # unsigned bytes, in three dimensions and in one
 
@@ -79,7 +66,7 @@ class Parts:
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str) -> Iterator[None]:
     """Turn everything that can go wrong while `path` is read into a `UserError` that names it."""
     try:
         yield
@@ -88,20 +75,20 @@ def _reading(path: Path, what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"There is no {what} at {path}. Check the path.") from None
     except (EOFError, zlib.error, struct.error, zipfile.BadZipFile, gzip.BadGzipFile, ValueError) as error:
-        raise UserError(f"The {what} {path} is damaged or cut short ({error}). {_COPY_AGAIN}") from error
+        raise UserError(f"The {what} {path} is damaged or cut short ({error}). {COPY_AGAIN}") from error
     except (NotImplementedError, RuntimeError) as error:  # zipfile: a method it does not know
         raise UserError(f"The {what} {path} cannot be read ({error}). Save it again with numpy.savez.") from error
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror or error}).") from error
 
 
-def _facts(path: Path, what: str) -> dict[str, Any]:
+def facts_of(path: Path, what: str) -> dict[str, Any]:
     """Name, size and hash of an input file, for the index."""
-    with _reading(path, what):
+    with reading(path, what):
         return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _as_images(array: np.ndarray, where: str) -> np.ndarray:
+def as_images(array: np.ndarray, where: str) -> np.ndarray:
     """A view uint8 [N, H, W, C] of `array` ([N, H, W, C], [N, C, H, W] or [N, H, W])."""
     if array.dtype != np.uint8:
         raise UserError(
@@ -119,8 +106,10 @@ def _as_images(array: np.ndarray, where: str) -> np.ndarray:
     )
 
 
-def _as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
-    """int64 [num_images] of `array`, which must hold as many integers of 0 or more."""
+def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
+    """int64 [num_images] of `array`: as many integers of 0 or more, or one-hot rows ([num_images, K] of 0 and one 1)."""
+    if array.ndim == 2 and array.shape[0] == num_images and array.shape[1] > 1 and array.dtype.kind in "iub":
+        return _from_one_hot(array, where)
     if array.dtype.kind not in "iu":
         raise UserError(f"{where} has dtype {array.dtype}, expected integers (class numbers 0, 1, 2, ...).")
     if array.shape != (num_images,):
@@ -128,14 +117,28 @@ def _as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
             f"{where} has shape {list(array.shape)}, expected [{num_images}]: one label for each of the {num_images} images."
         )
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= _MAX_CLASSES:
+    if low < 0 or high >= MAX_CLASSES:
         raise UserError(
-            f"{where} has values from {low} to {high}, expected class numbers 0, 1, 2, ... (at most {_MAX_CLASSES - 1})."
+            f"{where} has values from {low} to {high}, expected class numbers 0, 1, 2, ... (at most {MAX_CLASSES - 1})."
         )
     return array.astype(np.int64)
 
 
-def _source(images: ImageArray, labels: np.ndarray, dataset: str | None, files: Sequence[dict[str, Any]]) -> Source:
+def _from_one_hot(array: np.ndarray, where: str) -> np.ndarray:
+    labels = np.empty(len(array), np.int64)
+    for first in range(0, len(array), _ROWS):  # [50 million, 100] may lie on disk
+        rows = array[first : first + _ROWS]
+        wrong = np.flatnonzero(((rows != 0) & (rows != 1)).any(axis=1) | (np.count_nonzero(rows, axis=1) != 1))
+        if len(wrong):
+            raise UserError(
+                f"{where} has shape {list(array.shape)}, but row {first + wrong[0]} is not one-hot (zeros and one 1). "
+                f"Expected [{len(array)}], one class number for each image, or one-hot rows."
+            )
+        labels[first : first + _ROWS] = rows.argmax(axis=1)
+    return labels
+
+
+def make_source(images: ImageArray, labels: np.ndarray, dataset: str | None, files: Sequence[dict[str, Any]]) -> Source:
     """A `Source` with the class names of `dataset`, or with "0".."K-1" where none is named."""
     if dataset is None:
         names = tuple(str(label) for label in range(int(labels.max()) + 1))
@@ -167,10 +170,10 @@ def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> Source
     labels, files = [], []
     for number, name in enumerate(names):
         path = _fetched(name)
-        with _reading(path, "npz file"), zipfile.ZipFile(path) as archive:
+        with reading(path, "npz file"), zipfile.ZipFile(path) as archive:
             stored = scratch / str(number)
-            part = _as_images(_npz_member(archive, path, "image", stored), f"`image` in {path}")
-            label = _as_labels(_npz_member(archive, path, "label", stored), len(part), f"`label` in {path}")
+            part = as_images(_npz_member(archive, path, "image", stored), f"`image` in {path}")
+            label = as_labels(_npz_member(archive, path, "label", stored), len(part), f"`label` in {path}")
         if images and part.shape[1:] != images[0].shape[1:]:
             raise UserError(
                 f"The images in {path} have shape {list(part.shape[1:])}, but those in {names[0]} have "
@@ -178,8 +181,8 @@ def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> Source
             )
         images.append(part)
         labels.append(label)
-        files.append(_facts(path, "npz file"))
-    return _source(Parts(images), np.concatenate(labels), dataset, files)
+        files.append(facts_of(path, "npz file"))
+    return make_source(Parts(images), np.concatenate(labels), dataset, files)
 
 
 def _fetched(name: str) -> Path:
@@ -221,8 +224,8 @@ def _npz_member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Pat
             f"`{member}` in {path} is encrypted or packed with an unusual method. Save it with numpy.savez."
         )
     if info.compress_type == zipfile.ZIP_STORED:
-        return _npy_array(_map_stored(path, info), f"`{member}` in {path}")
-    return _npy_array(_inflate(archive, path, info, unpacked.with_suffix(f".{member}")), f"`{member}` in {path}")
+        return npy_array(_map_stored(path, info), f"`{member}` in {path}")
+    return npy_array(_inflate(archive, path, info, unpacked.with_suffix(f".{member}")), f"`{member}` in {path}")
 
 
 def _map_stored(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
@@ -261,7 +264,7 @@ def _inflate(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpack
     return np.asarray(np.memmap(unpacked, np.uint8, mode="r"))
 
 
-def _npy_array(data: np.ndarray, where: str) -> np.ndarray:
+def npy_array(data: np.ndarray, where: str) -> np.ndarray:
     """The array in the bytes `data` (uint8 [m]) of an .npy file: a view, nothing is copied and nothing unpickled."""
     stream = io.BytesIO(data[: 1 << 14].tobytes())  # numpy refuses a header longer than 10,000 bytes
     try:
@@ -278,128 +281,9 @@ def _npy_array(data: np.ndarray, where: str) -> np.ndarray:
     if any(size < 1 for size in shape) or needed != there:
         raise UserError(
             f"{where} is empty, damaged or cut short: shape {list(shape)} of {dtype} needs {needed} bytes, there are "
-            f"{there}. {_COPY_AGAIN}"
+            f"{there}. {COPY_AGAIN}"
         )
     return np.ndarray(shape, dtype, buffer=data.data, offset=stream.tell(), order="F" if fortran_order else "C")
-
-
-# ---- CIFAR-10 -------------------------------------------------------------------------------------------------------
-
-
-def read_cifar10(root: Path, split: str, *, download: bool = False) -> Source:
-    """One split of CIFAR-10 as its authors publish it: `cifar-10-batches-py` (pickles) or `cifar-10-batches-bin`.
-
-    Args:
-        root: the folder that holds one of these two, or one of them itself.
-        split: "train" or "test".
-        download: fetch it into `root` first where it is not there.
-
-    Raises:
-        UserError: nothing there, a missing or damaged batch, or a pickle that is not the published one.
-    """
-    folder = _cifar_folder(root, split)
-    if folder is None and download:
-        download_cifar10(root)
-        folder = _cifar_folder(root, split)
-    if folder is None:
-        raise UserError(
-            f"There is no CIFAR-10 at {root}: no batches of the split '{split}' in it, nor in cifar-10-batches-py or "
-            "cifar-10-batches-bin there. Give the folder that holds one of these, or add --download."
-        )
-    images, labels, files = [], [], []
-    for name in CIFAR10_BATCHES[split]:
-        binary = folder / f"{name}.bin"
-        path, read = (binary, _read_cifar_records) if binary.is_file() else (folder / name, _read_cifar_pickle)
-        with _reading(path, "CIFAR-10 batch"):
-            batch, batch_labels = read(path)
-        images.append(batch.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels.append(_as_labels(batch_labels, len(batch), f"The labels of {path}"))
-        files.append(_facts(path, "CIFAR-10 batch"))
-    return _source(Parts(images), np.concatenate(labels), "cifar10", files)
-
-
-def _cifar_folder(root: Path, split: str) -> Path | None:
-    for folder in (root / "cifar-10-batches-py", root / "cifar-10-batches-bin", root):
-        if any((folder / f"{name}{suffix}").is_file() for name in CIFAR10_BATCHES[split] for suffix in ("", ".bin")):
-            return folder
-    return None
-
-
-def _read_cifar_records(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n, 3072], uint8 [n]) of the binary version: records of a label and the three colour planes."""
-    size, record = path.stat().st_size, 1 + _CIFAR_PIXELS
-    if size < record or size % record:
-        raise UserError(
-            f"The CIFAR-10 batch {path} has {size} bytes, expected a multiple of {record} (30730000 as published). "
-            f"{_COPY_AGAIN}"
-        )
-    records = np.asarray(np.memmap(path, np.uint8, mode="r")).reshape(-1, record)
-    return records[:, 1:], records[:, 0]
-
-
-def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n, 3072], int64 [n]) of the Python version; only the published bytes are unpickled."""
-    data = path.read_bytes()
-    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if md5 != CIFAR10_MD5[path.name]:
-        raise UserError(
-            f"The CIFAR-10 batch {path} has md5 {md5}, expected {CIFAR10_MD5[path.name]} as published. It is a pickle "
-            "and was not opened. Remove it and fetch it again (--download)."
-        )
-    try:
-        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"The CIFAR-10 batch {path} is no batch of CIFAR-10 ({error}).") from error
-    is_bytes = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-    if not is_bytes or pixels.ndim != 2 or pixels.shape[1] != _CIFAR_PIXELS or pixels.size < 1:
-        raise UserError(f"The CIFAR-10 batch {path} holds no uint8 data of shape [n, {_CIFAR_PIXELS}].")
-    return pixels, labels
-
-
-def _uint8_only(name: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
-    if name not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"it holds an array of dtype {name!r}; only uint8 is admitted")
-    return np.dtype("u1", copy=True)
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Rebuilds dicts, lists, bytes, numbers and uint8 arrays: all that a batch of CIFAR-10 holds, and nothing else."""
-
-    # numpy's function that makes an empty array to be filled; its module was renamed in numpy 2.
-    _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-    _ADMITTED: dict[tuple[str, str], Any] = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): _uint8_only,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not admitted and was not run")
-        return self._ADMITTED[module, name]
-
-
-def download_cifar10(root: Path) -> None:
-    """Fetch the Python version into `root`/cifar-10-batches-py with torchvision's address and checksum."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    make_folder(root)
-    # Beside its place and renamed, so that a broken download leaves nothing. torchvision.datasets.CIFAR10 itself would
-    # go on to unpickle the batches without `_BatchUnpickler`.
-    temporary = temporary_sibling(root / CIFAR10.base_folder)
-    try:
-        download_and_extract_archive(CIFAR10.url, str(temporary), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        os.replace(temporary / CIFAR10.base_folder, root / CIFAR10.base_folder)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong md5
-        raise UserError(
-            f"CIFAR-10 cannot be fetched from {CIFAR10.url} into {root} ({error}). Check the network, or copy "
-            f"{CIFAR10.base_folder} there from another machine."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- IDX (MNIST) ----------------------------------------------------------------------------------------------------
@@ -412,16 +296,16 @@ def read_idx(images: Path, labels: Path, dataset: str | None) -> Source:
         UserError: a file is missing, not of its kind, too short or too long, or the two do not match.
     """
     pixels = _read_idx(images, "images")
-    targets = _as_labels(_read_idx(labels, "labels"), len(pixels), f"The IDX file of labels {labels}")
-    files = [_facts(path, "IDX file") for path in (images, labels)]
-    return _source(pixels[..., None], targets, dataset, files)
+    targets = as_labels(_read_idx(labels, "labels"), len(pixels), f"The IDX file of labels {labels}")
+    files = [facts_of(path, "IDX file") for path in (images, labels)]
+    return make_source(pixels[..., None], targets, dataset, files)
 
 
 def _read_idx(path: Path, kind: str) -> np.ndarray:
     """uint8 [N, H, W] (kind "images") or [N] (kind "labels")."""
     what, magic = f"IDX file of {kind}", _IDX_MAGIC[kind]
     num_dims = magic & 0xFF
-    with _reading(path, what), open(path, "rb") as file:
+    with reading(path, what), open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         stream: Any = gzip.GzipFile(fileobj=file) if packed else file
@@ -438,7 +322,7 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
             wrong = f"only {len(data)}" if len(data) < math.prod(shape) else "more"
             raise UserError(
                 f"The {what} {path} is damaged: its header states {list(shape)}, that is {math.prod(shape)} bytes, but "
-                f"there are {wrong}. {_COPY_AGAIN}"
+                f"there are {wrong}. {COPY_AGAIN}"
             )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
@@ -477,7 +361,7 @@ def read_digits(split: str, seed: int) -> Source:
     ids = np.flatnonzero(is_test if split == "test" else ~is_test)
     # Each pixel becomes 2 x 2 equal ones: exact, and it keeps the contrast that smoothing would take away.
     images = np.rint(grey[ids] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
-    return _source(images[..., None], labels[ids], "digits", [facts])
+    return make_source(images[..., None], labels[ids], "digits", [facts])
 
 
 def _stratified_choice(labels: np.ndarray, num_chosen: int, seed: int) -> np.ndarray:

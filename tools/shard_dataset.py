@@ -23,11 +23,16 @@ from typing import Any
 
 import shard_admin
 import shard_push
+from cifar10n import convert_human_labels
 from nrat_scale.datasets import DATASETS
 from nrat_scale.errors import run_cli
 from nrat_scale.pack import BLOCK_SIZE, SHARD_SIZE, Source, write_into
 from nrat_scale.unfinished import hidden_sibling, unfinished
-from readers import CIFAR10_BATCHES, read_cifar10, read_digits, read_idx, read_npz
+from reader_cifar import SPLITS, read_cifar10, read_cifar100
+from reader_images import TINY_SPLITS, read_tiny_imagenet
+from reader_mat import read_svhn
+from reader_tars import read_tars
+from readers import read_digits, read_idx, read_npz
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
@@ -88,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         kinds,
         "npz",
         lambda given, scratch: {"": read_npz(given.files, given.dataset, scratch)},
-        "npz files with `image` (uint8 [N, H, W, C]) and `label` (integers [N])",
+        "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
         "1m.npz --dataset cifar10 --out data/cifar10_1m",
         "part0.npz part1.npz part2.npz --out data/parts",
         "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
@@ -108,8 +113,45 @@ def _parser() -> argparse.ArgumentParser:
     cifar10.add_argument(
         "root", type=Path, metavar="ROOT", help="holds or is cifar-10-batches-py or cifar-10-batches-bin"
     )
-    cifar10.add_argument("--split", choices=list(CIFAR10_BATCHES), required=True)
+    cifar10.add_argument("--split", choices=SPLITS, required=True)
     cifar10.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
+    cifar100 = _add_kind(
+        kinds,
+        "cifar100",
+        lambda given, scratch: {"": read_cifar100(given.root, given.split, download=given.download)},
+        "CIFAR-100 as its authors publish it (Python or binary version), with its 100 fine labels",
+        "data --split train --out data/cifar100/train --download",
+        "data/cifar-100-binary --split test --out data/cifar100/test",
+    )
+    cifar100.add_argument("root", type=Path, metavar="ROOT", help="holds or is cifar-100-python or cifar-100-binary")
+    cifar100.add_argument("--split", choices=SPLITS, required=True)
+    cifar100.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
+    svhn = _add_kind(
+        kinds,
+        "svhn",
+        lambda given, scratch: {"": read_svhn(given.file)},
+        "SVHN's cropped digits (train_32x32.mat, test_32x32.mat, extra_32x32.mat)",
+        "train_32x32.mat --out data/svhn/train",
+    )
+    svhn.add_argument("file", type=Path, metavar="FILE")
+    tiny = _add_kind(
+        kinds,
+        "tiny_imagenet",
+        lambda given, scratch: {"": read_tiny_imagenet(given.root, given.split, scratch)},
+        "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
+        "data --split train --out data/tiny_imagenet/train",
+    )
+    tiny.add_argument("root", type=Path, metavar="ROOT", help="holds or is tiny-imagenet-200")
+    tiny.add_argument("--split", choices=TINY_SPLITS, required=True)
+    reshard = _add_kind(
+        kinds,
+        "reshard",
+        lambda given, scratch: {"": read_tars(given.files, given.dataset, scratch)},
+        "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
+        "'other/{0000..0010}.tar' --dataset cifar10 --out data/other",
+    )
+    reshard.add_argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'")
+    _add_dataset(reshard)
     idx = _add_kind(
         kinds,
         "idx",
@@ -127,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "scikit-learn's handwritten digits, without any download: DIR/train and DIR/test",
         "--out data/digits",
     )
+    _add_cifar10n(kinds)
     _add_admin(kinds)
     return parser
 
@@ -187,6 +230,19 @@ def _add_admin(kinds: Any) -> None:
     )
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("address", metavar="ADDRESS", help="hf://datasets/USER/REPO[@REVISION]")
+
+
+def _add_cifar10n(kinds: Any) -> None:
+    parser = _add_command(
+        kinds,
+        "cifar10n",
+        lambda given: "\n".join(convert_human_labels(given.file, given.shards, given.out)),
+        "CIFAR-10N's human labels (CIFAR-10_human.pt) as an npz for data.real.noise.human_labels",
+        "CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="of CIFAR-10's training images")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="new npz")
 
 
 def _subset(given: argparse.Namespace) -> str:
