@@ -1,12 +1,13 @@
 # make quickstart   set up, then the whole story on real digits, without a download
 # make test         set up, then all tests
 # make lint         ruff and mypy, as CI runs them
+# make bench-data   the benchmarks of the data plane (docs/benchmarks.md)
 # make setup        only .venv with everything the tests, benchmarks and linters need
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test lint quickstart clean-quickstart
+.PHONY: setup test lint bench-data quickstart clean-quickstart
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -24,6 +25,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-data: setup
+	python tools/bench.py data
+	python tools/bench.py plan
+	python tools/bench.py convert
 
 # ---- quickstart: the same commands as in the README, each skipped where its result is there -------------------------
 

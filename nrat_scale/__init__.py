@@ -1,9 +1,11 @@
 """nrat_scale: adversarially robust image classifiers from generated data and noisy labels, at scale."""
 
 import importlib
-from types import ModuleType
+import sys
+from typing import Any
 
-from nrat_scale.models import load
+if sys.modules.get("torch", True):  # None: a process of tools/shard_dataset.py, which needs no models
+    from nrat_scale.models import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -11,8 +13,10 @@ __all__ = ["__version__", "load"]
 _PUBLIC = ("attacks", "labels", "models", "objectives", "recipe", "weights")
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """`nrat_scale.recipe` and the other public modules, imported when they are first asked for."""
+    if name == "load":
+        return importlib.import_module("nrat_scale.models").load
     if name in _PUBLIC:
         return importlib.import_module(f"nrat_scale.{name}")
     raise AttributeError(f"module 'nrat_scale' has no attribute '{name}'")

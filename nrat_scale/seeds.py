@@ -6,9 +6,12 @@ functions use only 64-bit arithmetic and do not depend on the version of NumPy.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -36,8 +39,10 @@ def uniform01(key: int, ids: np.ndarray) -> np.ndarray:
     return (hash64(key, ids) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def torch_generator(device: torch.device | str, seed: int, *names: str | int) -> torch.Generator:
+def torch_generator(device: "torch.device | str", seed: int, *names: str | int) -> "torch.Generator":
     """A generator on `device` whose draws are those of the stream (seed, names)."""
+    import torch  # data preparation uses the rest of this module without torch
+
     generator = torch.Generator(device=device)
     generator.manual_seed(derive(seed, *names))
     return generator

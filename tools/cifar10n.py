@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nrat_scale.errors import UserError
 from nrat_scale.files import make_folder, write_atomically
@@ -91,6 +90,8 @@ def _unpickled(path: Path) -> object:
             raise UserError(f"{path} has {path.stat().st_size} bytes, too many for CIFAR-10N's labels.")
         data = io.BytesIO(path.read_bytes())
     try:
+        import torch  # the other subcommands do without
+
         with torch.serialization.safe_globals(_ADMITTED):
             return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises whatever a damaged file makes its parts raise

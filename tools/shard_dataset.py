@@ -15,8 +15,13 @@ a killed one stopped: finished shards are verified and kept.
 A new format is one reader that returns a `Source`, and one block in `_parser`.
 """
 
-import argparse
 import sys
+
+# Converting needs no torch, which would take 280 MB and two seconds of every process. None is Python's own way to say that
+# a module is not there; webdataset then does without it. The readers that need it import it when they are called.
+_LIGHT = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
+
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,9 @@ from reader_images import TINY_SPLITS, read_tiny_imagenet
 from reader_mat import read_svhn
 from reader_tars import read_tars
 from readers import read_digits, read_idx, read_npz
+
+if _LIGHT:
+    del sys.modules["torch"]
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
