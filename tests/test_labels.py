@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import random
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
 from nrat_scale.errors import UserError
-from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
+from nrat_scale.labels import HUMAN_SETS, NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 SEEDS = st.integers(-(2**40), 2**40)
@@ -242,6 +244,48 @@ def test_unreadable_human_labels_are_refused(tmp_path):
         load_human_labels(str(tmp_path / "nowhere.npy"), "worse")
     with pytest.raises(UserError, match="cannot be read"):
         load_human_labels(str(tmp_path), "worse")
+
+
+def test_each_set_of_human_labels_is_read_by_its_name(tmp_path):
+    """`human_set` chooses among the five sets of CIFAR-10N; a mistyped name gets a suggestion."""
+    sets = {key: _labels(50, 10, number) for number, key in enumerate(HUMAN_SETS.values())}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "human.npz", **sets)
+        for name, key in HUMAN_SETS.items():
+            assert np.array_equal(load_human_labels(str(tmp_path / "human.npz"), name), sets[key])
+    assert NoiseSpec().human_set == "worse"
+    with pytest.raises(UserError, match=r"human_set.*Did you mean 'worse'"):
+        load_human_labels(str(tmp_path / "human.npz"), "worst")
+
+
+def _npy(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+def test_human_labels_that_are_not_what_they_claim(tmp_path):
+    """Terabytes, objects, floats, tables, other names and cut files end with a sentence before anything is reserved."""
+    shape = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }\n"
+    arrays = [
+        _npy(shape % ("<i8", "(1000000000000,)")),
+        _npy(shape % ("<i8", "(-1,)"), bytes(8)),
+        _npy(shape % ("|O", "(1,)"), b"\x80\x04."),
+        _npy(shape % ("<f8", "(1,)"), bytes(8)),
+        _npy(shape % ("<i8", "(1, 1)"), bytes(8)),
+        _npy(shape % ("<i8", "()"), bytes(8)),
+        _npy(shape % ("<i8", "(2,)"), bytes(15)),
+        _npy(shape % ("<i8", "(2,)"), bytes(17)),
+    ]
+    for number, content in enumerate(arrays):
+        plain, packed = tmp_path / f"{number}.npy", tmp_path / f"{number}.npz"
+        plain.write_bytes(content)
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("worse_label.npy", content)
+        for path in (plain, packed):
+            with pytest.raises(UserError, match=r"cannot be read as an \.npy array"):
+                load_human_labels(str(path), "worse")
+    np.savez(tmp_path / "other.npz", labels=np.zeros(3, np.int64))
+    with pytest.raises(UserError, match="it has no `worse_label`"):
+        load_human_labels(str(tmp_path / "other.npz"), "worse")
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.4])

@@ -87,6 +87,18 @@ def test_npz_in_other_layouts(tmp_path, convert):
     assert _same(convert("npz", tmp_path / "fortran2.npz"), images, labels)
 
 
+def test_one_hot_labels_are_converted(tmp_path, convert, monkeypatch):
+    """[N, K] of zeros and one 1 per row, integers or booleans, are class numbers; also in pieces and big-endian."""
+    monkeypatch.setattr(readers, "_ROWS", 7)
+    images, labels = _data()
+    one_hot = np.eye(10)[labels]
+    for dtype in ("uint8", ">i8", "bool"):
+        np.savez(tmp_path / "a.npz", image=images, label=one_hot.astype(dtype))
+        assert _same(convert("npz", tmp_path / "a.npz"), images, labels)
+    np.savez(tmp_path / "a.npz", image=images, label=np.asfortranarray(one_hot.astype(int)))
+    assert _same(convert("npz", tmp_path / "a.npz"), images, labels)
+
+
 def test_npz_parts_are_one_data_set_in_the_order_given(tmp_path, convert):
     """Generated sets come in several files, of which one may be compressed: ids run through all of them."""
     parts = [_data(n, seed=n, num_classes=k) for n, k in [(30, 3), (1, 1), (69, 12)]]
@@ -560,6 +572,19 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "text labels": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=LABELS.astype("U1"))], "expected integers"),
     "scalar label": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=np.int64(3))], "expected [20]"),
     "label column": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=LABELS[:, None])], "expected [20]"),
+    "two-hot labels": (
+        lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=np.ones((20, 2), int))], "row 0 is not one-hot",
+    ),
+    "soft labels": (
+        lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=np.eye(10)[LABELS])], "expected integers",
+    ),
+    "scores": (
+        lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=2 * np.eye(10, dtype=int)[LABELS])], "row 0 is not one-hot",
+    ),
+    "terabytes of labels": (
+        lambda d: ["npz", _zip(d / "a.npz", image=_npy(IMAGES), label=_header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }\n"))],
+        "needs 8000000000000 bytes",
+    ),
     "fewer labels": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=LABELS[1:])], "shape [19], expected [20]"),
     "negative label": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=LABELS - 1)], "from -1 to 8"),
     "absurd label": (lambda d: ["npz", _npz(d / "a.npz", image=IMAGES, label=LABELS + 10**12)], "1000000000009"),
@@ -757,7 +782,10 @@ def test_an_end_before_the_first_shard_leaves_nothing(tmp_path, cli, monkeypatch
 def test_the_examples_in_the_help_are_right(cli):
     """What the help says can be typed: every example names its kind and options as the parser knows them."""
     examples = []
-    for kind in ("", "npz", "cifar10", "cifar100", "idx", "digits", "verify", "info", "merge", "subset", "push"):
+    for kind in (
+        *("", "npz", "cifar10", "cifar100", "svhn", "tiny_imagenet", "reshard", "cifar10n", "idx", "digits"),
+        *("verify", "info", "merge", "subset", "push"),
+    ):
         result = cli(*[kind][: len(kind)], "--help")
         assert result.status == 0
         here = [

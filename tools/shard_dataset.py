@@ -3,6 +3,7 @@
     python tools/shard_dataset.py digits --out data/digits
     python tools/shard_dataset.py cifar10 data --split train --out data/cifar10/train --download
     python tools/shard_dataset.py npz 1m.npz --dataset cifar10 --out data/cifar10_1m
+    python tools/shard_dataset.py reshard 'other/{0000..0010}.tar' --dataset cifar10 --out data/other
     python tools/shard_dataset.py idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist
     python tools/shard_dataset.py verify data/cifar10_1m
     python tools/shard_dataset.py push data/cifar10_1m hf://datasets/USER/REPO
