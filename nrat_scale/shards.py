@@ -35,6 +35,7 @@ PERMUTATION = "shards"  # names the stream of the permutation, as in `seeds.deri
 TAR_BLOCK = 512  # bytes
 _MAX_INDEX_BYTES = 1 << 30
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
+_MAX_REMOVED = 10  # times that a shard vanishes from a cache that is far too small
 _MAX_OPEN = 4096  # memory maps of local shards; far below the 65,530 that Linux admits
 _REMAKE = "Make the shards again with tools/shard_dataset.py."
 
@@ -401,17 +402,25 @@ class ShardSet:
     def _map(self, number: int) -> np.ndarray:
         mapped = self._maps.get(number)
         if mapped is None:
-            path = self.fetch(number)
-            try:
-                mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)))
-            except (OSError, ValueError) as error:
-                reason = f"it cannot be read ({error})"
-                raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
+            mapped = self._mapped(number)
             self._maps[number] = mapped
             while len(self._maps) > self.max_open:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(number)
         return mapped
+
+    def _mapped(self, number: int) -> np.ndarray:
+        tries = 1 if self._cache is None else _MAX_REMOVED
+        while True:
+            path = self.fetch(number)
+            tries -= 1
+            try:
+                return np.asarray(np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)))
+            except (OSError, ValueError) as error:
+                if isinstance(error, FileNotFoundError) and tries:
+                    continue  # another process needed its room in the cache before it was opened here
+                reason = f"it cannot be read ({error})"
+                raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
 
 
 def _optional_int(value: Any) -> int | None:
