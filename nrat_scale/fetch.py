@@ -23,7 +23,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead, InvalidURL
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from nrat_scale.files import fsync_folder, make_folder, sha256_of
 SCHEMES = ("http", "https", "hf", "s3")
 CACHE_VARIABLE = "NRAT_SCALE_CACHE"
 DEFAULT_CACHE_GB = 50.0
-ATTEMPTS = 8  # without progress; with the pauses below about three minutes
+ATTEMPTS = 8  # without progress; the pauses below add up to one to two minutes
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 STALL_SECONDS = 30.0  # without a byte
 _DAMAGED_ATTEMPTS = 3  # complete transfers whose content is wrong
@@ -44,7 +44,9 @@ _PROGRESS_BYTES = 1 << 20  # an attempt that brought this much does not count as
 _CHUNK, _S3_CHUNK = 1 << 20, 8 << 20
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _MAX_NAMES = 1_000_000
+_URL_SAFE = "%/:?&=#~+!$,;'@()*[]"  # already quoted, or with a meaning in an address
 _HF = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+_CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # nothing else in the folder is the cache's to remove
 
 
 class _MayPass(Exception):
@@ -53,6 +55,10 @@ class _MayPass(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class _RangeRefused(_MayPass):
+    """The server does not go on where we stand: what is there has become shorter, or another file."""
 
 
 class _WillNotPass(Exception):
@@ -83,15 +89,17 @@ def expand(where: str) -> tuple[str, list[str] | None]:
     if not where.endswith(".tar"):
         return where.rstrip("/") if scheme else where, None
     folder, _, last = where.rpartition("/")
+    # braceexpand writes out each range before it gives the first name.
+    too_many = any(abs(int(a) - int(b)) >= _MAX_NAMES for a, b in re.findall(r"\{(-?\d{1,99})\.\.(-?\d{1,99})", last))
     try:
-        names = list(itertools.islice(braceexpand.braceexpand(last), _MAX_NAMES + 1))
+        names = [] if too_many else list(itertools.islice(braceexpand.braceexpand(last), _MAX_NAMES + 1))
     except ValueError as error:
         raise UserError(
             f"The braces in {where} cannot be expanded ({error}). Write shard-{{00000..00009}}.tar."
         ) from error
-    if len(names) > _MAX_NAMES:
+    if too_many or len(names) > _MAX_NAMES:
         raise UserError(f"{where} names more than {_MAX_NAMES} shards.")
-    return folder or ".", names
+    return folder or ("/" if where.startswith("/") else "."), names
 
 
 # ---- one attempt ----------------------------------------------------------------------------------------------------
@@ -104,11 +112,12 @@ def _opened(url: str, start: int) -> Iterator[tuple[Iterator[bytes], int, int | 
     if scheme == "s3":
         yield _opened_s3(url, start)
         return
-    headers = {"User-Agent": "nrat_scale", "Accept-Encoding": "identity"}
     private: dict[str, str] = {}
     if scheme == "hf":
         url, private = _resolve_hf(url)
-    request = urllib.request.Request(url, headers=headers)
+    headers = {"User-Agent": "nrat_scale", "Accept-Encoding": "identity"}
+    with _http_failures(url):
+        request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_SAFE), headers=headers)
     for key, value in private.items():
         request.add_unredirected_header(key, value)  # a redirect to another host must not see the token
     if start:
@@ -116,40 +125,55 @@ def _opened(url: str, start: int) -> Iterator[tuple[Iterator[bytes], int, int | 
     with _http_failures(url):
         response = urllib.request.urlopen(request, timeout=STALL_SECONDS)
     with response:
-        begin, size = 0, response.length
+        length = response.length  # None where the answer comes in chunks or ends with the connection
+        begin, size = 0, length
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise _WillNotPass(f"the server sends it compressed ({encoding}), which was not asked for")
+        if response.headers.get_content_type() == "text/html":
+            raise _WillNotPass("the server answers with a web page instead of the file")
         if response.status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             if match is None or int(match[1]) != start:
-                raise _WillNotPass("the server answers a range request with another range")
+                raise _RangeRefused("the server answers a range request with another range")
             begin, size = start, None if match[2] == "*" else int(match[2])
-        yield _chunks(response, url), begin, size
+        yield _chunks(response, url, length), begin, size
 
 
-def _chunks(response: Any, url: str) -> Iterator[bytes]:
-    while True:
+def _chunks(response: Any, url: str, left: int | None) -> Iterator[bytes]:
+    """What the connection brings, as it comes, so that nothing is lost where it is cut or stalls."""
+    while left != 0:
         with _http_failures(url):
-            chunk = response.read(_CHUNK)
+            chunk = response.read1(_CHUNK if left is None else min(_CHUNK, left))
         if not chunk:
             break
+        left = None if left is None else left - len(chunk)
         yield chunk
-    if response.length:
-        raise _MayPass(f"the connection was cut {response.length} bytes before the end")
+    if left:
+        raise _MayPass(f"the connection was cut {left} bytes before the end")
 
 
 @contextlib.contextmanager
 def _http_failures(url: str) -> Iterator[None]:
     """Sort what urllib raises into `_MayPass` and `_WillNotPass`."""
-    host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]
     try:
         yield
     except urllib.error.HTTPError as error:
         error.close()
-        reason = f"HTTP {error.code} {error.reason}".strip()
+        reason = f"HTTP {error.code} {str(error.reason).partition(chr(10))[0]}".strip()
+        if error.code == 416:
+            raise _RangeRefused(reason) from None
         if error.code in _TRANSIENT:
             raise _MayPass(reason, _retry_after(error.headers.get("Retry-After"))) from None
         raise _WillNotPass(reason) from None
-    except (urllib.error.URLError, OSError, HTTPException) as error:
+    except IncompleteRead:
+        raise _MayPass("the connection was cut") from None
+    except (ValueError, InvalidURL) as error:  # an address that is none
+        raise _WillNotPass(str(error)) from None
+    except (OSError, HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, str):
+            raise _WillNotPass(cause) from None
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise _WillNotPass(f"the certificate of {host} is not trusted ({cause.verify_message})") from None
         if isinstance(cause, socket.gaierror):
@@ -159,8 +183,6 @@ def _http_failures(url: str) -> Iterator[None]:
         if isinstance(cause, TimeoutError):
             raise _MayPass(f"{host} sent nothing for {STALL_SECONDS:.0f} s") from None
         raise _MayPass(f"{type(cause).__name__}: {cause}") from None
-    except ValueError as error:  # an address that is none
-        raise _WillNotPass(str(error)) from None
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -176,14 +198,23 @@ def _resolve_hf(url: str) -> tuple[str, dict[str, str]]:
     match = _HF.fullmatch(url)
     if match is None:
         raise _WillNotPass("expected hf://datasets/USER/REPO/FILE")
-    public = huggingface_hub.hf_hub_url(match[1], match[3], repo_type="dataset", revision=match[2])
     try:
+        revision = urllib.parse.unquote(match[2]) if match[2] else None
+        public = huggingface_hub.hf_hub_url(match[1], match[3], repo_type="dataset", revision=revision)
         location = huggingface_hub.get_hf_file_metadata(public, timeout=STALL_SECONDS).location
     except Exception as error:  # below the Hub's client lie different HTTP libraries, whose errors share no base class
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        answer = getattr(error, "response", None)
+        status = getattr(answer, "status_code", None)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+        if status in (401, 403):
+            raise _WillNotPass(f"{reason}; log in with `hf auth login` or set HF_TOKEN") from None
+        if isinstance(error, ValueError) or type(error).__name__ == "OfflineModeIsEnabled":
+            raise _WillNotPass(reason) from None
         if status is None or status in _TRANSIENT:
-            raise _MayPass(reason) from None
+            raise _MayPass(
+                reason, _retry_after(answer.headers.get("Retry-After")) if answer is not None else None
+            ) from None
         raise _WillNotPass(reason) from None
     same_host = urllib.parse.urlsplit(location).netloc == urllib.parse.urlsplit(public).netloc
     authorization = build_hf_headers().get("authorization") if same_host else None
@@ -199,12 +230,18 @@ def _opened_s3(url: str, start: int) -> tuple[Iterator[bytes], int, int | None]:
     except ImportError:
         raise UserError(f"{url} needs s3fs: pip install s3fs") from None
     with _s3_failures():
-        size = int(system.info(path)["size"])
+        info = system.info(path)
+    size = int(info["size"])
+    if info["type"] != "file":
+        raise _WillNotPass("it is a folder")
+    if start > size:
+        raise _RangeRefused(f"it has {size} bytes there")
 
     def chunks() -> Iterator[bytes]:
         for first in range(start, size, _S3_CHUNK):
             with _s3_failures():
-                yield system.cat_file(path, start=first, end=min(first + _S3_CHUNK, size))
+                chunk = system.cat_file(path, start=first, end=min(first + _S3_CHUNK, size))
+            yield chunk
 
     return chunks(), start, size
 
@@ -213,8 +250,10 @@ def _opened_s3(url: str, start: int) -> tuple[Iterator[bytes], int, int | None]:
 def _s3_failures() -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, PermissionError) as error:
-        raise _WillNotPass(f"{type(error).__name__}: {error}") from None
+    except FileNotFoundError as error:
+        raise _WillNotPass(f"there is no such object or bucket ({error})") from None
+    except PermissionError as error:
+        raise _WillNotPass(f"the access is denied ({error})") from None
     except Exception as error:  # botocore's and aiohttp's errors share no base class with each other
         name = type(error).__name__
         if name in ("NoCredentialsError", "PartialCredentialsError"):
@@ -257,12 +296,13 @@ def download(
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Fetch `url` into `path`, which is whole and verified or not there.
+    """Fetch `url` into `path`, which is whole and verified or not there. Not for two processes at once: see `Cache`.
 
     Args:
         num_bytes, sha256: what must arrive; None where nobody knows, then only a cut is noticed.
         part: where the bytes are collected; what an earlier call left there is not fetched again.
-        stopped: asked between chunks; once it is true the transfer is given up, resumable.
+        stopped: asked whenever bytes arrive (at the latest after STALL_SECONDS) and in pauses; once it is true the
+            transfer is given up, resumable.
         progress: told the number of bytes that are there, after each chunk.
 
     Raises:
@@ -276,7 +316,7 @@ def download(
         nonlocal damaged
         _transfer(url, part, num_bytes, stopped, progress)
         if sha256 is not None and sha256_of(part) != sha256:
-            part.unlink()
+            os.truncate(part, 0)
             damaged += 1
             wrong = f"what arrives has not the sha256 {sha256[:12]}... of the index"
             if damaged == _DAMAGED_ATTEMPTS:
@@ -291,8 +331,12 @@ def download(
         fsync_folder(path.parent)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}). Free some space or choose another place."
+            f"{path} cannot be written ({error.strerror or error}). Free some space or choose another place."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            if part.stat().st_size == 0:  # nothing to go on with
+                part.unlink()
 
 
 def _transfer(
@@ -301,40 +345,31 @@ def _transfer(
     """Bring `part` to its full size, from where it stands."""
     there = part.stat().st_size if part.exists() else 0
     if num_bytes is not None and there > num_bytes:
-        part.unlink()
+        os.truncate(part, 0)
         there = 0
-    if there == num_bytes:
+    if num_bytes and there == num_bytes:
         return
-    with _opened_again(url, there, part) as (chunks, begin, size):
-        if num_bytes is not None and size is not None and size != num_bytes:
-            raise _WillNotPass(f"it has {size} bytes there instead of {num_bytes}")
-        with open(part, "ab") as file:
-            file.truncate(begin)
-            received = begin
-            for chunk in chunks:
-                if stopped():
-                    raise Stopped
-                file.write(chunk)
-                received += len(chunk)
-                progress(received)
-                if num_bytes is not None and received > num_bytes:
-                    raise _WillNotPass(f"it has more than {num_bytes} bytes there")
+    try:
+        with _opened(url, there) as (chunks, received, size):
+            if num_bytes is not None and size is not None and size != num_bytes:
+                raise _WillNotPass(f"it has {size} bytes there instead of {num_bytes}")
+            with open(part, "ab") as file:
+                file.truncate(received)
+                for chunk in chunks:
+                    if stopped():
+                        raise Stopped
+                    file.write(chunk)
+                    received += len(chunk)
+                    progress(received)
+                    if num_bytes is not None and received > num_bytes:
+                        raise _WillNotPass(f"it has more than {num_bytes} bytes there")
+    except _RangeRefused:
+        if there:
+            os.truncate(part, 0)  # the next attempt asks from the beginning
+        raise
     expected = num_bytes if num_bytes is not None else size
     if expected is not None and received != expected:
         raise _MayPass(f"{received} of {expected} bytes arrived")
-
-
-@contextlib.contextmanager
-def _opened_again(url: str, start: int, part: Path) -> Iterator[tuple[Iterator[bytes], int, int | None]]:
-    """As `_opened`; a server that refuses the range (the file there has become shorter) is asked from the beginning."""
-    try:
-        with _opened(url, start) as opened:
-            yield opened
-    except _WillNotPass as error:
-        if not start or not str(error).startswith(("HTTP 416", "the server answers")):
-            raise
-        part.unlink(missing_ok=True)
-        raise _MayPass(str(error)) from None
 
 
 def _retried(
@@ -346,15 +381,16 @@ def _retried(
     size_of: Callable[[], int] = lambda: 0,
 ) -> Any:
     """The result of `attempt`, repeated while it may help."""
-    failed = 0
+    failed, most = 0, size_of()  # most: a server that lets us begin again and again makes no progress
     while True:
-        before = size_of()
         try:
             return attempt()
         except _WillNotPass as error:
             raise UserError(f"{url} cannot be fetched: {error}.") from None
         except _MayPass as error:
-            failed = 1 if size_of() - before >= _PROGRESS_BYTES else failed + 1
+            failed += 1
+            if size_of() - most >= _PROGRESS_BYTES:
+                failed, most = 1, size_of()
             if failed >= attempts:
                 raise UserError(
                     f"{url} cannot be fetched: {error} ({attempts} attempts). Check address and network."
@@ -377,8 +413,9 @@ def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
 class Cache:
     """A folder of verified files, named by their sha256, shared by all processes of a node and bounded in size.
 
-    A file is fetched by one process while the others wait for it (file locks). It belongs to the cache: the files that
-    were used longest ago are removed when room is needed, also while somebody reads them, who keeps his open map.
+    A file is fetched by one process while the others wait for it (file locks, which end with the process that holds
+    them). It belongs to the cache: the files that were used longest ago are removed when room is needed, also while
+    somebody reads them, who keeps his open map. Other files in the folder are left alone.
 
     Args:
         folder: by default $NRAT_SCALE_CACHE, or ~/.cache/nrat_scale.
@@ -392,7 +429,7 @@ class Cache:
         self.limit_bytes = int(limit_gb * 1e9)
 
     def fetch(self, url: str, num_bytes: int, sha256: str, *, stopped: Callable[[], bool] = lambda: False) -> Path:
-        """The verified local file with the content of `url`.
+        """The verified local file with the content of `url`. Another process may remove it before it is opened.
 
         Raises:
             UserError: it cannot be had, is not what it should be, or finds no room.
@@ -404,17 +441,25 @@ class Cache:
         if self._stamped(path):
             return path
         make_folder(self.folder)
-        with self._locked(sha256, stopped):
-            if self._stamped(path):
-                return path
-            if path.exists() and (path.stat().st_size != num_bytes or sha256_of(path) != sha256):
-                path.unlink()  # no longer what it was when it was verified
-            if not path.exists():
-                part = self.folder / f"{sha256}.{num_bytes}.part"
-                self._make_room(num_bytes, part)
-                download(url, path, num_bytes, sha256, part=part, stopped=stopped)
-            self._stamp(path)
+        try:
+            with self._locked(sha256, stopped):
+                if not self._stamped(path):
+                    self._fill(path, url, num_bytes, sha256, stopped)
+        except OSError as error:
+            raise UserError(
+                f"The cache {self.folder} cannot be used ({error.strerror or error}). "
+                "Choose another place with data.remote.cache."
+            ) from error
         return path
+
+    def _fill(self, path: Path, url: str, num_bytes: int, sha256: str, stopped: Callable[[], bool]) -> None:
+        if path.exists() and (path.stat().st_size != num_bytes or sha256_of(path) != sha256):
+            path.unlink()  # no longer what it was when it was verified
+        if not path.exists():
+            part = self.folder / f"{sha256}.{num_bytes}.part"
+            self._make_room(num_bytes, part, stopped)
+            download(url, path, num_bytes, sha256, part=part, stopped=stopped)
+        path.with_suffix(".json").write_text(json.dumps(self._state(path)))
 
     @contextlib.contextmanager
     def _locked(self, name: str, stopped: Callable[[], bool]) -> Iterator[None]:
@@ -442,52 +487,72 @@ class Cache:
         try:
             if json.loads(stamp.read_text()) != self._state(path):
                 return False
-            os.utime(stamp)
         except (OSError, ValueError):
             return False
+        with contextlib.suppress(OSError):  # a filled cache may be read-only
+            os.utime(stamp)
         return True
 
-    def _stamp(self, path: Path) -> None:
-        path.with_suffix(".json").write_text(json.dumps(self._state(path)))
+    def _make_room(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> None:
+        """Remove what was used longest ago until `num_bytes` fit, and reserve them by the existence of `part`.
 
-    def _make_room(self, num_bytes: int, part: Path) -> None:
-        """Remove what was used longest ago until `num_bytes` fit, and reserve them by the existence of `part`."""
-        with self._locked("room", lambda: False):
-            sizes = {path: path.stat().st_size for path in self.folder.glob("*.tar")}
-            # An unfinished file counts as whole: somebody is filling it, or a killed run left it.
-            sizes |= {path: int(path.name.split(".")[1]) for path in self.folder.glob("*.part") if path != part}
-            total = sum(sizes.values())
-            for path in sorted(sizes, key=self._last_used):
-                if total + num_bytes <= self.limit_bytes:
+        Where all the room is taken by files that others are fetching, wait for these.
+        """
+        if num_bytes > self.limit_bytes:
+            raise UserError(
+                f"The cache {self.folder} may hold {self.limit_bytes / 1e9:.2f} GB, which is too little for a shard of "
+                f"{num_bytes / 1e9:.2f} GB. Raise data.remote.cache_gb."
+            )
+        while not self._reserved(num_bytes, part, stopped):
+            part.unlink(missing_ok=True)  # it counts as a reservation: two that wait would wait for each other
+            _sleep(0.2, stopped)
+
+    def _reserved(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> bool:
+        with self._locked("room", stopped):
+            contents = self._contents()
+            contents.pop(part.name.partition(".")[0], None)
+            total = num_bytes + sum(size for _, size in contents.values())
+            for sha256, (_, size) in sorted(contents.items(), key=lambda item: item[1]):
+                if total <= self.limit_bytes:
                     break
-                if self._removed(path):
-                    total -= sizes[path]
-            if total + num_bytes > self.limit_bytes:
-                raise UserError(
-                    f"The cache {self.folder} may hold {self.limit_bytes / 1e9:.2f} GB, which is too little for a shard of "
-                    f"{num_bytes / 1e9:.2f} GB beside those being fetched. Raise data.remote.cache_gb."
-                )
+                if self._removed(sha256):
+                    total -= size
+            if total > self.limit_bytes:
+                return False
             if shutil.disk_usage(self.folder).free < num_bytes - (part.stat().st_size if part.exists() else 0):
                 raise UserError(
-                    f"There is no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. "
-                    "Free some space, or choose another place with data.remote.cache."
+                    f"There is no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. Free some "
+                    "space, lower data.remote.cache_gb, or choose another place with data.remote.cache."
                 )
             part.touch()
+            return True
 
-    @staticmethod
-    def _last_used(path: Path) -> float:
-        stamp = path.with_suffix(".json") if path.suffix == ".tar" else path
-        return stamp.stat().st_mtime if stamp.exists() else 0.0
+    def _contents(self) -> dict[str, tuple[float, int]]:
+        """sha256 -> (when it was last used, bytes).
 
-    def _removed(self, path: Path) -> bool:
-        lock = FileLock(self.folder / f"{path.name.partition('.')[0]}.lock")
+        An unfinished file counts as whole: somebody is filling it, or a killed run left it.
+        """
+        contents = {}
+        for pattern in ("*.part", "*.tar"):  # in this order one that is finished meanwhile is seen twice, not missed
+            for path in self.folder.glob(pattern):
+                if (match := _CACHED.fullmatch(path.name)) is None:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # finished or given up meanwhile
+                    stamp = path if match[2] else path.with_suffix(".json")
+                    used = stamp.stat().st_mtime if stamp.exists() else 0.0
+                    contents[match[1]] = used, int(match[2]) if match[2] else path.stat().st_size
+        return contents
+
+    def _removed(self, sha256: str) -> bool:
+        lock = FileLock(self.folder / f"{sha256}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             return False  # being fetched
         try:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            (self.folder / f"{sha256}.json").unlink(missing_ok=True)
+            for path in (self.folder / f"{sha256}.tar", *self.folder.glob(f"{sha256}.*.part")):
+                path.unlink(missing_ok=True)
         finally:
             lock.release()
         return True

@@ -39,6 +39,7 @@ TAR_BLOCK = 512  # bytes
 _MAX_INDEX_BYTES = 1 << 30
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 _GATHERED = 4096  # images copied at a time
+_MAX_REMOVED = 10  # times that a shard vanishes from a cache that is far too small
 _MAX_OPEN = 4096  # memory maps of local shards; far below the 65,530 that Linux admits
 _REMAKE = "Make the shards again with tools/shard_dataset.py."
 
@@ -478,17 +479,25 @@ class ShardSet:
         """Shard `number` in memory: as bytes and as int64."""
         mapped = self._maps.get(number)
         if mapped is None:
-            path = self.fetch(number)
-            try:
-                data = np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)).data
-            except (OSError, ValueError) as error:
-                reason = f"it cannot be read ({error})"
-                raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
+            data = self._mapped(number)
             mapped = self._maps[number] = data, data[: len(data) // 8 * 8].cast("q")
             while len(self._maps) > self.max_open:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(number)
         return mapped
+
+    def _mapped(self, number: int) -> memoryview:
+        tries = 1 if self._cache is None else _MAX_REMOVED
+        while True:
+            path = self.fetch(number)
+            tries -= 1
+            try:
+                return np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)).data
+            except (OSError, ValueError) as error:
+                if isinstance(error, FileNotFoundError) and tries:
+                    continue  # another process needed its room in the cache before it was opened here
+                reason = f"it cannot be read ({error})"
+                raise ShardUnusable(f"The shard {path}: {reason}.", self.names[number], reason) from error
 
 
 def joined(pixels: Sequence[memoryview]) -> np.ndarray:
