@@ -353,7 +353,7 @@ class ShardSet:
         at_label = self._label_offset[block] // 8 + offset
         pixels = [data[n][i:j] for n, i, j in zip(shard, start.tolist(), stop.tolist(), strict=True)]
         labels = [integers[n][i] for n, i in zip(shard, at_label.tolist(), strict=True)]
-        return pixels, np.asarray(labels, np.int64)
+        return pixels, self._checked_labels(np.asarray(labels, np.int64), positions)
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """uint8 [m, H, W, C] of the samples at `positions` [m]."""
@@ -365,7 +365,16 @@ class ShardSet:
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m] of the samples at `positions` [m], as stored (before any label noise)."""
-        return self._integers(positions, self._label_offset)
+        return self._checked_labels(self._integers(positions, self._label_offset), positions)
+
+    def _checked_labels(self, labels: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """`labels`, each of which is a class: shards that agree with their index can still have been made wrongly."""
+        if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
+            at = int(np.flatnonzero((labels < 0) | (labels >= self.num_classes))[0])
+            name = self.names[int(self.shards_of(np.asarray(positions)[[at]])[0])]
+            reason = f"it holds the label {labels[at]}, but there are {self.num_classes} classes"
+            raise ShardUnusable(f"The shard {name} of {self._what} is wrong: {reason}. {_REMAKE}", name, reason)
+        return labels
 
     def source_ids(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]: the source ids of the samples at `positions` [m]."""
