@@ -131,6 +131,19 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def set_aside(run: Path, after: int) -> None:
+    """Hide the checkpoints of later steps than `after`, under names that nothing reads; they are not deleted."""
+    for folder in checkpoint_folders(run):
+        if step_of(folder) > after:
+            os.replace(folder, folder.with_name(f".{folder.name}.collapsed-{uuid.uuid4().hex[:8]}"))
+    fsync_folder(run / "checkpoints")
+
+
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and one sentence for each newer one that does not.
 

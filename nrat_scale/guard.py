@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nrat_scale.errors import UserError, did_you_mean
 
-ACTIONS = ("warn", "stop", "rewind", "off")
+ACTIONS = ("warn", "stop", "rewind", "none")
 ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 where training collapses"
 
 
@@ -23,10 +23,10 @@ class GuardSpec:
 
     Attributes:
         action: `warn`; `stop` with advice; `rewind` to the last checkpoint from before and go on with a smaller learning
-            rate; `off`.
+            rate; `none`.
         window: steps that are looked at together.
         patience: consecutive bad windows before anything is done; a network starts with one class, too.
-        top_share: a window is bad where so much of the predictions name one class, and accuracy is at chance.
+        top_share: a window is bad where so much of the predictions name one class, and accuracy is at most twice chance.
         min_grad_norm: or where the mean norm of the gradient is smaller.
         lr_factor: by which `rewind` multiplies the learning rate.
         max_rewinds: after so many it stops.
@@ -61,7 +61,7 @@ class Window:
 
     def bad(self, spec: GuardSpec, num_classes: int) -> bool:
         """Whether training looks collapsed."""
-        one_class = self.top_share >= spec.top_share and self.accuracy <= 1.5 / num_classes
+        one_class = self.top_share >= spec.top_share and self.accuracy <= 2.0 / num_classes
         return one_class or self.grad_norm < spec.min_grad_norm
 
 

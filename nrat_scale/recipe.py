@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.data import DataSpec
 from nrat_scale.errors import UserError, did_you_mean
+from nrat_scale.guard import GuardSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, Objective, ObjectiveSpec, build
 from nrat_scale.optim import OptimSpec
@@ -85,7 +86,7 @@ class RecipeSpec:
     """A complete experiment.
 
     Attributes:
-        threat, data, model, objective, optim, ema, awp, train: see the specs.
+        threat, data, model, objective, optim, ema, awp, train, guard: see the specs.
         name: of the recipe; its file's name by default.
         run_dir: where the run is written, `runs/<name>` by default.
         seed: of weights, sample plan, augmentation and attack noise (label noise has its own).
@@ -101,6 +102,7 @@ class RecipeSpec:
     ema: EmaSpec = field(default_factory=EmaSpec)
     awp: AwpSpec = field(default_factory=AwpSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
+    guard: GuardSpec = field(default_factory=GuardSpec)
     name: str = ""
     run_dir: str = ""
     seed: int = 0

@@ -24,16 +24,21 @@ from nrat_scale import labels as label_noise
 from nrat_scale import models
 from nrat_scale.checkpoint import (
     Checkpoint,
+    checkpoint_folders,
     load_optimizer_tensors,
     newest_checkpoint,
+    open_checkpoint,
     optimizer_tensors,
     prune,
     save_checkpoint,
+    set_aside,
+    step_of,
     write_pointer,
 )
 from nrat_scale.data import TrainingData, normalisation, open_training_data
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, write_atomically, write_json
+from nrat_scale.guard import ADVICE, Guard
 from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
@@ -68,6 +73,10 @@ def _train_row(t: Training, epoch: int, lr: float) -> dict[str, Any]:
     n = sums["images"]
     t.sums.zero_()
     family = t.objective.family
+
+    def share(part: str, whole: str) -> float | None:
+        return sums[part] / sums[whole] if sums[whole] else None
+
     return {
         "kind": "train",
         "epoch": epoch,
@@ -75,6 +84,10 @@ def _train_row(t: Training, epoch: int, lr: float) -> dict[str, Any]:
         "loss": sums["loss"] / n,
         "natural_accuracy": sums["natural"] / n if family != "at" else None,
         "robust_accuracy": sums["robust"] / n if family != "natural" else None,
+        "clean_accuracy": share("clean_fitted", "clean"),
+        "noisy_memorised": share("noisy_fitted", "noisy"),
+        "noisy_corrected": share("noisy_corrected", "noisy"),
+        "grad_norm": share("grad_norm", "steps"),
         "lr": lr,
     }
 
@@ -86,6 +99,7 @@ def save(t: Training, *, is_best: bool) -> None:
     """Write a checkpoint of this step, and let last.json (and best.json) name it."""
     average_batchnorm(t)
     sums = t.accelerator.reduce(t.sums.clone(), "sum").tolist()
+    guard_sums = t.accelerator.reduce(t.guard.sums.clone(), "sum").tolist()
     if t.accelerator.is_main_process:
         scaler = t.accelerator.scaler
         state = {
@@ -94,6 +108,8 @@ def save(t: Training, *, is_best: bool) -> None:
             "identity": t.recipe.identity,
             "best": t.best,
             "validation_due": t.validation_due,
+            "guard": t.guard.state(),
+            "guard_sums": guard_sums,
             "metrics_lines": len(t.metrics),
             "sums": sums,
             "seed": t.recipe.seed,  # all randomness is a function of (seed, step): there is no other state
@@ -143,6 +159,8 @@ def _restore(t: Training, checkpoint: Checkpoint) -> None:
         t.accelerator.scaler.load_state_dict(state["scaler"])
     if t.accelerator.is_main_process:
         t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
+        t.guard.sums += torch.tensor(state["guard_sums"], dtype=torch.float64, device=t.sums.device)
+    t.guard.load(state["guard"])
     t.step, t.best, t.validation_due = int(state["step"]), state["best"], bool(state["validation_due"])
 
 
@@ -254,7 +272,8 @@ def _build(
     ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
     model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
     objective = build_objective(recipe.objective, data.shards.num_classes).to(accelerator.device)
-    t = Training(recipe, run, data, accelerator, base, model, optimizer, objective, ema, data.validation())
+    guard = Guard.build(recipe.guard, data.shards.num_classes, accelerator.device)
+    t = Training(recipe, run, data, accelerator, base, model, optimizer, objective, ema, data.validation(), guard)
     t.sums = t.sums.to(accelerator.device)
     if accelerator.is_main_process:
         _describe(t, arguments)
@@ -300,26 +319,92 @@ def fit(t: Training) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         disable=not t.accelerator.is_main_process,
     )
-    if t.validation_due:
-        _validate_and_save(t, bar)
-    batches = t.data.batches(t.step, t.last_step, t.accelerator.process_index, t.accelerator.num_processes)
-    for batch in batches:
-        epoch = t.step // per_epoch
-        set_epoch(t.optimizer, *table[epoch])
-        for layer, momentum in momenta.items():
-            layer.momentum = 1.0 if t.recipe.model.bn_first_step and t.step == 0 else momentum
-        torch.manual_seed(derive(t.recipe.seed, "step", t.step, t.accelerator.process_index) % 2**32)
-        train_step(t, batch)
-        t.step += 1
-        bar.update()
-        if t.step % per_epoch == 0:
-            log(t, _train_row(t, epoch + 1, table[epoch][0]))
-            _validate_and_save(t, bar)
-        _stop_if_asked(t)
+    while not _train_until(t, t.last_step, table, momenta, bar):
+        bar.n = t.step  # training was rewound
     bar.close()
     if t.step % per_epoch:  # stopped by max_steps within an epoch
         # Before the first validation nothing is selected: best.json then names the only checkpoint there is, and says so.
         save(t, is_best=t.best is None)
+
+
+def _train_until(
+    t: Training, stop: int, table: list[tuple[float, float]], momenta: dict[Any, float | None], bar: Any
+) -> bool:
+    """The loop over steps; False where the collapse guard has rewound training and it is to be entered again."""
+    per_epoch = t.data.steps_per_epoch
+    if t.validation_due:
+        _validate_and_save(t, bar)
+    batches = t.data.batches(t.step, stop, t.accelerator.process_index, t.accelerator.num_processes)
+    for batch in batches:
+        epoch = t.step // per_epoch
+        lr, momentum = table[epoch]
+        set_epoch(t.optimizer, lr * t.guard.lr_scale, momentum)
+        for layer, usual in momenta.items():
+            layer.momentum = 1.0 if t.recipe.model.bn_first_step and t.step == 0 else usual
+        torch.manual_seed(derive(t.recipe.seed, "step", t.step, t.accelerator.process_index) % 2**32)
+        train_step(t, batch)
+        t.step += 1
+        bar.update()
+        if watch_for_collapse(t):
+            return False
+        if t.step % per_epoch == 0:
+            log(t, _train_row(t, epoch + 1, lr * t.guard.lr_scale))
+            _validate_and_save(t, bar)
+        _stop_if_asked(t)
+    return True
+
+
+def watch_for_collapse(t: Training) -> bool:
+    """At the end of a window of steps, act on a collapse as the recipe says; True where training was rewound.
+
+    Raises:
+        UserError: the recipe says stop, or there is nothing (more) to rewind to.
+    """
+    spec = t.recipe.guard
+    if spec.action == "none" or t.step % spec.window:
+        return False
+    window = t.guard.close(t.accelerator.reduce(t.guard.sums, "sum"), t.step)
+    if not t.guard.collapsed or (spec.action == "warn" and t.guard.warned):
+        return False
+    t.guard.warned = True
+    what = (
+        f"Training has collapsed by step {t.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
+        f"predictions name one class, accuracy is {100 * window.accuracy:.1f} %, the mean gradient norm {window.grad_norm:.2g}."
+    )
+    row = {"kind": "guard", "step": t.step, "action": spec.action, "top_share": window.top_share,
+           "accuracy": window.accuracy, "grad_norm": window.grad_norm, "lr_scale": t.guard.lr_scale}  # fmt: skip
+    if spec.action == "warn":
+        log(t, row)
+        t.accelerator.print(f"warning: {what} {ADVICE}.")
+        return False
+    if spec.action == "stop" or t.guard.rewinds >= spec.max_rewinds:
+        raise UserError(f"{what} {ADVICE}, or let guard.action rewind.")
+    _rewind(t, what, row)
+    return True
+
+
+def _rewind(t: Training, what: str, row: dict[str, Any]) -> None:
+    """Go back to the newest checkpoint from before the collapse, with a smaller learning rate."""
+    spec, rewinds, scale, healthy = t.recipe.guard, t.guard.rewinds, t.guard.lr_scale, t.guard.healthy_step
+    good = [folder for folder in checkpoint_folders(t.run) if step_of(folder) <= healthy]
+    if not good:
+        raise UserError(f"{what} No checkpoint is from before it. {ADVICE}.")
+    t.accelerator.wait_for_everyone()
+    checkpoint = open_checkpoint(good[0])
+    t.sums.zero_()
+    t.guard.sums.zero_()
+    _restore(t, checkpoint)
+    t.metrics = t.metrics[: checkpoint.state["metrics_lines"]]
+    t.guard.rewinds, t.guard.lr_scale = rewinds + 1, scale * spec.lr_factor
+    t.guard.bad_windows, t.guard.warned = 0, False
+    t.accelerator.print(
+        f"warning: {what} Going back to step {t.step}, with {t.guard.lr_scale:g} times the learning rate."
+    )
+    if t.accelerator.is_main_process:
+        set_aside(t.run, after=t.step)
+        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
+    log(t, {**row, "rewound_to": t.step, "lr_scale": t.guard.lr_scale})
+    save(t, is_best=t.best is not None and t.best["step"] == t.step)
 
 
 def _stop_if_asked(t: Training) -> None:
