@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 from nrat_scale.errors import UserError, did_you_mean
 from nrat_scale.modes import batchnorms
 
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("constant", "multistep", "onecycle")
+SCHEDULES = ("constant", "multistep", "onecycle", "cosine")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OptimSpec:
         decay_batchnorm: whether BatchNorm's parameters are decayed too (DM_AT: no; the paper's ResNet-18 tables: yes).
         nesterov: Nesterov's momentum.
         schedule: `constant`, `multistep` (times `gamma` at each of `milestones`, epochs) or `onecycle` (cosine, peak
-            after `pct_start` of the epochs).
+            after `pct_start` of the epochs), or `cosine` (from `lr` to 0 at the end of the last epoch).
     """
 
     name: str = "sgd"
@@ -79,11 +79,13 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
 def schedule_table(spec: OptimSpec, epochs: int) -> list[tuple[float, float]]:
     """(learning rate, momentum) of each epoch, as torch's own schedulers give them: resuming needs no state."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=spec.lr, momentum=spec.momentum)
-    scheduler: MultiStepLR | OneCycleLR
+    scheduler: MultiStepLR | OneCycleLR | CosineAnnealingLR
     if spec.schedule == "onecycle" and epochs > 1:
         # Where the warm-up is exactly the first epoch torch divides by its length, 0: a trifle less starts at the peak.
         pct_start = spec.pct_start * (1 - 1e-9) if spec.pct_start * epochs == 1 else spec.pct_start
         scheduler = OneCycleLR(optimizer, max_lr=spec.lr, total_steps=epochs, pct_start=pct_start)
+    elif spec.schedule == "cosine":
+        scheduler = CosineAnnealingLR(optimizer, T_max=epochs)
     else:
         milestones = spec.milestones if spec.schedule == "multistep" else []
         scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)

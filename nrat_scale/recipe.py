@@ -35,6 +35,7 @@ _NOT_IDENTITY = (
     "run_dir",
     "resume",
     "train.max_steps",
+    "train.timeout_minutes",
     "data.workers",
     "data.max_bad_shards",
     "data.remote.cache",
@@ -58,6 +59,8 @@ class TrainSpec:
         validation_attack: `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps.
         save_every: epochs between checkpoints.
         keep: newest checkpoints to keep beside the best.
+        timeout_minutes: how long processes wait for one that does not answer before the run ends; longer than the main
+            one takes to verify the data.
     """
 
     epochs: int = 1
@@ -68,11 +71,14 @@ class TrainSpec:
     validation_attack: str = "pgd10"
     save_every: int = 1
     keep: int = 1
+    timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "validate_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.timeout_minutes > 0:
+            raise UserError(f"train.timeout_minutes is {self.timeout_minutes}; it must be greater than 0.")
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(f"train.max_steps is {self.max_steps}; it must be at least 1.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -184,6 +190,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
     assert isinstance(container, dict)
     raw: dict[str, Any] = {str(key): value for key, value in container.items()}
     _check_keys(raw, RecipeSpec, "", path)
+    objective = raw.get("objective")
+    if isinstance(objective, dict) and objective.get("smoothing_mode") is False:
+        objective["smoothing_mode"] = "off"  # what YAML 1.1 makes of the word
     threat = raw.get("threat")
     if isinstance(threat, dict):
         raw["threat"] = {key: _fraction(value) for key, value in threat.items()}

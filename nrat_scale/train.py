@@ -5,6 +5,7 @@ epochs, validate, select, save. What happens within a step stands in `step`.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather
 from torch import nn
 from tqdm import tqdm
 
@@ -178,7 +179,10 @@ def start(recipe: RecipeSpec) -> Training:
         cpu=not torch.accelerator.is_available(),
         log_with="tensorboard",
         project_dir=recipe.run_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=recipe.train.timeout_minutes)),
+        ],
     )
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which leaves all cores but one idle.

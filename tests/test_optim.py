@@ -161,3 +161,10 @@ def test_spec_is_frozen():
     """Values are never changed after they were checked."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimSpec().lr = 1.0
+
+
+def test_cosine_goes_from_the_rate_to_almost_nothing() -> None:
+    """Epoch e of E trains at lr (1 + cos(pi e / E)) / 2; the value 0 would come after the last one."""
+    table = schedule_table(OptimSpec(lr=0.4, schedule="cosine"), 10)
+    expected = [0.4 * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)]
+    assert [lr for lr, _ in table] == pytest.approx(expected, abs=1e-12)

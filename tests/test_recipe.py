@@ -134,3 +134,9 @@ def test_specs_are_frozen() -> None:
     recipe: RecipeSpec = load_recipe(QUICK)
     with pytest.raises(AttributeError):
         recipe.seed = 3  # type: ignore[misc]
+
+
+def test_the_word_off_is_a_word() -> None:
+    """YAML reads `off` as False; as a smoothing mode it is a name like the others."""
+    path = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    assert load_recipe(path, ["objective.smoothing_mode=off"]).objective.smoothing_mode == "off"
