@@ -481,6 +481,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         train(load_recipe(arguments.recipe, arguments.overrides))
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"error: rank {rank} has lost another process of this run: it has ended, or did not answer within "
+            f"train.timeout_minutes ({str(error).strip().splitlines()[-1]}). The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the process group would be waited for once more on the way out
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{stop}; the run is saved. Go on with:\n{resume_command()}", flush=True)

@@ -133,3 +133,24 @@ def test_a_second_signal_ends_at_once(recipe_path: Path, undisturbed: Path, tmp_
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     subprocess.run(arguments(recipe_path, run), check=True, cwd=ROOT, capture_output=True, timeout=300)
     assert digest(run) == digest(undisturbed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    """One of two processes is killed, or stands still: the other ends with a sentence instead of waiting for ever."""
+    run = tmp_path / "run"
+    command = [*arguments(recipe_path, run, 2), "train.timeout_minutes=0.2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(run, 4)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    lost = int(found.stdout.split()[-1])
+    os.kill(lost, signum)
+    if signum == signal.SIGSTOP:
+        time.sleep(15)  # more than the timeout; then let it go, so that the launcher need not wait to kill it
+        os.kill(lost, signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    if signum == signal.SIGSTOP:
+        assert "has lost another process of this run" in err
+    finished = subprocess.run(arguments(recipe_path, run, 2), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
