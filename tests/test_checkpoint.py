@@ -411,6 +411,38 @@ def test_a_run_outlives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert named_checkpoint(tmp_path, "last").step == 6
 
 
+def test_old_ones_stay_until_the_new_one_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is removed to make room: with a save that fails all that was there is there."""
+    saver = Saver(tmp_path, 3, lambda _: None)
+    for step in (1, 2, 3):
+        saver.save(tensors_of(step), state_of(step), best=False, final=True)
+    monkeypatch.setattr(os, "fsync", broken(errno.ENOSPC))
+    saver.save(tensors_of(4), state_of(4), best=False)
+    saver.wait()
+    assert [folder.name[-1] for folder in checkpoint_folders(tmp_path)] == ["3", "2", "1"]
+
+
+def test_a_late_best_one_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A best one that is written after a newer one moves best.json, and last.json does not go back."""
+    write, refused = module.save_checkpoint, {2}
+
+    def choosy(run: Path, tensors: Any, state: Any) -> Checkpoint:
+        if state["step"] in refused:
+            raise UserError("refused") from OSError(errno.ENOSPC, "full")
+        return write(run, tensors, state)
+
+    monkeypatch.setattr(module, "save_checkpoint", choosy)
+    saver = Saver(tmp_path, 2, lambda _: None)
+    for step in (1, 2, 3):
+        saver.save(tensors_of(step), state_of(step), best=step < 3)
+        saver.wait()
+    assert (named_checkpoint(tmp_path, "last").step, named_checkpoint(tmp_path, "best").step) == (3, 1)
+    refused = {4}
+    saver.save(tensors_of(4), state_of(4), best=False)
+    saver.wait()
+    assert (named_checkpoint(tmp_path, "last").step, named_checkpoint(tmp_path, "best").step) == (3, 2)
+
+
 def test_too_little_room_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real size of the tensors is compared with what is free, before anything is written."""
     size = sum(value["w"].nbytes for value in tensors_of(1).values())
