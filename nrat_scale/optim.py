@@ -1,43 +1,53 @@
-"""The optimizer, its parameter groups, and learning rate and momentum as a table over epochs."""
+"""The optimizer, its parameter groups, and learning rate and momentum as a table over epochs or steps."""
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 from nrat_scale.errors import UserError, did_you_mean
-from nrat_scale.modes import batchnorms
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "multistep", "onecycle", "cosine")
+PERIODS = ("epoch", "step")
+NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_FUSED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """The optimizer and its schedule, which changes once per epoch.
+    """The optimizer and its schedule.
 
     Attributes:
         name: `sgd`, as all published recipes have it, or `adamw`, which small models without BatchNorm start better with.
         lr: (peak) learning rate.
         momentum: of SGD, and AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95 as torch's default does.
         weight_decay: L2 penalty (decoupled for AdamW).
-        decay_batchnorm: whether BatchNorm's parameters are decayed too (DM_AT: no; the paper's ResNet-18 tables: yes).
+        decay_norms: whether the parameters of norm layers (BatchNorm, GroupNorm, LayerNorm, ...) are decayed too (DM_AT:
+            no; the paper's ResNet-18 tables: yes).
+        decay_biases: whether the biases of all other layers are decayed too (DM_AT: yes).
         nesterov: Nesterov's momentum.
         schedule: `constant`, `multistep` (times `gamma` at each of `milestones`, epochs) or `onecycle` (cosine, peak
-            after `pct_start` of the epochs), or `cosine` (from `lr` to 0 at the end of the last epoch).
+            after `pct_start` of the run), or `cosine` (from `lr` to 0 at the end of the last epoch).
+        per: `epoch` or `step`, how often `onecycle` and `cosine` change. The others change between epochs in either case.
     """
 
     name: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    decay_batchnorm: bool = True
+    decay_norms: bool = True
+    decay_biases: bool = True
     nesterov: bool = False
     schedule: str = "multistep"
+    per: str = "epoch"
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     pct_start: float = 0.025
@@ -49,58 +59,112 @@ class OptimSpec:
             raise UserError(f"optim.name is '{self.name}'. {did_you_mean(self.name, OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"optim.schedule is '{self.schedule}'. {did_you_mean(self.schedule, SCHEDULES)}")
+        if self.per not in PERIODS:
+            raise UserError(f"optim.per is '{self.per}'. {did_you_mean(self.per, PERIODS)}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"optim.momentum is {self.momentum}; it must be in [0, 1).")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay is {self.weight_decay}; it must be 0 or more.")
         if not 0 < self.pct_start < 1:
-            raise UserError(f"optim.pct_start is {self.pct_start}; it is a fraction of the epochs, in (0, 1).")
+            raise UserError(f"optim.pct_start is {self.pct_start}; it is a fraction of the run, in (0, 1).")
         if self.nesterov and not self.momentum > 0:
             raise UserError("optim.nesterov needs optim.momentum greater than 0.")
 
 
 def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of `model`, BatchNorm's in a group without decay if the spec says so."""
-    undecayed: set[nn.Parameter] = set()
-    if not spec.decay_batchnorm:
-        undecayed = {parameter for layer in batchnorms(model) for parameter in layer.parameters(recurse=False)}
+    """The optimizer of all parameters of `model`, in one group with weight decay and one without where the spec has both.
+
+    It is fused where torch supports that (floating point on a CPU or CUDA): a step with `optimizer.found_inf` set to a
+    tensor of shape [] that holds 1 then changes neither parameters nor state. Call it once the model is on its device.
+    """
+    undecayed = _undecayed(model, spec)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p not in undecayed]},
         {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in model.parameters())
     if spec.name == "adamw":
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.momentum, 0.999), weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov
+        betas = (spec.momentum, 0.999)
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(
+        groups,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        nesterov=spec.nesterov,
+        fused=fused,
     )
+    if fused:
+        _start_momentum(optimizer)
+    return optimizer
+
+
+def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
+    """The parameters that the spec does not decay; one that several layers share counts if any of them says so."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            found |= set() if spec.decay_norms else set(module.parameters(recurse=False))
+        else:
+            found |= set() if spec.decay_biases else set(_biases(module))
+    return found
+
+
+def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The biases of one layer: what Linear, convolutions and their like call `bias`, and those within attention."""
+    own = dict(module.named_parameters(recurse=False))
+    several = ("in_proj_bias", "bias_k", "bias_v") if isinstance(module, nn.MultiheadAttention) else ("bias",)
+    return (own[name] for name in several if name in own)
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every parameter a momentum of 0, from which the first step comes out as from none.
+
+    Fused SGD allocates the buffers in its first step and leaves them unwritten where `found_inf` masks that step.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def schedule_table(spec: OptimSpec, epochs: int) -> list[tuple[float, float]]:
     """(learning rate, momentum) of each epoch, as torch's own schedulers give them: resuming needs no state."""
+    return _scheduled(spec, epochs)
+
+
+def learning_rates(spec: OptimSpec, epochs: int, steps_per_epoch: int) -> list[tuple[float, float]]:
+    """(learning rate, momentum) of each of the `epochs * steps_per_epoch` steps: resuming needs no state."""
+    if spec.per == "step" and spec.schedule in ("onecycle", "cosine"):
+        return _scheduled(spec, epochs * steps_per_epoch)
+    return [row for row in schedule_table(spec, epochs) for _ in range(steps_per_epoch)]
+
+
+def _scheduled(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
+    """(learning rate, momentum) of `count` epochs, or of as many steps."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=spec.lr, momentum=spec.momentum)
     scheduler: MultiStepLR | OneCycleLR | CosineAnnealingLR
-    if spec.schedule == "onecycle" and epochs > 1:
-        # Where the warm-up is exactly the first epoch torch divides by its length, 0: a trifle less starts at the peak.
-        pct_start = spec.pct_start * (1 - 1e-9) if spec.pct_start * epochs == 1 else spec.pct_start
-        scheduler = OneCycleLR(optimizer, max_lr=spec.lr, total_steps=epochs, pct_start=pct_start)
+    if spec.schedule == "onecycle" and count > 1:
+        # Where the warm-up is exactly the first entry torch divides by its length, 0: a trifle less starts at the peak.
+        pct_start = spec.pct_start * (1 - 1e-9) if spec.pct_start * count == 1 else spec.pct_start
+        scheduler = OneCycleLR(optimizer, max_lr=spec.lr, total_steps=count, pct_start=pct_start)
     elif spec.schedule == "cosine":
-        scheduler = CosineAnnealingLR(optimizer, T_max=epochs)
+        scheduler = CosineAnnealingLR(optimizer, T_max=count)
     else:
         milestones = spec.milestones if spec.schedule == "multistep" else []
         scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)
     table = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "optimizer.step() before": there is nothing to step
-        for epoch in range(epochs):
+        for number in range(count):
             table.append((float(optimizer.param_groups[0]["lr"]), float(optimizer.param_groups[0]["momentum"])))
-            if epoch + 1 < epochs:
+            if number + 1 < count:
                 scheduler.step()
     return table
 
 
 def set_epoch(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
-    """Give all groups this epoch's learning rate and momentum."""
+    """Give all groups this learning rate and momentum."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if "betas" in group:

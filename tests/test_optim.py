@@ -1,4 +1,4 @@
-"""The optimizer's groups, and learning rate and momentum by epoch."""
+"""The optimizer's groups, masked steps, and learning rate and momentum by epoch and by step."""
 
 import dataclasses
 import math
@@ -9,44 +9,182 @@ from torch import nn
 
 from nrat_scale.errors import UserError
 from nrat_scale.models import WideResNet
-from nrat_scale.optim import OPTIMIZERS, OptimSpec, build_optimizer, schedule_table, set_epoch
+from nrat_scale.optim import OPTIMIZERS, OptimSpec, build_optimizer, learning_rates, schedule_table, set_epoch
 
 # ---- parameter groups -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("decay_batchnorm", [True, False])
-def test_every_parameter_is_optimised_exactly_once(name, decay_batchnorm):
-    """No parameter is forgotten or stepped twice, however the groups are cut."""
-    model = WideResNet(10, 1)
-    spec = OptimSpec(name, weight_decay=5e-4, decay_batchnorm=decay_batchnorm)
+class Mixed(nn.Module):
+    """One layer of each kind that has a bias or normalises; a weight that two layers share, and one in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(
+            [
+                nn.BatchNorm1d(4),
+                nn.BatchNorm2d(4),
+                nn.SyncBatchNorm(4),
+                nn.GroupNorm(2, 4),
+                nn.LayerNorm(4),
+                nn.InstanceNorm2d(4, affine=True),
+                nn.RMSNorm(4),
+            ]
+        )
+        self.others = nn.ModuleList(
+            [
+                nn.Linear(4, 4),
+                nn.Conv1d(4, 4, 1),
+                nn.Conv2d(4, 4, 1),
+                nn.ConvTranspose2d(4, 4, 1),
+                nn.Bilinear(4, 4, 4),
+                nn.MultiheadAttention(4, 1, add_bias_kv=True),
+            ]
+        )
+        self.bn_bias = nn.Linear(4, 4)  # named like what it is not
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight, self.tied.bias = self.bn_bias.weight, self.bn_bias.bias
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def decays(model: nn.Module, spec: OptimSpec) -> dict[str, float]:
     optimizer = build_optimizer(model, spec)
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert len(held) == len({id(parameter) for parameter in held})
-    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-def test_batchnorm_is_not_decayed_unless_wanted():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("decay_norms", [True, False])
+@pytest.mark.parametrize("decay_biases", [True, False])
+def test_every_parameter_is_optimised_exactly_once(name, decay_norms, decay_biases):
+    """No parameter is forgotten or stepped twice, however the groups are cut and whatever layers share."""
+    for model in (WideResNet(10, 1), Mixed()):
+        optimizer = build_optimizer(model, OptimSpec(name, decay_norms=decay_norms, decay_biases=decay_biases))
+        held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        assert len(held) == len(set(held))
+        assert set(held) == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+@pytest.mark.parametrize("decay_biases", [True, False])
+def test_groups_go_by_the_type_of_the_layer(decay_norms, decay_biases):
+    """A norm layer of any kind with all it has, a bias of any other layer; names of attributes decide nothing."""
+    found = decays(Mixed(), OptimSpec(weight_decay=5e-4, decay_norms=decay_norms, decay_biases=decay_biases))
+    norms = {name for name in found if name.startswith("norms.")}
+    ends = ("bias", "bias_k", "bias_v")
+    biases = {name for name in found if name.endswith(ends)} - norms
+    assert len(norms) == 2 * 7 - 1  # RMSNorm has no bias
+    assert len(biases) == 5 + 4 + 1  # attention has four, the tied one counts once
+    for name, value in found.items():
+        kept = decay_norms if name in norms else decay_biases if name in biases else True
+        assert value == (5e-4 if kept else 0.0), name
+
+
+def test_published_decay():
     """DM_AT: weight decay on convolutions and the last layer (bias too), none on BatchNorm. The tables: on everything."""
     model = WideResNet(10, 1)
-    normalised = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d)
-        for parameter in module.parameters()
-    }
-    for decay_batchnorm in (False, True):
-        optimizer = build_optimizer(model, OptimSpec(weight_decay=5e-4, decay_batchnorm=decay_batchnorm))
-        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        assert len(normalised) == 2 * 7
-        for identity, value in decay.items():
-            assert value == (0.0 if identity in normalised and not decay_batchnorm else 5e-4)
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    found = decays(model, OptimSpec(weight_decay=5e-4, decay_norms=False))
+    undecayed = {name for name, value in found.items() if value == 0.0}
+    assert undecayed == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert len(undecayed) == 2 * 7 and found["logits.bias"] == 5e-4
+    assert set(decays(model, OptimSpec(weight_decay=5e-4)).values()) == {5e-4}
 
 
-def test_model_without_batchnorm_has_one_group():
+def test_model_without_norms_has_one_group():
     """An empty group would only confuse optimizers and checkpoints."""
-    optimizer = build_optimizer(nn.Linear(2, 2), OptimSpec(decay_batchnorm=False))
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimSpec(decay_norms=False))
     assert len(optimizer.param_groups) == 1
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+STEPPED = pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in OPTIMIZERS for dtype in (torch.float32, torch.float64)]
+)
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, masked: bool = False) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    if masked:
+        optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    if masked:
+        del optimizer.found_inf
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    found = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        found += [value.clone() for _, value in sorted(optimizer.state[parameter].items())]
+    return found
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@STEPPED
+def test_a_masked_step_changes_nothing(name, dtype):
+    """A step that `found_inf` masks leaves parameters, momentum and step counts as they were, bit for bit; the next
+    one is what it would have been."""
+    model = WideResNet(10, 1).to(dtype)
+    twin = WideResNet(10, 1).to(dtype)
+    twin.load_state_dict(model.state_dict())
+    spec = OptimSpec(name, lr=0.05, nesterov=name == "sgd", decay_norms=False)
+    optimizer, other = build_optimizer(model, spec), build_optimizer(twin, spec)
+    for seed in range(2):
+        stepped(model, optimizer, seed)
+        stepped(twin, other, seed)
+    before = state(model, optimizer)
+    stepped(model, optimizer, 5, masked=True)
+    assert same(state(model, optimizer), before)
+    stepped(model, optimizer, 6)
+    stepped(twin, other, 6)
+    assert same(state(model, optimizer), state(twin, other))
+
+
+@STEPPED
+def test_the_first_step_can_be_masked(name, dtype):
+    """Where loss scaling overflows at once: no momentum is left that nobody has written."""
+    junk = [torch.full((4, 4), 1e30, dtype=dtype) for _ in range(100)]  # what fresh memory would hold
+    del junk
+    model, twin = Mixed().to(dtype), Mixed().to(dtype)
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = (build_optimizer(m, OptimSpec(name, lr=0.05)) for m in (model, twin))
+    stepped(model, optimizer, 0, masked=True)
+    assert same([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()])
+    stepped(model, optimizer, 1)
+    stepped(twin, other, 1)
+    assert same(state(model, optimizer), state(twin, other))
+
+
+@STEPPED
+def test_fused_steps_are_the_steps_of_the_formula(name, dtype):
+    """The fused kernels, from a momentum of zero, step as torch's plain loop does from none."""
+    model, twin = Mixed().to(dtype), Mixed().to(dtype)
+    twin.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(model, OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    if name == "sgd":
+        other = torch.optim.SGD(twin.parameters(), 0.05, 0.8, weight_decay=0.01, foreach=False)
+    else:
+        other = torch.optim.AdamW(twin.parameters(), 0.05, (0.8, 0.999), weight_decay=0.01, foreach=False)
+    for seed in range(4):
+        stepped(model, optimizer, seed)
+        stepped(twin, other, seed)
+    for one, two in zip(state(model, optimizer), state(twin, other), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_devices_without_fused_kernels_are_left_alone():
+    """Elsewhere than on CPU and CUDA the plain optimizer works as before."""
+    optimizer = build_optimizer(nn.Linear(2, 2, device="meta"), OptimSpec())
+    assert not optimizer.param_groups[0]["fused"]
+
+
+# ---- constants ------------------------------------------------------------------------------------------------------
 
 
 def test_constants_reach_the_optimizer():
@@ -64,14 +202,14 @@ def test_constants_reach_the_optimizer():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_set_epoch_reaches_all_groups(name):
     """Learning rate and momentum change in every group, weight decay in none."""
-    optimizer = build_optimizer(WideResNet(10, 1), OptimSpec(name, decay_batchnorm=False))
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer = build_optimizer(WideResNet(10, 1), OptimSpec(name, decay_norms=False))
+    before = [group["weight_decay"] for group in optimizer.param_groups]
     set_epoch(optimizer, 0.03, 0.87)
     assert len(optimizer.param_groups) == 2
     for group in optimizer.param_groups:
         assert group["lr"] == 0.03
         assert group["betas"] == (0.87, 0.999) if name == "adamw" else group["momentum"] == 0.87
-    assert [group["weight_decay"] for group in optimizer.param_groups] == decays
+    assert [group["weight_decay"] for group in optimizer.param_groups] == before
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -130,6 +268,53 @@ def test_onecycle_of_any_length(pct_start):
     assert exact[0] == pytest.approx((0.2, 0.85))
 
 
+def test_cosine_goes_from_the_rate_to_almost_nothing() -> None:
+    """Epoch e of E trains at lr (1 + cos(pi e / E)) / 2; the value 0 would come after the last one."""
+    table = schedule_table(OptimSpec(lr=0.4, schedule="cosine"), 10)
+    expected = [0.4 * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)]
+    assert [lr for lr, _ in table] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "multistep", "onecycle", "cosine"])
+def test_rates_by_epoch_stay_for_its_steps(schedule):
+    """`per: epoch`, the default: every step of an epoch has the epoch's learning rate and momentum."""
+    spec = OptimSpec(lr=0.3, schedule=schedule, milestones=[2, 4], pct_start=0.3)
+    rates, table = learning_rates(spec, 6, 7), schedule_table(spec, 6)
+    assert rates == [table[step // 7] for step in range(42)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "multistep"])
+def test_schedules_that_change_between_epochs_only(schedule):
+    """`per: step` changes nothing where there is nothing to change within an epoch; milestones stay epochs."""
+    spec = OptimSpec(lr=0.3, schedule=schedule, milestones=[2, 4])
+    assert learning_rates(dataclasses.replace(spec, per="step"), 6, 7) == learning_rates(spec, 6, 7)
+
+
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(50, 8), (400, 98), (1, 1)])
+def test_cosine_by_step(epochs, steps_per_epoch):
+    """The same curve, met at every step: lr (1 + cos(pi t / T)) / 2."""
+    total = epochs * steps_per_epoch
+    rates = learning_rates(OptimSpec(lr=0.4, schedule="cosine", per="step"), epochs, steps_per_epoch)
+    expected = [0.4 * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
+    assert len(rates) == total
+    assert [lr for lr, _ in rates] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(50, 8), (400, 98)])
+def test_onecycle_by_step(epochs, steps_per_epoch):
+    """Torch's scheduler stepped once per step of the run: the peak comes after `pct_start` of all steps, momentum cycles
+    against the rate, and there are as many entries as steps."""
+    total, pct_start = epochs * steps_per_epoch, 0.025
+    spec = OptimSpec(lr=0.2, schedule="onecycle", per="step", pct_start=pct_start)
+    rates = learning_rates(spec, epochs, steps_per_epoch)
+    assert len(rates) == total
+    assert rates == schedule_table(spec, total)
+    top = round(pct_start * total) - 1
+    assert rates[0] == pytest.approx((0.2 / 25, 0.95)) and rates[-1] == pytest.approx((0.2 / 25e4, 0.95))
+    assert rates[top] == max(rates) == pytest.approx((0.2, 0.85))
+    assert rates == learning_rates(spec, epochs, steps_per_epoch), "nothing grows or changes with use"
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +327,7 @@ def test_onecycle_of_any_length(pct_start):
         ({"name": "agd"}, "Did you mean 'sgd'"),
         ({"name": "lion"}, "Known: adamw, sgd"),
         ({"schedule": "onecyle"}, "Did you mean 'onecycle'"),
+        ({"per": "steps"}, "Did you mean 'step'"),
         ({"pct_start": 0.0}, r"optim\.pct_start is 0\.0.*\(0, 1\)"),
         ({"pct_start": 1.0}, r"optim\.pct_start"),
         ({"momentum": 1.0}, r"optim\.momentum is 1\.0; .*\[0, 1\)"),
@@ -161,10 +347,3 @@ def test_spec_is_frozen():
     """Values are never changed after they were checked."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimSpec().lr = 1.0
-
-
-def test_cosine_goes_from_the_rate_to_almost_nothing() -> None:
-    """Epoch e of E trains at lr (1 + cos(pi e / E)) / 2; the value 0 would come after the last one."""
-    table = schedule_table(OptimSpec(lr=0.4, schedule="cosine"), 10)
-    expected = [0.4 * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)]
-    assert [lr for lr, _ in table] == pytest.approx(expected, abs=1e-12)

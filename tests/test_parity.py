@@ -173,7 +173,7 @@ def test_ema_decay_by_step(step, decay):
 
 def test_learning_rate_and_momentum_by_epoch():
     """The one-cycle schedule stepped once per epoch, momentum cycling against it."""
-    spec = OptimSpec(lr=0.2, nesterov=True, decay_batchnorm=False, schedule="onecycle")
+    spec = OptimSpec(lr=0.2, nesterov=True, decay_norms=False, schedule="onecycle")
     table = schedule_table(spec, 400)
     assert len(table) == 400
     for epoch, expected in FACTS["lr_momentum_by_epoch"].items():

@@ -30,7 +30,7 @@ def test_headline_recipe() -> None:
     assert (data.real.noise.kind, data.real.noise.rate) == ("symmetric", 0.2)
     assert (data.validation.source, data.validation.size, data.validation.take) == ("generated", 1024, "stratified")
     assert (optim.name, optim.lr, optim.weight_decay, optim.nesterov) == ("sgd", 0.2, 5e-4, True)
-    assert (optim.decay_batchnorm, optim.schedule, optim.pct_start) == (False, "onecycle", 0.025)
+    assert (optim.decay_norms, optim.schedule, optim.pct_start) == (False, "onecycle", 0.025)
     assert (recipe.ema.decay, recipe.ema.warmup_fraction) == (0.995, 0.025)
     assert (recipe.threat.eps, recipe.threat.step, recipe.threat.num_steps) == (8 / 255, 2 / 255, 10)
     assert (recipe.model.bn_momentum, recipe.model.bn_first_step) == (0.01, True)
