@@ -88,31 +88,58 @@ def pgd(
     """
     with attack_mode(model, threat.bn), frozen(model):
         space_model, encode, decode = in_space(model, threat.space)
-        return decode(_search(space_model, encode(x.detach()), inner, threat, start, generator))
+        x = encode(x.detach())
+        start = start if start is not None else initial_point(x, threat, generator)
+        found = search(space_model, x, inner, threat, start)
+    if not found.finite:
+        raise FloatingPointError(
+            "The loss or gradient of the attack is not finite: the model's logits overflow or are NaN. "
+            "Lower the learning rate, or train in bf16 or fp32 instead of fp16."
+        )
+    assert found.inside, f"the perturbation exceeds eps {threat.eps} or leaves [0, 1]"
+    return decode(found.x_adv)
 
 
-def _search(
-    model: Model, x: Tensor, inner: Inner, threat: ThreatSpec, start: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
-    x_adv = start.detach().clone() if start is not None else initial_point(x, threat, generator)
+@dataclass(frozen=True)
+class Found:
+    """What a search found, nothing of it read by the host yet.
+
+    Attributes:
+        x_adv: shaped like the images, without gradient.
+        finite: bool scalar: every loss and gradient on the way was.
+        inside: bool scalar: `x_adv` is finite, in [0, 1] and within eps of the images. Only a bug can make it false
+            where `finite` holds.
+    """
+
+    x_adv: Tensor
+    finite: Tensor
+    inside: Tensor
+
+
+def search(
+    model: Model, x: Tensor, inner: Inner, threat: ThreatSpec, start: Tensor, first_model: Model | None = None
+) -> Found:
+    """The loop of `pgd` from `start`, without a word to the host: on a GPU nothing waits.
+
+    Args:
+        model: maps images to logits; whose parameters need no gradient, and whose modes are the attack's already.
+        x, inner, threat, start: see `pgd`.
+        first_model: computes the first step instead, in higher precision: where start and image are almost equal the
+            gradient of a divergence is the difference of two almost equal outputs, in bf16 rounding noise.
+    """
+    x_adv = start.detach().clone()
     finite = torch.ones((), dtype=torch.bool, device=x.device)
-    for _ in range(threat.num_steps):
+    for number in range(threat.num_steps):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
-            objective = inner(model(x_adv))
+            objective = inner((first_model if first_model is not None and number == 0 else model)(x_adv))
             # The sum has the same gradient sign as the mean and does not underflow in half precision.
             (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
         finite &= gradient.isfinite().all() & objective.isfinite().all()
         x_adv = project(x_adv.detach() + threat.step * gradient.sign(), x, threat.eps)
     if threat.num_steps == 0:
         x_adv = project(x_adv, x, threat.eps)
-    if not finite:  # the only synchronisation of the attack
-        raise FloatingPointError(
-            "The loss or gradient of the attack is not finite: the model's logits overflow or are NaN. "
-            "Lower the learning rate, or train in bf16 or fp32 instead of fp16."
-        )
-    assert_in_ball(x_adv, x, threat.eps, unit_box=threat.space == "pixel")
-    return x_adv
+    return Found(x_adv, finite, inside_ball(x_adv, x, threat.eps, around=threat.space == "pixel"))
 
 
 def initial_point(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
@@ -148,31 +175,34 @@ def project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
     return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
 
 
-def assert_in_ball(x_adv: Tensor, x: Tensor, eps: float, *, unit_box: bool = True) -> None:
-    """Only a bug can fail this: `x_adv` is finite, in [0, 1] and within `eps` of `x`, in at least float32."""
+def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool) -> Tensor:
+    """Whether `x_adv` is finite, in [0, 1] and (`around`) within `eps` of `x`, in at least float32: bool scalar."""
     x_adv, x = (t if t.dtype == torch.float64 else t.float() for t in (x_adv, x))
-    assert bool(x_adv.isfinite().all()), "adversarial images are not finite"
-    assert bool(((x_adv >= 0) & (x_adv <= 1)).all()), "adversarial images leave [0, 1]"
-    if unit_box:
-        distance = float((x_adv - x).abs().max()) if x.numel() else 0.0
-        assert distance <= eps + _BALL_TOLERANCE, f"perturbation {distance} exceeds eps {eps}"
+    inside = ((x_adv >= 0) & (x_adv <= 1)).all()  # false for NaN
+    return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all() if around else inside
 
 
-def in_space(model: nn.Module, space: str) -> tuple[Model, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def in_space(
+    model: nn.Module, space: str, forward: Model | None = None
+) -> tuple[Model, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The model, and the maps from pixels and back, of a threat space.
 
     `pixel`: everything as it is. `released_code`: coordinates are (x - mean) / std with the constants of the model, and
     the model undoes that before it normalises by itself; eps and the clamp to [0, 1] then act as in that code.
+
+    Args:
+        forward: called instead of `model`, for instance under autocast.
     """
+    forward = forward if forward is not None else model
     if space == "pixel":
-        return model, lambda x: x, lambda x: x
+        return forward, lambda x: x, lambda x: x
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         raise UserError(
             "threat.space 'released_code' needs a model with `mean` and `std` buffers (all of ours have them)."
         )
     return (
-        lambda z: model(z * std.to(z.dtype) + mean.to(z.dtype)),
+        lambda z: forward(z * std.to(z.dtype) + mean.to(z.dtype)),
         lambda x: (x - mean.to(x.dtype)) / std.to(x.dtype),
         lambda z: z * std.to(z.dtype) + mean.to(z.dtype),
     )

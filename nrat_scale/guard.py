@@ -2,7 +2,7 @@
 
 The NRAT paper (section 4) sees it as vanishing gradients and single-class predictions, and cures it with learning rates of 0.05 or
 0.01 instead of 0.1. The guard looks at windows of training steps: the share of the most frequent prediction, accuracy on
-the labels trained on, and the gradient's norm. All sums are kept on the device and read once a window.
+the labels trained on, the gradient's norm and the spread of the logits. All sums are kept on the device and read once a window.
 """
 
 from dataclasses import dataclass, field
@@ -58,6 +58,7 @@ class Window:
     top_share: float
     accuracy: float
     grad_norm: float
+    logit_scale: float
 
     def bad(self, spec: GuardSpec, num_classes: int) -> bool:
         """Whether training looks collapsed."""
@@ -70,7 +71,7 @@ class Guard:
     """The sums of the running window, and how many windows in a row were bad.
 
     Attributes:
-        sums: float64 [K + 3]: predictions by class, right ones, sum of gradient norms, steps; on the device.
+        sums: float64 [K + 4]: predictions by class, right ones, spread of logits, gradient norms, steps; on the device.
         bad_windows: in a row.
         healthy_step: the last step that ended a good window; checkpoints up to it are good.
         rewinds: how often training was rewound.
@@ -89,7 +90,7 @@ class Guard:
     @classmethod
     def build(cls, spec: GuardSpec, num_classes: int, device: torch.device) -> "Guard":
         """An empty guard on `device`."""
-        return cls(spec, num_classes, torch.zeros(num_classes + 3, dtype=torch.float64, device=device))
+        return cls(spec, num_classes, torch.zeros(num_classes + 4, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def record(self, logits: Tensor, y: Tensor) -> None:
@@ -97,18 +98,19 @@ class Guard:
         predicted = logits.argmax(1)
         self.sums[: self.num_classes] += torch.bincount(predicted, minlength=self.num_classes)
         self.sums[self.num_classes] += predicted.eq(y).sum()
+        self.sums[self.num_classes + 1] += logits.double().std(1).sum()
 
     @torch.no_grad()
     def record_step(self, grad_norm: Tensor) -> None:
         """Add a step's gradient norm."""
-        self.sums[self.num_classes + 1] += grad_norm
-        self.sums[self.num_classes + 2] += 1
+        self.sums[self.num_classes + 2] += grad_norm
+        self.sums[self.num_classes + 3] += 1
 
     def close(self, sums: Tensor, step: int) -> Window:
         """End the window at `step`, given its sums over all ranks, and begin another."""
-        counts, (right, norms, steps) = sums[: self.num_classes], sums[self.num_classes :].tolist()
+        counts, (right, spread, norms, steps) = sums[: self.num_classes], sums[self.num_classes :].tolist()
         n = max(float(counts.sum()), 1.0)
-        window = Window(float(counts.max()) / n, right / n, norms / max(steps, 1.0))
+        window = Window(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
         self.sums.zero_()
         if window.bad(self.spec, self.num_classes):
             self.bad_windows += 1

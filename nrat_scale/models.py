@@ -46,6 +46,10 @@ class ModelSpec:
         mean, std: per channel, of [0, 1] pixels; by default those of the data set.
         kwargs: further keyword arguments of the model, for instance {width: 64} for `cnn4`.
         bn_momentum: momentum of the running statistics (weight of the new batch); None leaves the model's own.
+        bn: whose statistics BatchNorm trains with, where several processes do: `local`, those of each process at a time, as
+            the published code; `groups` of `bn_group_size` consecutive images of the global batch, the same for any number
+            of processes; `sync`, the global batch's (GPUs only).
+        bn_group_size: for `groups`; each process must hold whole groups.
         bn_first_step: in the very first step take the statistics of that batch alone, as DM_AT does.
     """
 
@@ -55,6 +59,8 @@ class ModelSpec:
     kwargs: dict[str, Any] = field(default_factory=dict)
     bn_momentum: float | None = None
     bn_first_step: bool = False
+    bn: str = "local"
+    bn_group_size: int | None = None
 
 
 class Normalised(nn.Module):

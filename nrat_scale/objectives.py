@@ -157,9 +157,7 @@ def _ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_mean
         weight = p
     else:
         if class_means is None:
-            sums, counts = label_sums(p, y)
-            # Under soft labels a class may have less than one image; a row without any stays zero and is not used.
-            class_means = sums / counts[:, None].clamp_min(torch.finfo(p.dtype).tiny)
+            class_means = _means(*label_sums(p, y))
         means = class_means.to(p.dtype)
         weight = (y.to(p.dtype)[:, :, None] * means).sum(1) if y.ndim == 2 else means[y]
     difference = logits - logits_adv
@@ -175,6 +173,11 @@ def label_sums(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     label = y.to(p.dtype) if y.ndim == 2 else nn.functional.one_hot(y, p.shape[1]).to(p.dtype)
     with torch.autocast(p.device.type, enabled=False):
         return label.T @ p, label.sum(0)
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    # Under soft labels a class may have less than one image; a row without any stays zero and is not used.
+    return sums / counts[:, None].clamp_min(torch.finfo(sums.dtype).tiny)
 
 
 Divergence = Callable[..., Tensor]
@@ -357,9 +360,11 @@ class Objective(nn.Module):
         divergence = DIVERGENCES[self.preset.divergence]
         if self.class_sums is None or self.class_counts is None:
             return divergence(logits, logits_adv, y)
-        if not bool((self.class_counts > 0).all()):  # the first steps: the means of this batch
-            return divergence(logits, logits_adv, y)
-        return _ikl(logits, logits_adv, y, self.class_sums / self.class_counts[:, None])
+        # In the first steps, before every class was seen, the means of this batch; decided on the device.
+        sums, counts = label_sums(_upcast(logits.detach()).softmax(1), y)
+        seen = (self.class_counts > 0).all()
+        sums, counts = torch.where(seen, self.class_sums, sums), torch.where(seen, self.class_counts, counts)
+        return _ikl(logits, logits_adv, y, _means(sums, counts))
 
     def _classify(self, name: str, logits: Tensor, y: Tensor, smooth: bool = True) -> Tensor:
         """C, with this objective's constants."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,3 +171,16 @@ def set_epoch(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> N
             group["betas"] = (momentum, group["betas"][1])
         else:
             group["momentum"] = momentum
+
+
+@torch.no_grad()
+def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every gradient the memory format of its parameter.
+
+    torch's fused optimizers walk through both as they lie in memory: with one of them channels-last and the other not, as
+    DistributedDataParallel leaves them, they silently compute something else (torch 2.14).
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter.detach()).copy_(gradient)

@@ -36,6 +36,8 @@ _NOT_IDENTITY = (
     "resume",
     "train.max_steps",
     "train.timeout_minutes",
+    "train.log_every",
+    "train.compile",
     "data.workers",
     "data.max_bad_shards",
     "data.remote.cache",
@@ -59,6 +61,10 @@ class TrainSpec:
         validation_attack: `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps.
         save_every: epochs between checkpoints.
         keep: newest checkpoints to keep beside the best.
+        log_every: steps between two lines of progress.
+        channels_last: keep images and weights in channels-last memory, which convolutions are fastest with.
+        fold_batchnorm: fold BatchNorm into convolutions while attacking with `threat.bn: eval`.
+        compile: let torch.compile try attack and training; what is not faster here stays eager.
         timeout_minutes: how long processes wait for one that does not answer before the run ends; longer than the main
             one takes to verify the data.
     """
@@ -71,10 +77,14 @@ class TrainSpec:
     validation_attack: str = "pgd10"
     save_every: int = 1
     keep: int = 1
+    log_every: int = 50
+    channels_last: bool = True
+    fold_batchnorm: bool = True
+    compile: bool = False
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "validate_every", "save_every", "keep"):
+        for name in ("epochs", "accumulate", "validate_every", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.timeout_minutes > 0:

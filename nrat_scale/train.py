@@ -5,164 +5,47 @@ epochs, validate, select, save. What happens within a step stands in `step`.
 """
 
 import argparse
+import contextlib
 import datetime
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather
 from torch import nn
 from tqdm import tqdm
 
 from nrat_scale import labels as label_noise
 from nrat_scale import models
-from nrat_scale.checkpoint import (
-    Checkpoint,
-    checkpoint_folders,
-    load_optimizer_tensors,
-    newest_checkpoint,
-    open_checkpoint,
-    optimizer_tensors,
-    prune,
-    save_checkpoint,
-    set_aside,
-    step_of,
-    write_pointer,
-)
+from nrat_scale.batchnorm import RunningState, check_batchnorm, convert
+from nrat_scale.checkpoint import Saver, recover
+from nrat_scale.clock import Clock
 from nrat_scale.data import TrainingData, normalisation, open_training_data
+from nrat_scale.diagnosis import report_bad_step
 from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, write_atomically, write_json
+from nrat_scale.flags import Flags
 from nrat_scale.guard import ADVICE, Guard
 from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
+from nrat_scale.progress import Profile, Progress, close_epoch, log
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
+from nrat_scale.recovery import on_main, resume, rewind, save
 from nrat_scale.seeds import derive
 from nrat_scale.sources import SKIPPED
 from nrat_scale.step import SUMS, Training, train_step
 from nrat_scale.stops import Stopped, resume_command
-from nrat_scale.validation import average_batchnorm, validate
+from nrat_scale.twin import Twin
+from nrat_scale.validation import validate
 from nrat_scale.weights import build_ema
 
-Result = TypeVar("Result")
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-# ---- records --------------------------------------------------------------------------------------------------------
-
-
-def log(t: Training, row: dict[str, Any]) -> None:
-    """Append one row to metrics.jsonl (durably) and show it to the trackers."""
-    if not t.accelerator.is_main_process:
-        return
-    t.metrics.append(json.dumps(row, allow_nan=False))
-    with open(t.run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(t.metrics[-1] + "\n")
-    values = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in row.items()}
-    numbers = {f"{row['kind']}/{k}": v for k, v in values.items() if isinstance(v, float)}
-    t.accelerator.log(numbers, step=row["step"])
-
-
-def _train_row(t: Training, epoch: int, lr: float) -> dict[str, Any]:
-    sums = dict(zip(SUMS, t.accelerator.reduce(t.sums, "sum").tolist(), strict=True))
-    n = sums["images"]
-    t.sums.zero_()
-    family = t.objective.family
-
-    def share(part: str, whole: str) -> float | None:
-        return sums[part] / sums[whole] if sums[whole] else None
-
-    return {
-        "kind": "train",
-        "epoch": epoch,
-        "step": t.step,
-        "loss": sums["loss"] / n,
-        "natural_accuracy": sums["natural"] / n if family != "at" else None,
-        "robust_accuracy": sums["robust"] / n if family != "natural" else None,
-        "clean_accuracy": share("clean_fitted", "clean"),
-        "noisy_memorised": share("noisy_fitted", "noisy"),
-        "noisy_corrected": share("noisy_corrected", "noisy"),
-        "grad_norm": share("grad_norm", "steps"),
-        "lr": lr,
-    }
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def save(t: Training, *, is_best: bool) -> None:
-    """Write a checkpoint of this step, and let last.json (and best.json) name it."""
-    average_batchnorm(t)
-    sums = t.accelerator.reduce(t.sums.clone(), "sum").tolist()
-    guard_sums = t.accelerator.reduce(t.guard.sums.clone(), "sum").tolist()
-    if t.accelerator.is_main_process:
-        scaler = t.accelerator.scaler
-        state = {
-            "step": t.step,
-            "epoch": -(-t.step // t.data.steps_per_epoch),
-            "identity": t.recipe.identity,
-            "best": t.best,
-            "validation_due": t.validation_due,
-            "guard": t.guard.state(),
-            "guard_sums": guard_sums,
-            "metrics_lines": len(t.metrics),
-            "sums": sums,
-            "seed": t.recipe.seed,  # all randomness is a function of (seed, step): there is no other state
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        tensors = {
-            "model": dict(t.base.state_dict()),
-            "ema": dict(t.ema.module.state_dict()) if t.ema is not None else {},
-            "optimizer": optimizer_tensors(t.optimizer, t.base),
-            "objective": dict(t.objective.state_dict()),
-        }
-        checkpoint = save_checkpoint(t.run, tensors, state)
-        write_pointer(t.run, "last", checkpoint)
-        if is_best:
-            write_pointer(t.run, "best", checkpoint, selected=t.best is not None)
-        prune(t.run, t.recipe.train.keep)
-    t.accelerator.wait_for_everyone()
-
-
-def resume(t: Training) -> None:
-    """Go on from the newest checkpoint that verifies, if there is one."""
-    checkpoint, damaged = newest_checkpoint(t.run)
-    for sentence in damaged:
-        t.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
-    if checkpoint is None:
-        return
-    _restore(t, checkpoint)
-    path = t.run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    t.metrics = lines[: checkpoint.state["metrics_lines"]]
-    if t.accelerator.is_main_process and len(lines) != len(t.metrics):
-        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
-    t.accelerator.print(f"resuming {t.run} from step {t.step} of {t.total_steps}")
-
-
-def _restore(t: Training, checkpoint: Checkpoint) -> None:
-    try:
-        t.base.load_state_dict(checkpoint.tensors("model"))
-        if t.ema is not None:
-            t.ema.module.load_state_dict(checkpoint.tensors("ema"))
-        t.objective.load_state_dict(checkpoint.tensors("objective"))
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint.folder} does not fit the recipe's model: {error}") from error
-    load_optimizer_tensors(t.optimizer, t.base, checkpoint.tensors("optimizer"))
-    state = checkpoint.state
-    if t.accelerator.scaler is not None and state["scaler"] is not None:
-        t.accelerator.scaler.load_state_dict(state["scaler"])
-    if t.accelerator.is_main_process:
-        t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
-        t.guard.sums += torch.tensor(state["guard_sums"], dtype=torch.float64, device=t.sums.device)
-    t.guard.load(state["guard"])
-    t.step, t.best, t.validation_due = int(state["step"]), state["best"], bool(state["validation_due"])
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -196,32 +79,16 @@ def start(recipe: RecipeSpec) -> Training:
             f"data.batch_size {recipe.data.batch_size} does not divide by {accelerator.num_processes} processes x "
             f"{recipe.train.accumulate} accumulation steps. Use a multiple of {pieces}, or fewer processes."
         )
-    data = _on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
+    check_batchnorm(recipe.model.bn, recipe.model.bn_group_size, recipe.data.batch_size // pieces, accelerator.device)
+    data = on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
     if data is None:  # another rank: what the main one has verified need not be hashed again
         data = open_training_data(recipe.data, recipe.seed, verify=False)
     arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
-    _on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
-    _on_main(accelerator, lambda: data.skips.attach(run / SKIPPED))
+    on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
+    on_main(accelerator, lambda: data.skips.attach(run / SKIPPED))
     data.skips.attach(run / SKIPPED)
     return _build(recipe, run, data, accelerator, arguments, base)
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], Result]) -> Result | None:
-    """The result of `action` on the main process, None on the others, once it is done.
-
-    A `UserError` is raised on every process: all end alike, and none waits for one that has gone.
-    """
-    result, message = None, [""]
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except UserError as error:
-            message = [str(error)]
-    broadcast_object_list(message)
-    if message[0]:
-        raise UserError(message[0])
-    return result
 
 
 def _claim(run: Path, recipe: RecipeSpec) -> None:
@@ -271,16 +138,32 @@ def _build(
     arguments: dict[str, Any],
     base: nn.Module,
 ) -> Training:
-    base = base.to(accelerator.device, torch.float64 if recipe.precision == "fp64" else torch.float32)
+    device, several = accelerator.device, accelerator.num_processes > 1
+    base = base.to(device, torch.float64 if recipe.precision == "fp64" else torch.float32)
+    if recipe.train.channels_last:
+        base = base.to(memory_format=torch.channels_last)
+    base = convert(base, recipe.model.bn, recipe.model.bn_group_size)
     total_steps = recipe.train.epochs * data.steps_per_epoch
     ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
+    twin = Twin(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
     model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = build_objective(recipe.objective, data.shards.num_classes).to(accelerator.device)
-    guard = Guard.build(recipe.guard, data.shards.num_classes, accelerator.device)
-    t = Training(recipe, run, data, accelerator, base, model, optimizer, objective, ema, data.validation(), guard)
-    t.sums = t.sums.to(accelerator.device)
+    objective = build_objective(recipe.objective, data.shards.num_classes).to(device)
+    guard = Guard.build(recipe.guard, data.shards.num_classes, device)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    running = RunningState(
+        base,
+        [sums, guard.sums, *objective.buffers()],
+        (lambda tensor: accelerator.reduce(tensor, "mean")) if several else None,
+    )
+    flags = Flags(device, (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None)
+    t = Training(
+        recipe, run, data, accelerator, base, model, twin, optimizer, objective, ema, data.validation(), guard, flags,
+        Clock(device), running, sums,
+    )  # fmt: skip
+    on_main(accelerator, lambda: recover(run))
     if accelerator.is_main_process:
         _describe(t, arguments)
+        t.saver = Saver(run, recipe.train.keep, warn=lambda sentence: tqdm.write(f"warning: {sentence}"))
     resume(t)
     return t
 
@@ -306,40 +189,39 @@ def _describe(t: Training, arguments: dict[str, Any]) -> None:
             np.savez(t.run / "label_noise.npz", clean=clean, given=given, noisy=clean != given)
 
 
-def fit(t: Training) -> None:
+def fit(t: Training, profile: int = 0) -> None:
     """Train from `t.step` to `t.last_step`.
+
+    Args:
+        profile: steps to look at with torch's profiler.
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
+        FloatingPointError: a step was not finite; it changed nothing, and no checkpoint is from after it.
     """
-    per_epoch = t.data.steps_per_epoch
+    progress, profiling = Progress(t), Profile(t, profile)
     table = schedule_table(t.recipe.optim, t.recipe.train.epochs)
-    momenta = {layer: layer.momentum for layer in batchnorms(t.base)}
-    bar = tqdm(
-        total=t.last_step,
-        initial=t.step,
-        desc=t.recipe.name,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        disable=not t.accelerator.is_main_process,
-    )
-    while not _train_until(t, t.last_step, table, momenta, bar):
-        bar.n = t.step  # training was rewound
-    bar.close()
-    if t.step % per_epoch:  # stopped by max_steps within an epoch
+    while not _train_until(t, t.last_step, table, progress, profiling):
+        pass  # training was rewound
+    progress.close()
+    if t.step % t.data.steps_per_epoch:  # stopped by max_steps within an epoch
         # Before the first validation nothing is selected: best.json then names the only checkpoint there is, and says so.
-        save(t, is_best=t.best is None)
+        save(t, is_best=t.best is None, final=True)
 
 
 def _train_until(
-    t: Training, stop: int, table: list[tuple[float, float]], momenta: dict[Any, float | None], bar: Any
+    t: Training, stop: int, table: list[tuple[float, float]], progress: Progress, profiling: Profile
 ) -> bool:
     """The loop over steps; False where the collapse guard has rewound training and it is to be entered again."""
     per_epoch = t.data.steps_per_epoch
+    momenta = {layer: layer.momentum for layer in batchnorms(t.base)}
     if t.validation_due:
-        _validate_and_save(t, bar)
+        _validate_and_save(t, progress)
     batches = t.data.batches(t.step, stop, t.accelerator.process_index, t.accelerator.num_processes)
-    for batch in batches:
+    while t.step < stop:
+        profiling.update(t)
+        with t.clock.section("data"):
+            batch = next(batches)
         epoch = t.step // per_epoch
         lr, momentum = table[epoch]
         set_epoch(t.optimizer, lr * t.guard.lr_scale, momentum)
@@ -348,13 +230,19 @@ def _train_until(
         torch.manual_seed(derive(t.recipe.seed, "step", t.step, t.accelerator.process_index) % 2**32)
         train_step(t, batch)
         t.step += 1
-        bar.update()
+        boundary = t.step % per_epoch == 0 or t.step == stop or t.step % t.recipe.guard.window == 0
+        signum = _heed(t, everything=boundary)
+        progress.update(t, lr * t.guard.lr_scale)
         if watch_for_collapse(t):
             return False
         if t.step % per_epoch == 0:
-            log(t, _train_row(t, epoch + 1, lr * t.guard.lr_scale))
-            _validate_and_save(t, bar)
-        _stop_if_asked(t)
+            row = close_epoch(t, epoch + 1, lr * t.guard.lr_scale)
+            log(t, row)
+            progress.epoch(row)
+            _validate_and_save(t, progress)
+        if signum or (t.accelerator.num_processes == 1 and t.signals):
+            _stop(t, signum or t.signals.received)
+    profiling.update(t)
     return True
 
 
@@ -367,61 +255,56 @@ def watch_for_collapse(t: Training) -> bool:
     spec = t.recipe.guard
     if spec.action == "none" or t.step % spec.window:
         return False
-    window = t.guard.close(t.accelerator.reduce(t.guard.sums, "sum"), t.step)
+    window = t.guard.close(t.accelerator.reduce(t.guard.sums.clone(), "sum"), t.step)
     if not t.guard.collapsed or (spec.action == "warn" and t.guard.warned):
         return False
     t.guard.warned = True
     what = (
         f"Training has collapsed by step {t.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
-        f"predictions name one class, accuracy is {100 * window.accuracy:.1f} %, the mean gradient norm {window.grad_norm:.2g}."
+        f"predictions name one class, accuracy is {100 * window.accuracy:.1f} %, the mean gradient norm {window.grad_norm:.2g}, "
+        f"the mean spread of the logits {window.logit_scale:.2g}."
     )
     row = {"kind": "guard", "step": t.step, "action": spec.action, "top_share": window.top_share,
-           "accuracy": window.accuracy, "grad_norm": window.grad_norm, "lr_scale": t.guard.lr_scale}  # fmt: skip
+           "accuracy": window.accuracy, "grad_norm": window.grad_norm, "logit_scale": window.logit_scale,
+           "lr_scale": t.guard.lr_scale}  # fmt: skip
     if spec.action == "warn":
         log(t, row)
         t.accelerator.print(f"warning: {what} {ADVICE}.")
         return False
     if spec.action == "stop" or t.guard.rewinds >= spec.max_rewinds:
         raise UserError(f"{what} {ADVICE}, or let guard.action rewind.")
-    _rewind(t, what, row)
+    rewind(t, what, row)
     return True
 
 
-def _rewind(t: Training, what: str, row: dict[str, Any]) -> None:
-    """Go back to the newest checkpoint from before the collapse, with a smaller learning rate."""
-    spec, rewinds, scale, healthy = t.recipe.guard, t.guard.rewinds, t.guard.lr_scale, t.guard.healthy_step
-    good = [folder for folder in checkpoint_folders(t.run) if step_of(folder) <= healthy]
-    if not good:
-        raise UserError(f"{what} No checkpoint is from before it. {ADVICE}.")
-    t.accelerator.wait_for_everyone()
-    checkpoint = open_checkpoint(good[0])
-    t.sums.zero_()
-    t.guard.sums.zero_()
-    _restore(t, checkpoint)
-    t.metrics = t.metrics[: checkpoint.state["metrics_lines"]]
-    t.guard.rewinds, t.guard.lr_scale = rewinds + 1, scale * spec.lr_factor
-    t.guard.bad_windows, t.guard.warned = 0, False
-    t.accelerator.print(
-        f"warning: {what} Going back to step {t.step}, with {t.guard.lr_scale:g} times the learning rate."
-    )
-    if t.accelerator.is_main_process:
-        set_aside(t.run, after=t.step)
-        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
-    log(t, {**row, "rewound_to": t.step, "lr_scale": t.guard.lr_scale})
-    save(t, is_best=t.best is not None and t.best["step"] == t.step)
+def _heed(t: Training, *, everything: bool) -> int:
+    """Look at what the device has told of the last steps; `everything`: wait for what it has still to tell.
+
+    Returns:
+        The signal that all ranks are to stop by, 0 for none.
+    """
+    verdict = t.flags.read(everything=everything)
+    if verdict is not None and not verdict.wrong:
+        verdict = t.flags.read(everything=True) or verdict  # what is saved must be good
+    if verdict is not None and verdict.wrong:
+        raise FloatingPointError(report_bad_step(t, verdict))
+    return verdict.signum if verdict is not None else 0
 
 
-def _stop_if_asked(t: Training) -> None:
-    """Save and raise `Stopped` on all ranks, at the same step, once one of them has received a signal."""
-    signum = t.signals.received
-    if t.accelerator.num_processes > 1:
-        signum = int(gather(torch.tensor([signum], device=t.accelerator.device)).max())
-    if signum:
-        save(t, is_best=False)
-        raise Stopped(signum)
+def _stop(t: Training, signum: int) -> None:
+    """Save, and leave the loop.
+
+    Raises:
+        Stopped: always.
+    """
+    verdict = t.flags.read(everything=True)
+    if verdict is not None and verdict.wrong:
+        raise FloatingPointError(report_bad_step(t, verdict))
+    save(t, is_best=False, final=True)
+    raise Stopped(signum)
 
 
-def _validate_and_save(t: Training, bar: Any) -> None:
+def _validate_and_save(t: Training, progress: Progress) -> None:
     """What follows the last step of an epoch: validation where it is due, selection, a checkpoint."""
     spec, epoch = t.recipe.train, t.step // t.data.steps_per_epoch
     final = epoch == spec.epochs
@@ -429,24 +312,22 @@ def _validate_and_save(t: Training, bar: Any) -> None:
     t.validation_due = final or epoch % spec.validate_every == 0
     if t.validation_due:
         validation = validate(t)
-        if validation is None:
-            return _stop_if_asked(t)
+        if validation is None:  # one of the ranks has a signal: the one with the largest number counts
+            signum = torch.tensor([t.signals.received], device=t.accelerator.device)
+            _stop(t, int(gather(signum).max()))
+            return
         t.validation_due = False
         log(t, validation)
+        progress.epoch(validation)
         improved = t.best is None or validation["robust"]["correct"] > t.best["robust"]["correct"]
         if improved:
             t.best = {key: validation[key] for key in ("step", "epoch", "natural", "robust", "attack")}
-        bar.set_postfix_str(
-            f"epoch {epoch}: validation natural {100 * validation['natural']['accuracy']:.1f} %, {spec.validation_attack} "
-            f"{100 * validation['robust']['accuracy']:.1f} %"
-        )
     if improved or final or epoch % spec.save_every == 0 or t.step == t.last_step:
-        save(t, is_best=improved)
-    return None
+        save(t, is_best=improved, final=t.step == t.last_step)
 
 
-def train(recipe: RecipeSpec) -> Path:
-    """Run `recipe` (or go on with it) and return its run directory."""
+def train(recipe: RecipeSpec, profile: int = 0) -> Path:
+    """Run `recipe` (or go on with it) and return its run directory; `profile`: see `fit`."""
     t = start(recipe)
     if t.step >= t.last_step:
         t.accelerator.print(f"{t.run} is complete: {t.step} of {t.last_step} steps are done. Nothing to train.")
@@ -456,8 +337,8 @@ def train(recipe: RecipeSpec) -> Path:
             f"{t.recipe.name}: {t.recipe.objective.name} on {t.accelerator.device.type}, "
             f"{t.accelerator.num_processes} process(es), {t.recipe.precision}, steps {t.step} to {t.last_step} of {t.total_steps}"
         )
-        with t.signals.watched():
-            fit(t)
+        with t.signals.watched(), t.saver or contextlib.nullcontext():
+            fit(t, profile)
         best = t.best
         if best is not None and math.isfinite(best["robust"]["accuracy"]):
             t.accelerator.print(
@@ -478,9 +359,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write a torch profiler trace of N steps, and where time goes",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.profile < 0:
+        raise UserError(f"--profile is {arguments.profile}; it is a number of steps.")
     try:
-        train(load_recipe(arguments.recipe, arguments.overrides))
+        train(load_recipe(arguments.recipe, arguments.overrides), arguments.profile)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from nrat_scale.accuracy import Images, Interrupted, correct_under
 from nrat_scale.data import LabelledImages
-from nrat_scale.modes import batchnorms
 from nrat_scale.step import Training
 
 
@@ -18,7 +17,6 @@ def validate(t: Training) -> dict[str, Any] | None:
 
     None on all ranks where one of them was asked to stop meanwhile: it is done again when the run goes on.
     """
-    average_batchnorm(t)
     model, held_out = t.evaluated, t.validation
     training = model.training
     rows = np.arange(t.accelerator.process_index, len(held_out.labels), t.accelerator.num_processes)
@@ -89,16 +87,3 @@ class _Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.double())
-
-
-@torch.no_grad()
-def average_batchnorm(t: Training) -> None:
-    """Give all ranks, and the EMA, the mean over ranks of BatchNorm's running statistics."""
-    layers = batchnorms(t.base)
-    for layer in layers:
-        for buffer in (layer.running_mean, layer.running_var):
-            if buffer is not None and t.accelerator.num_processes > 1:
-                buffer.copy_(t.accelerator.reduce(buffer, "mean"))
-    if t.ema is not None:
-        for buffer, source in zip(t.ema.module.buffers(), t.base.buffers(), strict=True):
-            buffer.copy_(source)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,33 @@ class EmaSpec:
     warmup_fraction: float = 0.025
 
 
-def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
+class Ema(ModelEmaV3):
+    """timm's ModelEmaV3, whose update can be undone on the device."""
+
+    @torch.no_grad()
+    def update_where(self, good: Tensor, model: nn.Module, step: int) -> None:
+        """`update` where `good` (bool scalar on the device) is true, else nothing; the host need not know which.
+
+        Args:
+            step: number of updates so far.
+        """
+        for averages, values in _by_dtype(self.module.parameters(), model.parameters()):
+            weight = good.to(averages[0].dtype) * (1.0 - self.get_decay(step))
+            torch._foreach_lerp_(averages, values, [weight] * len(values))
+        for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(torch.where(good, value, buffer))
+
+
+def _by_dtype(*models: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The tensors of models of one structure, in groups of one type: `foreach` is fast only then."""
+    groups: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
+    for tensors in zip(*models, strict=True):
+        groups.setdefault(tensors[0].dtype, []).append(tensors)
+    for group in groups.values():
+        yield tuple(list(column) for column in zip(*group, strict=True))
+
+
+def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> Ema:
     """timm's ModelEmaV3 set to the rule of DM_AT; call `ema.update(model, step=number of updates so far)`.
 
     BatchNorm buffers are copied, not averaged. timm's warm-up is 1 - (1 + s / gamma)^-power for s = step -
@@ -37,7 +63,7 @@ def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
     the warm-up.
     """
     warmup_steps = math.ceil(spec.warmup_fraction * total_steps)
-    return ModelEmaV3(
+    return Ema(
         model,
         decay=spec.decay,
         update_after_step=warmup_steps - 2,
@@ -107,7 +133,10 @@ def awp(
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
             gradient = reduce(gradient)
-            shifts.append(gamma * weight.norm() * gradient / (gradient.norm() + 1e-20))
+            size = gradient.norm()
+            shift = gamma * weight.norm() * gradient / (size + 1e-20)
+            # Without a finite gradient nothing is moved: NaN could not be taken back. The step's own gradient tells.
+            shifts.append(torch.where(size.isfinite(), shift, 0.0))
             weight.add_(shifts[-1])
     try:
         yield

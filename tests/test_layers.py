@@ -12,10 +12,37 @@ TOOLS = ROOT / "tools"
 # Read from the top: a module may import those above it in its own list where the list is `ordered`, and all layers below.
 # `audit` and `plan` are names kept for later.
 GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "class_names", "datasets", "stops")  # ordered
-L0 = ("labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard")
+L0 = (
+    "labels",
+    "shards",
+    "sampling",
+    "augment",
+    "models",
+    "attacks",
+    "objectives",
+    "weights",
+    "optim",
+    "guard",
+    "twin",
+    "batchnorm",
+    "flags",
+    "clock",
+)
 L1 = ("pack", "sources", "loader", "data")  # ordered
 L2 = ("accuracy", "recipe", "checkpoint")
-L3 = ("evaluate", "step", "validation", "train", "report", "release", "audit", "plan")  # ordered
+L3 = (
+    "evaluate",
+    "step",
+    "validation",
+    "progress",
+    "diagnosis",
+    "recovery",
+    "train",
+    "report",
+    "release",
+    "audit",
+    "plan",
+)  # ordered
 LATER = {"audit", "plan"}
 ROOT_MAY_IMPORT = {"models", "recipe"}
 

@@ -88,7 +88,7 @@ def test_two_processes_train_from_s3(data: Path, bucket: str) -> None:
     assert "2 process(es)" in result.stdout, "the launcher must really have started two"
     one, two = (named_checkpoint(run, "last").tensors("model") for run in (local, data / "s3"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     stored = [json.loads((run / "data.json").read_text()) for run in (local, data / "s3")]
     assert stored[0] == stored[1], "the same images are held out"
     cached = {path.stem for path in (data / "cache").glob("*.tar")}

@@ -200,7 +200,7 @@ def test_two_processes_see_the_same_images_and_agree(recipe_path: Path, tmp_path
     train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'one'}"]))
     one, two = (named_checkpoint(tmp_path / name, "last").tensors("model") for name in ("one", "two"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

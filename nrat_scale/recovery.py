@@ -1,0 +1,162 @@
+"""The state of a run: written beside training, taken up again after an interruption, gone back to after a collapse."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from nrat_scale.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    load_optimizer_tensors,
+    newest_checkpoint,
+    open_checkpoint,
+    optimizer_tensors,
+    set_aside,
+    step_of,
+    write_pointer,
+)
+from nrat_scale.errors import UserError
+from nrat_scale.files import write_atomically
+from nrat_scale.guard import ADVICE
+from nrat_scale.progress import log
+from nrat_scale.step import Training
+
+
+def save(t: Training, *, is_best: bool, final: bool = False) -> None:
+    """Write a checkpoint of this step, beside training; let last.json (and best.json) name it.
+
+    Args:
+        final: return only once it is durable.
+
+    Raises:
+        UserError: on all ranks, where a save failed for another reason than a full disk, or a final one for any.
+    """
+    sums, guard_sums = (t.accelerator.reduce(sums.clone(), "sum").tolist() for sums in (t.sums, t.guard.sums))
+
+    def write() -> None:
+        assert t.saver is not None
+        scaler = t.accelerator.scaler
+        state = {
+            "step": t.step,
+            "epoch": -(-t.step // t.data.steps_per_epoch),
+            "identity": t.recipe.identity,
+            "best": t.best,
+            "validation_due": t.validation_due,
+            "guard": t.guard.state(),
+            "guard_sums": guard_sums,
+            "metrics_lines": len(t.metrics),
+            "sums": sums,
+            "seed": t.recipe.seed,  # all randomness is a function of (seed, step): there is no other state
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        tensors: dict[str, dict[str, Tensor]] = {
+            "model": dict(t.base.state_dict()),
+            "ema": dict(t.ema.module.state_dict()) if t.ema is not None else {},
+            "optimizer": optimizer_tensors(t.optimizer, t.base),
+            "objective": dict(t.objective.state_dict()),
+        }
+        t.saver.save(tensors, state, best=is_best, selected=t.best is not None, final=final)
+
+    on_main(t.accelerator, write)
+
+
+def on_main(accelerator: Any, action: Any) -> Any:
+    """The result of `action` on the main process, None on the others, once it is done.
+
+    A `UserError` is raised on every process: all end alike, and none waits for one that has gone.
+    """
+    result, message = None, [""]
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except UserError as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0]:
+        raise UserError(message[0])
+    return result
+
+
+def resume(t: Training) -> None:
+    """Go on from the newest checkpoint that verifies, if there is one."""
+    checkpoint, damaged = newest_checkpoint(t.run)
+    for sentence in damaged:
+        t.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
+    if checkpoint is None:
+        return
+    _restore(t, checkpoint)
+    path = t.run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    t.metrics = lines[: checkpoint.state["metrics_lines"]]
+    if t.accelerator.is_main_process and len(lines) != len(t.metrics):
+        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
+    t.accelerator.print(f"resuming {t.run} from step {t.step} of {t.total_steps}")
+
+
+def _restore(t: Training, checkpoint: Checkpoint) -> None:
+    try:
+        t.base.load_state_dict(checkpoint.tensors("model"))
+        if t.ema is not None:
+            t.ema.module.load_state_dict(checkpoint.tensors("ema"))
+        t.objective.load_state_dict(checkpoint.tensors("objective"))
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint.folder} does not fit the recipe's model: {error}") from error
+    load_optimizer_tensors(t.optimizer, t.base, checkpoint.tensors("optimizer"))
+    state = checkpoint.state
+    if t.accelerator.scaler is not None and state["scaler"] is not None:
+        t.accelerator.scaler.load_state_dict(state["scaler"])
+    t.sums.zero_()
+    t.guard.sums.zero_()
+    if t.accelerator.is_main_process:
+        t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
+        t.guard.sums += torch.tensor(state["guard_sums"], dtype=torch.float64, device=t.sums.device)
+    t.guard.load(state["guard"])
+    t.step, t.best, t.validation_due = int(state["step"]), state["best"], bool(state["validation_due"])
+
+
+def rewind(t: Training, what: str, row: dict[str, Any]) -> None:
+    """Go back to the newest checkpoint from before a collapse, with a smaller learning rate.
+
+    Args:
+        what: a sentence about the collapse.
+        row: of metrics.jsonl about it.
+
+    Raises:
+        UserError: no checkpoint is from before it.
+    """
+    spec, rewinds, scale, healthy = t.recipe.guard, t.guard.rewinds, t.guard.lr_scale, t.guard.healthy_step
+    on_main(t.accelerator, lambda: t.saver.wait() if t.saver is not None else None)
+    good = [folder for folder in checkpoint_folders(t.run) if step_of(folder) <= healthy]
+    if not good:
+        raise UserError(f"{what} No checkpoint is from before it. {ADVICE}.")
+    t.accelerator.wait_for_everyone()
+    checkpoint = open_checkpoint(good[0])
+    _restore(t, checkpoint)
+    t.metrics = t.metrics[: checkpoint.state["metrics_lines"]]
+    t.guard.rewinds, t.guard.lr_scale = rewinds + 1, scale * spec.lr_factor
+    t.guard.bad_windows, t.guard.warned = 0, False
+    t.accelerator.print(
+        f"warning: {what} Going back to step {t.step}, with {t.guard.lr_scale:g} times the learning rate."
+    )
+    best = _best_left(t, checkpoint)
+    if best.step != (t.best or {}).get("step"):
+        t.best = None  # it was replaced, and removed, by one of the collapse's: the next validation selects anew
+    t.accelerator.wait_for_everyone()
+    if t.accelerator.is_main_process:
+        set_aside(t.run, after=t.step)
+        write_pointer(t.run, "best", best, selected=t.best is not None)
+        write_pointer(t.run, "last", checkpoint)
+        write_atomically(t.run / "metrics.jsonl", "".join(line + "\n" for line in t.metrics))
+    log(t, {**row, "rewound_to": t.step, "lr_scale": t.guard.lr_scale})
+    save(t, is_best=best.step == t.step)
+
+
+def _best_left(t: Training, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint that was the best one at the time of `checkpoint`, where it is still there, else that itself."""
+    step = (t.best or {}).get("step")
+    for folder in checkpoint_folders(t.run):
+        if step_of(folder) == step:
+            return open_checkpoint(folder)
+    return checkpoint

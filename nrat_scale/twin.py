@@ -1,0 +1,125 @@
+"""A second module over the weights of the model in training, for its attacks.
+
+The twin shares parameters and buffers, needs no gradient for any, and stays in the mode that the attack wants: nothing is
+switched to and fro, and a compiler sees one graph. In evaluation mode BatchNorm is a constant affine map; where it follows
+a convolution it is folded into that convolution's weights, by `refresh`, before the attack of every step.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node, symbolic_trace
+
+from nrat_scale.modes import BN_MODES, batchnorms
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """A convolution of the twin, and the layers of the model that it stands for."""
+
+    twin: nn.Conv2d
+    convolution: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+
+class Twin:
+    """See above. Make it before anything wraps the model's forward.
+
+    Args:
+        model: the bare module, whose forward is its class's still.
+        bn: `eval`, or `batch`: batch statistics, running ones untouched.
+        fold: fold BatchNorm into convolutions where `bn` is `eval`.
+
+    Attributes:
+        module: maps images to logits.
+        forward: what to call: `module`, or what a compiler made of it.
+        num_folded: how many BatchNorm layers are folded.
+    """
+
+    def __init__(self, model: nn.Module, bn: str, *, fold: bool = True) -> None:
+        assert bn in BN_MODES, bn
+        shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+        shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        self.module: nn.Module = copy.deepcopy(model, shared)
+        self.module.train(bn == "batch")
+        self._folded: list[_Folded] = []
+        if bn == "batch":
+            for layer in batchnorms(self.module):
+                # In training mode a layer that does not track uses the batch's statistics and leaves its buffers alone.
+                layer.track_running_stats = False
+        elif fold:
+            self._folded = [_fold(model, self.module, *names) for names in _foldable(self.module)]
+        own_weights = {id(pair.twin) for pair in self._folded}
+        self._shared = [
+            (theirs, own)
+            for (_, theirs), (_, own) in zip(model.named_modules(), self.module.named_modules(), strict=True)
+            if type(theirs) is type(own) and id(own) not in own_weights
+        ]
+        self.forward: Callable[[Tensor], Tensor] = self.module
+        self.refresh()
+
+    @property
+    def num_folded(self) -> int:
+        """BatchNorm layers that are no layers of their own any more."""
+        return len(self._folded)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's present weights and running statistics."""
+        for theirs, own in self._shared:
+            # Shared already, unless somebody has moved the model's (DistributedDataParallel gives parameters new memory).
+            for name, parameter in theirs.named_parameters(recurse=False):
+                shared = own.get_parameter(name)
+                if shared.data_ptr() != parameter.data_ptr():
+                    shared.data = parameter.data
+            own._buffers.update(theirs._buffers)
+        for pair in self._folded:
+            norm, source = pair.norm, pair.convolution
+            assert norm.running_mean is not None and norm.running_var is not None and pair.twin.bias is not None
+            scale = (norm.running_var + norm.eps).rsqrt()
+            if norm.weight is not None:
+                scale = scale * norm.weight
+            torch.mul(source.weight, scale.view(-1, 1, 1, 1), out=pair.twin.weight)
+            shift = -norm.running_mean if source.bias is None else source.bias - norm.running_mean
+            pair.twin.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
+
+
+def _foldable(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions and of the BatchNorm layers that alone use their results; none where torch.fx cannot trace."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = symbolic_trace(module).graph
+    except Exception:  # a model may do anything in its forward: it is attacked as it is then
+        return []
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses = [str(node.target) for node in calls]
+    found = []
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if type(module.get_submodule(str(node.target))) is not nn.BatchNorm2d:
+            continue
+        if not isinstance(before, Node) or before.op != "call_module":
+            continue
+        convolution = module.get_submodule(str(before.target))
+        alone = len(before.users) == 1 and uses.count(str(before.target)) == uses.count(str(node.target)) == 1
+        if type(convolution) is nn.Conv2d and alone and module.get_submodule(str(node.target)).track_running_stats:
+            found.append((str(before.target), str(node.target)))
+    return found
+
+
+def _fold(model: nn.Module, twin: nn.Module, convolution: str, norm: str) -> _Folded:
+    own, source = twin.get_submodule(convolution), model.get_submodule(convolution)
+    assert isinstance(own, nn.Conv2d) and isinstance(source, nn.Conv2d)
+    weight = torch.empty_like(source.weight)  # in the same memory format
+    bias: Tensor = weight.new_empty(len(weight))
+    own.weight, own.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
+    parent, _, attribute = norm.rpartition(".")
+    setattr(twin.get_submodule(parent), attribute, nn.Identity())
+    layer = model.get_submodule(norm)
+    assert isinstance(layer, nn.BatchNorm2d)
+    return _Folded(own, source, layer)
