@@ -28,6 +28,7 @@ class GuardSpec:
         patience: consecutive bad windows before anything is done; a network starts with one class, too.
         top_share: a window is bad where so much of the predictions name one class, and accuracy is at most twice chance.
         min_grad_norm: or where the mean norm of the gradient is smaller.
+        max_logit_scale: or where the logits of an image spread wider (standard deviation, mean over images).
         lr_factor: by which `rewind` multiplies the learning rate.
         max_rewinds: after so many it stops.
     """
@@ -37,6 +38,7 @@ class GuardSpec:
     patience: int = 3
     top_share: float = 0.9
     min_grad_norm: float = 1e-8
+    max_logit_scale: float = 1e4
     lr_factor: float = 0.5
     max_rewinds: int = 3
 
@@ -63,7 +65,7 @@ class Window:
     def bad(self, spec: GuardSpec, num_classes: int) -> bool:
         """Whether training looks collapsed."""
         one_class = self.top_share >= spec.top_share and self.accuracy <= 2.0 / num_classes
-        return one_class or self.grad_norm < spec.min_grad_norm
+        return one_class or self.grad_norm < spec.min_grad_norm or self.logit_scale > spec.max_logit_scale
 
 
 @dataclass
