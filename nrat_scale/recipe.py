@@ -37,6 +37,7 @@ _NOT_IDENTITY = (
     "train.max_steps",
     "train.timeout_minutes",
     "data.workers",
+    "data.resident",
     "data.max_bad_shards",
     "data.remote.cache",
     "data.remote.cache_gb",

@@ -13,7 +13,7 @@ TOOLS = ROOT / "tools"
 # `audit` and `plan` are names kept for later.
 GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "class_names", "datasets", "stops")  # ordered
 L0 = ("labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard")
-L1 = ("pack", "sources", "loader", "data")  # ordered
+L1 = ("pack", "sources", "resident", "loader", "data")  # ordered
 L2 = ("accuracy", "recipe", "checkpoint")
 L3 = ("evaluate", "step", "validation", "train", "report", "release", "audit", "plan")  # ordered
 LATER = {"audit", "plan"}
