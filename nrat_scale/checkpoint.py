@@ -627,7 +627,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
-        # Adam counts its steps in a scalar that stays as it is; everything else lives with its parameter, and in its
-        # memory format: fused optimizers go through both side by side.
+        # Adam counts its steps in a scalar of its own type; everything else is like its parameter, in its memory format
+        # too: fused optimizers go through both side by side.
         scalar = value.ndim == 0 and parameter.ndim > 0
-        optimizer.state[parameter][key] = value if scalar else torch.empty_like(parameter.detach()).copy_(value)
+        like = torch.empty_like(parameter.detach())
+        optimizer.state[parameter][key] = value.to(parameter.device) if scalar else like.copy_(value)

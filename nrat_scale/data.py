@@ -2,7 +2,8 @@
 
     sources   real and generated shards, what is held out, the labels that training sees
     sampling  (index, seed, step) -> the samples of the global batch
-    loader    those samples -> this rank's uint8 batch
+    loader    those samples -> this rank's uint8 batch, or its rows in
+    resident  the images of all sources on the device
     augment   crop, flip, CutMix and floats in [0, 1] on the device
 
 The same images arrive in the same steps whatever runs the training: ranks, workers and restarts are no arguments of
@@ -34,6 +35,7 @@ from nrat_scale.loader import (
     prefetched,
     to_nchw,
 )
+from nrat_scale.resident import RESIDENT, ResidentImages, free_bytes, image_bytes, load_images
 from nrat_scale.sampling import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.seeds import derive
 from nrat_scale.shards import ShardSet, open_shards
@@ -85,6 +87,8 @@ class DataSpec:
         loader: `indexed` (the plan: exact, resumable, the same for any number of processes) or `webdataset` (the
             standard pipeline of that library).
         workers: loader processes; 0 gathers in a thread of the training process, which is faster.
+        resident: `always` keeps the images of all sources in the memory of the device, so that only row numbers travel;
+            `auto` does it on a GPU where local images take at most half of its free memory; `never`. It changes no batch.
         on_bad_shard: `stop`, or `skip`: train without a shard that stays missing or damaged.
         max_bad_shards: how many may be skipped.
     """
@@ -99,6 +103,7 @@ class DataSpec:
     window: int | None = None
     loader: str = "indexed"
     workers: int = 0
+    resident: str = "auto"
     on_bad_shard: str = "stop"
     max_bad_shards: int = 1
 
@@ -118,6 +123,7 @@ class DataSpec:
             ("validation.take", self.validation.take, TAKES),
             ("validation.labels", self.validation.labels, ("given", "clean")),
             ("loader", self.loader, LOADERS),
+            ("resident", self.resident, RESIDENT),
             ("on_bad_shard", self.on_bad_shard, ON_BAD_SHARD),
         ):
             if choice not in known:
@@ -134,6 +140,12 @@ class DataSpec:
             )
         if self.loader == "webdataset" and (self.workers or self.augment.cutmix):
             raise UserError("data.loader webdataset takes neither data.workers nor data.augment.cutmix: use indexed.")
+        if self.resident == "always" and (self.loader == "webdataset" or self.workers):
+            other = "data.loader webdataset" if self.loader == "webdataset" else f"data.workers {self.workers}"
+            raise UserError(
+                f"data.resident is 'always', which {other} does not take. "
+                "Use the indexed loader with data.workers 0, or set data.resident: auto."
+            )
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,7 @@ class TrainingData:
         self.skips = skips
         self._seed = seed
         self._by_kind = sources
+        self._resident: ResidentImages | None = None
         counts = _counts(spec, len(self.sources))
         for source in self.sources:
             if len(source) < 1:
@@ -191,14 +204,37 @@ class TrainingData:
             given = clean
         return LabelledImages(to_nchw(source.shards.images(source.held_out)), given, clean)
 
+    def place_images(self, device: torch.device) -> None:
+        """Keep all images on `device` if `data.resident` wants it. Call it once, before `batches`.
+
+        Raises:
+            UserError: `always`, and they do not fit into the memory of `device`; a shard that cannot be used.
+        """
+        if self._wants_resident(device):
+            self._resident = load_images(self.sources, device)
+
+    def _wants_resident(self, device: torch.device) -> bool:
+        spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
+        if spec.resident == "always":
+            if free is not None and needed > free:
+                raise UserError(
+                    f"data.resident is 'always', but the images take {needed / 1e9:.2f} GB and {device} has "
+                    f"{free / 1e9:.2f} GB free. Set data.resident: auto."
+                )
+            return True
+        if spec.resident == "never" or spec.loader == "webdataset" or spec.workers or free is None:
+            return False
+        return not any(source.shards.is_remote for source in self.sources) and 2 * needed <= free
+
     def batches(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """This rank's parts of the global batches `start` .. `stop` - 1, in order.
+        """This rank's parts of the global batches `start` .. `stop` - 1, in order; `augmented` makes their images.
 
         Raises:
             UserError: the batch does not divide by the number of processes; while it iterates, a shard that cannot be
                 used.
         """
         spec = self.spec
+        assert self._resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
             raise UserError(
                 f"data.batch_size {spec.batch_size} does not divide by {world_size} processes. "
@@ -207,10 +243,11 @@ class TrainingData:
         if spec.loader == "webdataset":
             return self._webdataset_batches(start, stop, rank, world_size)
         cutmix_seed = self._seed if spec.augment.cutmix else None
+        first_rows = self._resident.first_rows if self._resident is not None else None
         pipeline = webdataset.DataPipeline(
             PlanStage(self.plan, start, stop),
             FetchStage(self.plan, self.sources, stop),
-            GatherStage(self.plan, self.sources, rank, world_size, cutmix_seed),
+            GatherStage(self.plan, self.sources, rank, world_size, cutmix_seed, first_rows),
         )
         if spec.workers == 0:
             return prefetched(lambda: pin(iter(pipeline)))
@@ -236,6 +273,8 @@ class TrainingData:
 
         def moved(images: Tensor, positions: Tensor) -> Tensor:
             images = images.to(device, non_blocking=True)
+            if self._resident is not None:
+                images = self._resident.gather(images)
             return crop_and_flip(images, positions, spec, size, seed, batch.step)
 
         x, y = moved(batch.images, batch.positions), batch.labels.to(device, non_blocking=True)
@@ -309,6 +348,12 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
         if source.shards is not None
     }
     check_compatible(list(opened.values()))
+    for kind, shards in opened.items():
+        if spec.resident == "always" and shards.is_remote:
+            raise UserError(
+                f"data.resident is 'always', but data.{kind}.shards is the address {shards.folder}: only local shards are "
+                "kept on the device. Copy them to a folder, or set data.resident: auto."
+            )
     skips = SkipLog(spec.max_bad_shards if spec.on_bad_shard == "skip" else 0)
     for shards in opened.values():
         if verify and skips.limit:

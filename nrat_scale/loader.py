@@ -3,6 +3,7 @@
 plan     step t -> source and sample number of each of the B positions      webdataset.DataPipeline
 fetch    remote shards: those of this window are there, the next one's come  in the background
 gather   this rank's positions -> uint8 images [b, C, H, W], labels [b]      out of memory maps
+         or, where the images are on the device already, their rows [b]      see `resident`
 pin      where there is a GPU
 """
 
@@ -39,7 +40,7 @@ _SHUFFLE_BUFFER = 10_000  # samples, of the webdataset loader
 
 @dataclass(frozen=True)
 class Partners:
-    """The CutMix partners of a batch: images uint8 [b, C, H, W], labels int64 [b], global positions int64 [b]."""
+    """The CutMix partners of a batch: images as in `Batch`, labels int64 [b], global positions int64 [b]."""
 
     images: Tensor
     labels: Tensor
@@ -51,7 +52,8 @@ class Batch:
     """This rank's part of global batch `step`; `first` is its place in the global batch.
 
     Attributes:
-        images: uint8 [b, C, H, W], in channels-last memory.
+        images: uint8 [b, C, H, W], in channels-last memory; where the images are resident, their rows int64 [b], which
+            `TrainingData.augmented` looks up on the device.
         labels: int64 [b], as given.
         clean_labels: int64 [b], `UNKNOWN_LABEL` where unknown.
         generated: bool [b].
@@ -183,6 +185,7 @@ class GatherStage:
 
     Attributes:
         cutmix_seed: gather CutMix partners under this seed; None for no CutMix.
+        first_rows: of each source among resident images, whose rows are gathered; None gathers pixels.
     """
 
     plan: SamplePlan
@@ -190,6 +193,7 @@ class GatherStage:
     rank: int
     world_size: int
     cutmix_seed: int | None = None
+    first_rows: tuple[int, ...] | None = None
 
     def __call__(self, plans: Iterator[Planned]) -> Iterator[Batch]:
         for step, kinds, samples in plans:
@@ -202,20 +206,27 @@ class GatherStage:
             yield batch if self.cutmix_seed is None else _with_partners(batch, size, positions[size:])
 
     def _gather(self, step: int, first: int, kinds: np.ndarray, samples: np.ndarray) -> Batch:
-        given, clean, ids = (np.empty(len(kinds), np.int64) for _ in range(3))
+        given, clean, ids, rows = (np.empty(len(kinds), np.int64) for _ in range(4))
         generated = np.zeros(len(kinds), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(kinds == number)
-            positions, views, given[here] = source.read(samples[here], self._near(number, step))
-            pixels.append(iter(views))
+            if self.first_rows is None:
+                positions, views, given[here] = source.read(samples[here], self._near(number, step))
+                pixels.append(iter(views))
+            else:
+                positions, given[here] = source.locate(samples[here], self._near(number, step))
+                rows[here] = self.first_rows[number] + positions
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
-        # One copy, from the memory maps to the batch: rows of each source come in the order of their places.
-        images = joined([next(pixels[kind]) for kind in kinds.tolist()])
-        images = images.reshape(len(kinds), *self.sources[0].shards.image_shape)
+        images = torch.from_numpy(rows) if self.first_rows is not None else self._copied(pixels, kinds)
         labels, clean_labels, kind, source_ids = (torch.from_numpy(a) for a in (given, clean, generated, ids))
-        return Batch(step, int(first), to_nchw(images), labels, clean_labels, kind, source_ids)
+        return Batch(step, int(first), images, labels, clean_labels, kind, source_ids)
+
+    def _copied(self, pixels: list[Iterator[memoryview]], kinds: np.ndarray) -> Tensor:
+        """uint8 [m, C, H, W]: one copy, out of the memory maps; each source's images come in the order of their places."""
+        images = joined([next(pixels[kind]) for kind in kinds.tolist()])
+        return to_nchw(images.reshape(len(kinds), *self.sources[0].shards.image_shape))
 
     def _near(self, number: int, step: int) -> Callable[[], np.ndarray] | None:
         if self.plan.sources[number].window is None:

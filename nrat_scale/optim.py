@@ -163,7 +163,7 @@ def _scheduled(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
     return table
 
 
-def set_epoch(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
     """Give all groups this learning rate and momentum."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -39,6 +39,7 @@ _NOT_IDENTITY = (
     "train.log_every",
     "train.compile",
     "data.workers",
+    "data.resident",
     "data.max_bad_shards",
     "data.remote.cache",
     "data.remote.cache_gb",

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -24,6 +24,7 @@ from nrat_scale.labels import NoiseSpec
 from nrat_scale.seeds import KeyedPermutation, derive, hash64
 from nrat_scale.shards import ShardSet, ShardUnusable
 
+T = TypeVar("T")
 REAL, GENERATED = "real", "generated"
 TAKES = ("stratified", "first")
 UNKNOWN_LABEL = -1
@@ -203,15 +204,29 @@ class TrainingSource:
         Raises:
             ShardUnusable: a shard cannot be used and the recipe allows no (further) skipping.
         """
+        positions, (pixels, labels) = self._taken(samples, near, self.shards.rows)
+        return positions, pixels, labels if self.given is None else self.given[positions]
+
+    def locate(
+        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(positions [m], given labels int64 [m]): as `read`, for one who has the pixels already."""
+        # The labels are read even where others are given: it shows the same shards to be unusable that `read` would find.
+        positions, labels = self._taken(samples, near, self.shards.labels)
+        return positions, labels if self.given is None else self.given[positions]
+
+    def _taken(
+        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None, take: Callable[[np.ndarray], T]
+    ) -> tuple[np.ndarray, T]:
+        """(positions [m], what `take` finds there), in shards that can be used."""
         positions = self.positions(samples)
         if self.log.entries:
             positions = self._usable(positions, near)
         try:
-            pixels, labels = self.shards.rows(positions)
+            return positions, take(positions)
         except ShardUnusable:
             positions = self._usable(positions, near)
-            pixels, labels = self.shards.rows(positions)
-        return positions, pixels, labels if self.given is None else self.given[positions]
+            return positions, take(positions)
 
     def _usable(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None) -> np.ndarray:
         """`positions`, those in shards that cannot be used replaced; opens the shards that are needed."""

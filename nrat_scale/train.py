@@ -33,7 +33,7 @@ from nrat_scale.files import make_folder, write_atomically, write_json
 from nrat_scale.flags import Flags
 from nrat_scale.guard import ADVICE, Guard
 from nrat_scale.modes import batchnorms
-from nrat_scale.optim import build_optimizer, schedule_table, set_epoch
+from nrat_scale.optim import build_optimizer, learning_rates, set_rates
 from nrat_scale.progress import Profile, Progress, close_epoch, log
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
 from nrat_scale.recovery import on_main, resume, rewind, save
@@ -81,13 +81,15 @@ def start(recipe: RecipeSpec) -> Training:
         )
     check_batchnorm(recipe.model.bn, recipe.model.bn_group_size, recipe.data.batch_size // pieces, accelerator.device)
     data = on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
-    if data is None:  # another rank: what the main one has verified need not be hashed again
-        data = open_training_data(recipe.data, recipe.seed, verify=False)
+    if data is None:
+        # Another rank: what the main one has verified need not be hashed again, unless what is bad is to be skipped.
+        data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
     arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
     on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
     on_main(accelerator, lambda: data.skips.attach(run / SKIPPED))
     data.skips.attach(run / SKIPPED)
+    data.place_images(accelerator.device)
     return _build(recipe, run, data, accelerator, arguments, base)
 
 
@@ -200,7 +202,7 @@ def fit(t: Training, profile: int = 0) -> None:
         FloatingPointError: a step was not finite; it changed nothing, and no checkpoint is from after it.
     """
     progress, profiling = Progress(t), Profile(t, profile)
-    table = schedule_table(t.recipe.optim, t.recipe.train.epochs)
+    table = learning_rates(t.recipe.optim, t.recipe.train.epochs, t.data.steps_per_epoch)
     while not _train_until(t, t.last_step, table, progress, profiling):
         pass  # training was rewound
     progress.close()
@@ -223,8 +225,8 @@ def _train_until(
         with t.clock.section("data"):
             batch = next(batches)
         epoch = t.step // per_epoch
-        lr, momentum = table[epoch]
-        set_epoch(t.optimizer, lr * t.guard.lr_scale, momentum)
+        lr, momentum = table[t.step]
+        set_rates(t.optimizer, lr * t.guard.lr_scale, momentum)
         for layer, usual in momenta.items():
             layer.momentum = 1.0 if t.recipe.model.bn_first_step and t.step == 0 else usual
         torch.manual_seed(derive(t.recipe.seed, "step", t.step, t.accelerator.process_index) % 2**32)

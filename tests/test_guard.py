@@ -86,11 +86,11 @@ def test_a_collapse_can_be_rewound(recipe_path: Path, tmp_path: Path, monkeypatc
     """From the last good checkpoint with a smaller rate; what came after it is set aside, and an interruption behind the
     rewind changes nothing."""
 
-    def rates(spec: object, epochs: int) -> list[tuple[float, float]]:
+    def rates(spec: object, epochs: int, steps_per_epoch: int) -> list[tuple[float, float]]:
         """Right for the first epochs, far too large afterwards."""
-        return [(0.01 if epoch < 10 else 3.0, 0.9) for epoch in range(epochs)]
+        return [(0.01 if step < 10 * steps_per_epoch else 3.0, 0.9) for step in range(epochs * steps_per_epoch)]
 
-    monkeypatch.setattr(nrat_scale.train, "schedule_table", rates)
+    monkeypatch.setattr(nrat_scale.train, "learning_rates", rates)
     overrides = [*LEARNING, "train.epochs=24", "guard.action=rewind", "guard.lr_factor=0.003", "train.keep=20"]
     run = train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'run'}"]))
     (row,) = [row for row in rows(run) if row["kind"] == "guard"]

@@ -13,22 +13,10 @@ TOOLS = ROOT / "tools"
 # `audit` and `plan` are names kept for later.
 GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "class_names", "datasets", "stops")  # ordered
 L0 = (
-    "labels",
-    "shards",
-    "sampling",
-    "augment",
-    "models",
-    "attacks",
-    "objectives",
-    "weights",
-    "optim",
-    "guard",
-    "twin",
-    "batchnorm",
-    "flags",
-    "clock",
-)
-L1 = ("pack", "sources", "loader", "data")  # ordered
+    "labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard", "twin",
+    "batchnorm", "flags", "clock",
+)  # fmt: skip
+L1 = ("pack", "sources", "resident", "loader", "data")  # ordered
 L2 = ("accuracy", "recipe", "checkpoint")
 L3 = (
     "evaluate",

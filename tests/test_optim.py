@@ -9,7 +9,7 @@ from torch import nn
 
 from nrat_scale.errors import UserError
 from nrat_scale.models import WideResNet
-from nrat_scale.optim import OPTIMIZERS, OptimSpec, build_optimizer, learning_rates, schedule_table, set_epoch
+from nrat_scale.optim import OPTIMIZERS, OptimSpec, build_optimizer, learning_rates, schedule_table, set_rates
 
 # ---- parameter groups -----------------------------------------------------------------------------------------------
 
@@ -200,11 +200,11 @@ def test_constants_reach_the_optimizer():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_set_epoch_reaches_all_groups(name):
+def test_set_rates_reaches_all_groups(name):
     """Learning rate and momentum change in every group, weight decay in none."""
     optimizer = build_optimizer(WideResNet(10, 1), OptimSpec(name, decay_norms=False))
     before = [group["weight_decay"] for group in optimizer.param_groups]
-    set_epoch(optimizer, 0.03, 0.87)
+    set_rates(optimizer, 0.03, 0.87)
     assert len(optimizer.param_groups) == 2
     for group in optimizer.param_groups:
         assert group["lr"] == 0.03
