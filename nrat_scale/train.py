@@ -10,6 +10,7 @@ import datetime
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,10 @@ def _build(
     total_steps = recipe.train.epochs * data.steps_per_epoch
     ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
     twin = Twin(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
-    model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
+    with warnings.catch_warnings():
+        # torch deprecates `broadcast_buffers`, and Accelerate has no other word for it yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
     objective = build_objective(recipe.objective, data.shards.num_classes).to(device)
     guard = Guard.build(recipe.guard, data.shards.num_classes, device)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)

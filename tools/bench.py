@@ -1,8 +1,11 @@
-"""Benchmarks that anyone can run: ratios taken in one run, in CPU seconds over all processes.
+"""Benchmarks that anyone can run: ratios taken in one run, alternating.
 
     python tools/bench.py data                feeding: images per core-second against the usual loaders, and memory
     python tools/bench.py plan                an index of 50 million images: time to open, memory, time of a batch's ids
     python tools/bench.py convert             1,000,000 images of an npz -> shards: core-seconds and memory
+    python tools/bench.py step                the training step against the textbook one: speed, forwards, equality; parts
+    python tools/bench.py precision           the attack's final loss in bf16 and fp16 against float32, for every objective
+    python tools/bench.py processes           one process against two; where the time of a step goes; start-up
     python tools/bench.py soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
 
 Everything is made in a temporary folder (--work for another place) and removed at the end.
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 
 import bench_data
+import bench_step
 from nrat_scale.errors import run_cli
 
 
@@ -45,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds.add_parser("plan", help="an index of 50 million images")
     convert = kinds.add_parser("convert", help="npz -> shards")
     convert.add_argument("--images", type=int, default=1_000_000, help="images (default: %(default)s)")
+    step = kinds.add_parser("step", help="the training step")
+    step.add_argument("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
+    step.add_argument("--rounds", type=int, default=10, help="alternations (default: %(default)s)")
+    step.add_argument("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
+    precision = kinds.add_parser("precision", help="attacks in low precision")
+    precision.add_argument("--steps", type=int, default=40, help="of training before (default: %(default)s)")
+    processes = kinds.add_parser("processes", help="one process and two")
+    processes.add_argument("--rounds", type=int, default=3, help="alternations (default: %(default)s)")
     soak = kinds.add_parser("soak", help="memory, descriptors and threads over time")
     soak.add_argument("--minutes", type=float, default=10.0)
     contender = kinds.add_parser("contender")  # one row of `data`, in a process of its own
@@ -70,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             bench_data.plan(Path(work))
         elif given.kind == "convert":
             bench_data.convert(Path(work), given.images)
+        elif given.kind == "step":
+            bench_step.step(Path(work), given.models, given.rounds, dict(zip(given.models, given.batch, strict=True)))
+        elif given.kind == "precision":
+            bench_step.precision(Path(work), given.steps)
+        elif given.kind == "processes":
+            bench_step.processes(Path(work), given.rounds)
         else:
             bench_data.soak(Path(work), given.minutes)
 
