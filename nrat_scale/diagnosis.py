@@ -28,9 +28,10 @@ def report_bad_step(t: Training, verdict: Verdict) -> str:
     weights before that step, `model.NAME`. With the seed and the step of recipe.yaml that repeats it.
     """
     (batch,) = [batch for batch in t.recent if batch.step + 1 == verdict.step]
-    found = [_examine(t, batch)] if verdict.here else []
-    places = gather_object(found)
-    names = " and ".join(_WHAT[kind] for kind in verdict.wrong)
+    # The averaged gradient is that of all ranks: it says nothing about where, if something else does.
+    causes = [kind for kind in verdict.wrong if kind != "gradient"] or ["gradient"]
+    places = gather_object([_examine(t, batch)] if set(causes) & set(verdict.here) else [])
+    names = " and ".join(_WHAT[kind] for kind in causes)
     where = "; ".join(f"rank {p['rank']}, images {p['ids']}, all kept in {p['path']}" for p in places)
     return (
         f"Step {verdict.step} is stopped and changed nothing: {names} ({where}). Lower optim.lr (the paper uses 0.1, 0.05 or "

@@ -280,9 +280,10 @@ def _finish_gradient(t: Training) -> Tensor:
     limit = t.recipe.train.max_grad_norm
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(t.base.parameters(), limit, norm)
-    t.guard.record_step(norm)
-    t.sums[SUMS.index("grad_norm")] += norm
-    t.sums[SUMS.index("steps")] += 1
+    if t.accelerator.is_main_process:  # the averaged gradient is that of all ranks: one step counts once
+        t.guard.record_step(norm)
+        t.sums[SUMS.index("grad_norm")] += norm
+        t.sums[SUMS.index("steps")] += 1
     if scaler is not None:
         return good & norm.isfinite()
     good = t.flags.note_everywhere("gradient", ~norm.isfinite())

@@ -33,6 +33,7 @@ from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, write_atomically, write_json
 from nrat_scale.flags import Flags
 from nrat_scale.guard import ADVICE, Guard
+from nrat_scale.heartbeat import heartbeat, silent_ranks
 from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, learning_rates, set_rates
 from nrat_scale.progress import Profile, Progress, close_epoch, log
@@ -58,6 +59,8 @@ def start(recipe: RecipeSpec) -> Training:
     Raises:
         UserError: data missing or damaged, a run directory used for something else, more processes than fit, ...
     """
+    if recipe.precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
     accelerator = Accelerator(
         mixed_precision=_MIXED[recipe.precision],
         cpu=not torch.accelerator.is_available(),
@@ -343,7 +346,8 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
             f"{t.recipe.name}: {t.recipe.objective.name} on {t.accelerator.device.type}, "
             f"{t.accelerator.num_processes} process(es), {t.recipe.precision}, steps {t.step} to {t.last_step} of {t.total_steps}"
         )
-        with t.signals.watched(), t.saver or contextlib.nullcontext():
+        alive = heartbeat(t.run, t.accelerator.process_index, t.accelerator.num_processes)
+        with alive, t.signals.watched(), t.saver or contextlib.nullcontext():
             fit(t, profile)
         best = t.best
         if best is not None and math.isfinite(best["robust"]["accuracy"]):
@@ -375,14 +379,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.profile < 0:
         raise UserError(f"--profile is {arguments.profile}; it is a number of steps.")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     try:
-        train(load_recipe(arguments.recipe, arguments.overrides), arguments.profile)
+        train(recipe, arguments.profile)
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
-        rank = os.environ.get("RANK", "0")
+        lost = " and ".join(f"rank {rank}" for rank in silent_ranks(Path(recipe.run_dir))) or "another process"
         print(
-            f"error: rank {rank} has lost another process of this run: it has ended, or did not answer within "
+            f"error: rank {os.environ.get('RANK', '0')} has lost {lost} of this run: it has ended, or did not answer within "
             f"train.timeout_minutes ({str(error).strip().splitlines()[-1]}). The same command goes on from the last checkpoint.",
             file=sys.stderr,
             flush=True,

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from faults import CAMPAIGNS, checkpoints, in_child, operations, state_of, tensors_of, told
+from faults import CAMPAIGNS
 from faults import main as faults_main
+from faults_checkpoints import checkpoints, in_child, operations, state_of, tensors_of, told
 from nrat_scale import checkpoint as module
 from nrat_scale.checkpoint import (
     Checkpoint,

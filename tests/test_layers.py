@@ -14,7 +14,7 @@ TOOLS = ROOT / "tools"
 GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "class_names", "datasets", "stops")  # ordered
 L0 = (
     "labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard", "twin",
-    "batchnorm", "flags", "clock",
+    "batchnorm", "flags", "clock", "heartbeat",
 )  # fmt: skip
 L1 = ("pack", "sources", "resident", "loader", "data")  # ordered
 L2 = ("accuracy", "recipe", "checkpoint")

@@ -144,6 +144,8 @@ def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: sig
     wait_for(run, 4)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     lost = int(found.stdout.split()[-1])
+    environment = Path(f"/proc/{lost}/environ").read_bytes().split(b"\0")
+    rank = next(entry.removeprefix(b"RANK=").decode() for entry in environment if entry.startswith(b"RANK="))
     os.kill(lost, signum)
     if signum == signal.SIGSTOP:
         time.sleep(15)  # more than the timeout; then let it go, so that the launcher need not wait to kill it
@@ -151,6 +153,6 @@ def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: sig
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     if signum == signal.SIGSTOP:
-        assert "has lost another process of this run" in err
+        assert f"has lost rank {rank} of this run" in err
     finished = subprocess.run(arguments(recipe_path, run, 2), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
