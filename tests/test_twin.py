@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from nrat_scale.models import ResNet18, WideResNet
 from nrat_scale.modes import attack_mode, batchnorms
@@ -45,6 +46,10 @@ class Unfoldable(nn.Module):
             self.conv, self.bn = nn.ConvTranspose2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
         elif case == "other class":
             self.bn = Shifted(3)
+        elif case == "parametrised convolution":
+            parametrizations.weight_norm(self.conv)
+        elif case == "parametrised norm":
+            parametrize.register_parametrization(self.bn, "weight", nn.Softplus())
         elif case == "untracked":
             self.bn = nn.BatchNorm2d(3, track_running_stats=False)
         self.more = nn.BatchNorm2d(3)
@@ -214,6 +219,8 @@ def test_weights_that_are_not_folded_follow_at_once():
         "result used by two norms",
         "other layers",
         "other class",
+        "parametrised convolution",
+        "parametrised norm",
         "untracked",
         "untraceable",
     ],
