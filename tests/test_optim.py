@@ -9,7 +9,15 @@ from torch import nn
 
 from nrat_scale.errors import UserError
 from nrat_scale.models import WideResNet
-from nrat_scale.optim import OPTIMIZERS, OptimSpec, build_optimizer, learning_rates, schedule_table, set_rates
+from nrat_scale.optim import (
+    OPTIMIZERS,
+    OptimSpec,
+    align_gradients,
+    build_optimizer,
+    learning_rates,
+    schedule_table,
+    set_rates,
+)
 
 # ---- parameter groups -----------------------------------------------------------------------------------------------
 
@@ -176,6 +184,57 @@ def test_fused_steps_are_the_steps_of_the_formula(name, dtype):
         stepped(twin, other, seed)
     for one, two in zip(state(model, optimizer), state(twin, other), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@STEPPED
+def test_fused_steps_of_channels_last_weights(name, dtype):
+    """With gradients that lie otherwise than their weights, as DistributedDataParallel leaves them, the fused optimizer
+    steps as torch's plain loop, once they are aligned."""
+    model, twin = WideResNet(10, 1).to(dtype), WideResNet(10, 1).to(dtype)
+    twin.load_state_dict(model.state_dict())
+    model = model.to(memory_format=torch.channels_last)
+    spec = OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01, nesterov=name == "sgd")
+    optimizer = build_optimizer(model, spec)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    if name == "sgd":
+        other = torch.optim.SGD(twin.parameters(), 0.05, 0.8, weight_decay=0.01, nesterov=True, foreach=False)
+    else:
+        other = torch.optim.AdamW(twin.parameters(), 0.05, (0.8, 0.999), weight_decay=0.01, foreach=False)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator, dtype=dtype)
+            two.grad = one.grad.clone()
+        assert any(p.grad is not None and p.grad.stride() != p.stride() for p in model.parameters())
+        align_gradients(model.parameters())
+        optimizer.step()
+        other.step()
+    for one, two in zip(state(model, optimizer), state(twin, other), strict=True):
+        torch.testing.assert_close(one, two)
+    assert model.init_conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_aligning_changes_how_gradients_lie_and_nothing_else():
+    """The same values; a gradient that lies right stays the same tensor, and one that is missing is not made up. It
+    works in both directions."""
+    channels_last = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    contiguous, unused, linear = (
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.Linear(2, 2, bias=False),
+        nn.Linear(2, 2, bias=False),
+    )
+    values = torch.arange(108.0).view(4, 3, 3, 3)
+    channels_last.weight.grad = values.clone()
+    contiguous.weight.grad = values.to(memory_format=torch.channels_last, copy=True)
+    linear.weight.grad = torch.ones(2, 2)
+    kept = linear.weight.grad
+    align_gradients(layer.weight for layer in (channels_last, contiguous, unused, linear))
+    for layer in (channels_last, contiguous):
+        gradient = layer.weight.grad
+        assert torch.equal(gradient, values) and gradient.stride() == layer.weight.stride()
+        assert not gradient.requires_grad
+    assert linear.weight.grad is kept and torch.equal(kept, torch.ones(2, 2))
+    assert unused.weight.grad is None
 
 
 def test_devices_without_fused_kernels_are_left_alone():

@@ -1,6 +1,7 @@
 """AWP moves the weights and brings them back; the EMA averages parameters and copies buffers."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -174,6 +175,53 @@ def test_weight_without_gradient_stays(make_net):
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def _partly_bad(bad: dict[str, float]):
+    """A loss whose gradient is finite for all weights but those of `bad`, where it is what `bad` says, in one element."""
+
+    def loss(model: nn.Module) -> Tensor:
+        total = sum(parameter.square().sum() for parameter in model.parameters())
+        for name, value in bad.items():
+            total = total + model.get_parameter(name).flatten()[1] * value
+        return total
+
+    return loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [PERTURBED[:1], PERTURBED[1:], PERTURBED])
+def test_nothing_moves_without_a_finite_gradient(make_net, value, bad):
+    """NaN could not be taken back: such a weight stays where it is, bit for bit, inside and after; others may move, and
+    are moved back."""
+    net = make_net()
+    before = _state(net)
+    loss_fn = _partly_bad(dict.fromkeys(bad, value))
+    with awp(net, loss_fn, GAMMA):
+        for name, parameter in net.state_dict().items():
+            assert torch.equal(parameter, before[name]) == (name in bad or name not in PERTURBED), name
+            assert parameter.isfinite().all(), name
+    for name, parameter in net.state_dict().items():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0 if name in bad else 1e-15)
+
+
+def test_nothing_moves_after_images_that_are_not_finite(make_net):
+    """As it happens: NaN in one image makes every gradient NaN, and the weights survive the step."""
+    net, (x, x_adv, y) = make_net(), _batch()
+    x_adv[0, 0, 0, 0] = math.nan
+    before = _state(net)
+    with awp(net, _outer(x, x_adv, y), GAMMA):
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_another_rank_may_have_the_bad_gradient(make_net):
+    """What counts is the average over ranks: all leave the same weights alone."""
+    net = make_net()
+    before = _state(net)
+    with awp(net, _outer(*_batch()), GAMMA, reduce=lambda gradient: gradient + math.nan):
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_awp_is_off_unless_asked_for():
     """gamma is 0 by default, and the warm-up that of TRADES and NRAT."""
     assert (AwpSpec().gamma, AwpSpec().warmup_epochs) == (0.0, 10)
@@ -234,3 +282,64 @@ def test_averaged_model_is_not_trained_by_accident(make_net):
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.fill_(7)
     assert all(torch.equal(value, kept[name]) for name, value in ema.module.state_dict().items())
+
+
+def _trained(net: nn.Module, seed: int) -> None:
+    """Change weights and BatchNorm's buffers, as a step does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        for buffer in net.buffers():
+            buffer += 1
+
+
+def _mixed(make_net) -> nn.Module:
+    """Parameters of two types, and some that are channels-last."""
+    net = make_net().to(memory_format=torch.channels_last)
+    net.fc.float()
+    return net
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "mixed"])
+def test_masked_update_is_timms_where_the_step_is_good(make_net, kind):
+    """Warm-up included, where decay 0 makes exact copies: bit for bit what ModelEmaV3.update does."""
+    net = _mixed(make_net) if kind == "mixed" else make_net(dtype=getattr(torch, kind))
+    total_steps = 200
+    ema, expected = (build_ema(net, EmaSpec(0.8, 0.025), total_steps) for _ in range(2))
+    for step in range(1, 60):
+        _trained(net, step)
+        ema.update_where(torch.tensor(True), net, step=step)
+        expected.update(net, step=step)
+        found, wanted, latest = (_state(model) for model in (ema.module, expected.module, net))
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+        for name, _ in net.named_parameters():
+            assert torch.equal(found[name], latest[name]) == (_decay(step, total_steps, 0.8, 0.025) == 0), name
+        assert all(torch.equal(buffer, net.get_buffer(name)) for name, buffer in ema.module.named_buffers())
+    parameters = dict(net.named_parameters())
+    for name, parameter in ema.module.named_parameters():
+        assert (parameter.dtype, parameter.stride()) == (parameters[name].dtype, parameters[name].stride())
+        assert parameter.data_ptr() != parameters[name].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "mixed"])
+@pytest.mark.parametrize("step", [1, 50])
+def test_masked_update_does_nothing_where_the_step_is_bad(make_net, kind, step):
+    """Neither averages nor buffers change by a bit, in the warm-up or after it; the next good step is unaffected."""
+    net = _mixed(make_net) if kind == "mixed" else make_net(dtype=getattr(torch, kind))
+    ema, undisturbed = (build_ema(net, EmaSpec(0.8, 0.025), 200) for _ in range(2))
+    for seed in (1, 2):
+        _trained(net, seed)
+        for one in (ema, undisturbed):
+            one.update_where(torch.tensor(True), net, step=40)
+    kept, present = dict(ema.module.state_dict()), _state(ema.module)
+    kept |= dict(ema.module.named_buffers())
+    present |= {name: buffer.clone() for name, buffer in ema.module.named_buffers()}
+    other = copy.deepcopy(net)
+    _trained(other, 3)
+    ema.update_where(torch.tensor(False), other, step=step)
+    assert all(torch.equal(value, present[name]) for name, value in kept.items())
+    for one in (ema, undisturbed):
+        one.update_where(torch.tensor(True), net, step=step + 1)
+    expected = undisturbed.module.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in ema.module.state_dict().items())
