@@ -27,6 +27,7 @@ from nrat_scale import models
 from nrat_scale.batchnorm import RunningState, check_batchnorm, convert
 from nrat_scale.checkpoint import Saver, recover
 from nrat_scale.clock import Clock
+from nrat_scale.compiling import compile_where_faster
 from nrat_scale.data import TrainingData, normalisation, open_training_data
 from nrat_scale.diagnosis import report_bad_step
 from nrat_scale.errors import UserError, run_cli
@@ -347,6 +348,8 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
             f"{t.accelerator.num_processes} process(es), {t.recipe.precision}, steps {t.step} to {t.last_step} of {t.total_steps}"
         )
         alive = heartbeat(t.run, t.accelerator.process_index, t.accelerator.num_processes)
+        if recipe.train.compile:
+            compile_where_faster(t)
         with alive, t.signals.watched(), t.saver or contextlib.nullcontext():
             fit(t, profile)
         best = t.best

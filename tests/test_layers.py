@@ -25,6 +25,7 @@ L3 = (
     "progress",
     "diagnosis",
     "recovery",
+    "compiling",
     "train",
     "report",
     "release",
