@@ -1,13 +1,15 @@
 # make quickstart   set up, then the whole story on real digits, without a download
 # make test         set up, then all tests
 # make lint         ruff and mypy, as CI runs them
+# make faults       break training at random in every way that we know, and count what was lost (docs/reliability.md)
+# make bench-step   the benchmarks of the training step (docs/benchmarks.md)
 # make bench-data   the benchmarks of the data plane (docs/benchmarks.md)
 # make setup        only .venv with everything the tests, benchmarks and linters need
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test lint bench-data quickstart clean-quickstart
+.PHONY: setup test lint faults bench-step bench-data quickstart clean-quickstart
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -25,6 +27,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: setup
+	python tools/faults.py
+
+bench-step: setup
+	python tools/bench.py step
+	python tools/bench.py precision
+	python tools/bench.py processes
 
 bench-data: setup
 	python tools/bench.py data

@@ -28,6 +28,8 @@ class GroupedBatchNorm(_BatchNorm):
     adversarial), in `commit`: so they depend neither on the number of processes nor on accumulation.
     """
 
+    plain_in_evaluation = True  # where it is nothing but BatchNorm: it may be folded
+
     group_size: int
     pending: list[tuple[Tensor, Tensor]]
 
@@ -50,6 +52,8 @@ class GroupedBatchNorm(_BatchNorm):
         assert len(input) % self.group_size == 0, "the recipe's batch is made of whole groups"
         outputs, means, variances = [], [], []
         like = self.running_mean if self.running_mean is not None else self.weight
+        if like is None:
+            like = input.new_zeros(self.num_features)
         for group in input.split(self.group_size):
             mean, variance = torch.zeros_like(like), torch.ones_like(like)  # filled in by momentum 1
             outputs.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
@@ -108,11 +112,19 @@ def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Mod
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if statistics == "groups":
         assert group_size is not None
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]:
+        grouped: dict[nn.Module, GroupedBatchNorm] = {}
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
+        for name in names:  # a layer may have several
+            layer = model.get_submodule(name)
+            if isinstance(layer, GroupedBatchNorm):  # in a module that has several names
+                continue
             if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 raise UserError(f"model.bn is 'groups', but {name} is a {type(layer).__name__}. Use local, or sync.")
+            assert isinstance(layer, _BatchNorm)
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, GroupedBatchNorm.of(layer, group_size))
+            if layer not in grouped:
+                grouped[layer] = GroupedBatchNorm.of(layer, group_size)
+            setattr(model.get_submodule(parent), attribute, grouped[layer])
     return model
 
 

@@ -51,8 +51,13 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
+def _are_rows(value: object) -> bool:
+    """Numbers of each process."""
+
+    def numbers(row: object) -> bool:
+        return isinstance(row, list) and all(type(number) in (int, float) for number in row)
+
+    return isinstance(value, list) and len(value) > 0 and all(numbers(row) for row in value)
 
 
 def _is_selection(value: object) -> bool:
@@ -69,9 +74,9 @@ RESUMED: Required = NAMED | {  # what training goes on from
     "best": _is_selection,
     "validation_due": lambda value: isinstance(value, bool),
     "metrics_lines": _is_count,
-    "sums": _are_numbers,
+    "sums": _are_rows,
     "guard": lambda value: isinstance(value, dict),
-    "guard_sums": _are_numbers,
+    "guard_sums": _are_rows,
     "scaler": lambda value: value is None or isinstance(value, dict),
 }
 

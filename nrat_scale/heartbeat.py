@@ -7,6 +7,7 @@ or stands still, touches its own no more.
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,11 +46,13 @@ def heartbeat(run: Path, rank: int, num_processes: int) -> Iterator[None]:
 
 def silent_ranks(run: Path) -> list[int]:
     """The ranks that have not been heard of for some seconds. It takes as long to tell."""
-    begun = time.time()
     time.sleep(_SILENT_SECONDS + _PERIOD_SECONDS)
+    now = run / ".alive" / f"now-{uuid.uuid4().hex[:8]}"
     silent = []
     with contextlib.suppress(OSError):
-        beats = {path.name: path.stat().st_mtime for path in (run / ".alive").iterdir()}
-        newest = max(beats.values(), default=begun)  # by the clock of the file system
-        silent = [int(name.removeprefix("rank-")) for name, beat in beats.items() if newest - beat > _SILENT_SECONDS]
+        now.touch()  # the file system has a clock of its own
+        for path in now.parent.glob("rank-*"):
+            if now.stat().st_mtime - path.stat().st_mtime > _SILENT_SECONDS:
+                silent.append(int(path.name.removeprefix("rank-")))
+        now.unlink()
     return sorted(silent)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather
 from torch import Tensor
 
 from nrat_scale.checkpoint import (
@@ -33,7 +33,8 @@ def save(t: Training, *, is_best: bool, final: bool = False) -> None:
     Raises:
         UserError: on all ranks, where a save failed for another reason than a full disk, or a final one for any.
     """
-    sums, guard_sums = (t.accelerator.reduce(sums.clone(), "sum").tolist() for sums in (t.sums, t.guard.sums))
+    # Of each rank: added up in another order they would not give the same bits.
+    sums, guard_sums = (gather(sums[None]).tolist() for sums in (t.sums, t.guard.sums))
 
     def write() -> None:
         assert t.saver is not None
@@ -107,11 +108,12 @@ def _restore(t: Training, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     if t.accelerator.scaler is not None and state["scaler"] is not None:
         t.accelerator.scaler.load_state_dict(state["scaler"])
-    t.sums.zero_()
-    t.guard.sums.zero_()
-    if t.accelerator.is_main_process:
-        t.sums += torch.tensor(state["sums"], dtype=torch.float64, device=t.sums.device)
-        t.guard.sums += torch.tensor(state["guard_sums"], dtype=torch.float64, device=t.sums.device)
+    for sums, rows in ((t.sums, state["sums"]), (t.guard.sums, state["guard_sums"])):
+        of_ranks = torch.tensor(rows, dtype=torch.float64, device=sums.device)
+        if len(of_ranks) == t.accelerator.num_processes:
+            sums.copy_(of_ranks[t.accelerator.process_index])
+        else:  # another number of processes has saved it: the main one takes them all
+            sums.copy_(of_ranks.sum(0) * t.accelerator.is_main_process)
     t.guard.load(state["guard"])
     t.step, t.best, t.validation_due = int(state["step"]), state["best"], bool(state["validation_due"])
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node, symbolic_trace
+from torch.fx import Node, Tracer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nrat_scale.modes import BN_MODES, batchnorms
 
@@ -23,7 +24,7 @@ class _Folded:
 
     twin: nn.Conv2d
     convolution: nn.Conv2d
-    norm: nn.BatchNorm2d
+    norm: _BatchNorm
 
 
 class Twin:
@@ -88,28 +89,58 @@ class Twin:
             pair.twin.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
 
 
+class _LayerTracer(Tracer):
+    """Sees BatchNorm layers of every kind as one operation."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _foldable(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and of the BatchNorm layers that alone use their results; none where torch.fx cannot trace."""
+    """Names of convolutions and of the BatchNorm layers that alone use their results; none where torch.fx cannot trace.
+
+    What has several names or hooks, is called twice, or has weights that are read elsewhere is left alone.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = symbolic_trace(module).graph
+            nodes = _LayerTracer().trace(module).nodes
     except Exception:  # a model may do anything in its forward: it is attacked as it is then
         return []
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    uses = [str(node.target) for node in calls]
+    uses = [str(node.target) for node in nodes if node.op == "call_module"]
+    read = tuple(str(node.target) for node in nodes if node.op == "get_attr")
+    names = [id(m) for _, m in module.named_modules(remove_duplicate=False)]
+
+    def alone(name: str) -> bool:
+        layer = module.get_submodule(name)
+        hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+        return (
+            uses.count(name) == names.count(id(layer)) == 1
+            and not hooked
+            and not any(r.startswith(f"{name}.") for r in read)
+        )
+
     found = []
-    for node in calls:
+    for node in nodes:
         before = node.args[0] if node.args else None
-        if type(module.get_submodule(str(node.target))) is not nn.BatchNorm2d:
+        if (
+            node.op != "call_module"
+            or not isinstance(before, Node)
+            or before.op != "call_module"
+            or len(before.users) != 1
+        ):
             continue
-        if not isinstance(before, Node) or before.op != "call_module":
-            continue
-        convolution = module.get_submodule(str(before.target))
-        alone = len(before.users) == 1 and uses.count(str(before.target)) == uses.count(str(node.target)) == 1
-        if type(convolution) is nn.Conv2d and alone and module.get_submodule(str(node.target)).track_running_stats:
-            found.append((str(before.target), str(node.target)))
+        convolution, norm = str(before.target), str(node.target)
+        layers = type(module.get_submodule(convolution)), module.get_submodule(norm)
+        if layers[0] is nn.Conv2d and _is_affine_map(layers[1]) and alone(convolution) and alone(norm):
+            found.append((convolution, norm))
     return found
+
+
+def _is_affine_map(layer: nn.Module) -> bool:
+    """Whether it is BatchNorm, and nothing else, with running statistics."""
+    plain = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(layer, "plain_in_evaluation", False)
+    return plain and isinstance(layer, _BatchNorm) and layer.track_running_stats
 
 
 def _fold(model: nn.Module, twin: nn.Module, convolution: str, norm: str) -> _Folded:
@@ -121,5 +152,5 @@ def _fold(model: nn.Module, twin: nn.Module, convolution: str, norm: str) -> _Fo
     parent, _, attribute = norm.rpartition(".")
     setattr(twin.get_submodule(parent), attribute, nn.Identity())
     layer = model.get_submodule(norm)
-    assert isinstance(layer, nn.BatchNorm2d)
+    assert isinstance(layer, _BatchNorm)
     return _Folded(own, source, layer)

@@ -514,7 +514,7 @@ def test_killed_at_random_moments() -> None:
 def test_the_table_of_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One command prints a row for each campaign, and a wrong result is told and ends with status 1."""
     row = SimpleNamespace(fault="Made up", lost_steps=4, wrong=["trial 2: nothing is left"], note="")
-    monkeypatch.setitem(CAMPAIGNS, "checkpoints", lambda trials: SimpleNamespace(trials=trials, **vars(row)))
+    monkeypatch.setitem(CAMPAIGNS, "checkpoints", (lambda trials: SimpleNamespace(trials=trials, **vars(row)), 9))
     with pytest.raises(SystemExit, match="1"):
         faults_main(["checkpoints", "--trials", "3"])
     printed = capsys.readouterr()

@@ -57,8 +57,8 @@ def tensors_of(step: int) -> dict[str, Tensors]:
 def state_of(step: int) -> dict[str, Any]:
     """A state that training could go on from."""
     return {
-        "step": step, "epoch": step // 10, "best": None, "validation_due": False, "metrics_lines": step, "sums": [0.5],
-        "guard": {}, "guard_sums": [1.0], "scaler": None,
+        "step": step, "epoch": step // 10, "best": None, "validation_due": False, "metrics_lines": step, "sums": [[0.5]],
+        "guard": {}, "guard_sums": [[1.0]], "scaler": None,
     }  # fmt: skip
 
 

@@ -29,17 +29,18 @@ from nrat_scale.train import train
 
 # Small steps, and between them validations and saves that take as long: a random moment meets each.
 RECIPE = """
-threat: {eps: 0.1, step: 0.05, num_steps: 2}
+threat: {eps: 0.03, step: 0.01, num_steps: 2}
+objective: {name: trades}
 model: {name: cnn4, kwargs: {width: 16, hidden: 256}}
 data:
   batch_size: 16
   epoch_samples: 96
-  real: {shards: SHARDS, noise: {kind: symmetric, rate: 0.4}}
+  real: {shards: SHARDS, noise: {kind: symmetric, rate: 0.1}}
   validation: {size: 100}
   augment: {crop: 1, flip: false}
-optim: {name: adamw, lr: 0.002, schedule: onecycle, pct_start: 0.5, per: step}
+optim: {name: adamw, lr: 0.01, schedule: onecycle, pct_start: 0.5, per: step}
 ema: {decay: 0.9, warmup_fraction: 0.25}
-train: {epochs: 30, validation_attack: pgd5, keep: 2, log_every: 1}
+train: {epochs: 15, validation_attack: pgd5, keep: 2, log_every: 1}
 """
 _START_SECONDS = 120.0  # until a process takes its first step, at most
 _END_SECONDS = 30.0  # until the launcher has ended, once one of its processes is gone
@@ -99,7 +100,11 @@ def digest(run: Path) -> dict[str, str]:
 
 def _differences(run: Path, reference: dict[str, str]) -> list[str]:
     found = digest(run)
-    return [f"{key} is not that of the undisturbed run" for key in reference if found.get(key) != reference[key]]
+    return [
+        f"{key} is not that of the undisturbed run: {found.get(key)} and not {value}"
+        for key, value in reference.items()
+        if found.get(key) != value
+    ]
 
 
 def _steps(run: Path) -> int:
@@ -152,7 +157,7 @@ def runs(trials: int) -> Row:
                 if not training or done == trials:
                     process.wait(timeout=600)
                     break
-                moment = moments.uniform(0, length / 3)
+                moment = moments.uniform(0, length / 2)
                 time.sleep(moment)
                 killed = done % 2 == 0
                 process.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
@@ -183,8 +188,8 @@ def _newest(run: Path) -> int:
 
 def _seconds_of_steps(run: Path) -> float:
     """How long the steps of a run took: between the files that it wrote first and last."""
-    times = [path.stat().st_mtime for path in (run / "recipe.yaml", run / "metrics.jsonl")]
-    return max(1.0, times[1] - times[0] - 2.0)
+    times = [path.stat().st_mtime for path in (run / "model.json", run / "metrics.jsonl")]
+    return max(1.0, times[1] - times[0])
 
 
 def ranks(trials: int) -> Row:
