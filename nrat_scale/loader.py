@@ -80,7 +80,13 @@ class Batch:
         partners = self.partners
         if partners is not None:
             partners = replace(partners, images=partners.images.pin_memory(), labels=partners.labels.pin_memory())
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), partners=partners)
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            clean_labels=self.clean_labels.pin_memory(),
+            partners=partners,
+        )
 
 
 def to_nchw(images: np.ndarray) -> Tensor:

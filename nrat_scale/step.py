@@ -155,8 +155,8 @@ def micro_batches(t: Training, batch: Batch) -> Iterator[MicroBatch]:
     generator = torch_generator(device, t.recipe.seed, "attack", batch.step)
     noise = start_noise(torch.Size((size, *x.shape[1:])), t.recipe.threat.init, x, generator)
     noise = noise[batch.first : batch.first + len(x)]
-    if t.recipe.train.channels_last:
-        x, noise = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, noise))
+    layout = torch.channels_last if t.recipe.train.channels_last else torch.contiguous_format
+    x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
     pieces = (tensor.chunk(t.recipe.train.accumulate) for tensor in (x, y, clean, noise))
     yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))

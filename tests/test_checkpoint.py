@@ -330,7 +330,7 @@ def test_saver_copies_before_it_returns(tmp_path: Path, monkeypatch: pytest.Monk
         go.set()
     found = named_checkpoint(tmp_path, "best")
     assert torch.equal(found.tensors("model")["w"], tensors_of(3)["model"]["w"])
-    assert found.state["sums"] == [0.5]
+    assert found.state["sums"] == [[0.5]]
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["selected"] is False
     assert named_checkpoint(tmp_path, "last").step == 3
 

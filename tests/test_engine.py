@@ -66,7 +66,13 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "model"), [("recipe_path", []), ("wide_path", GROUPS)], ids=["no BatchNorm", "groups"]
+    ("path", "model"),
+    [
+        ("recipe_path", []),
+        ("wide_path", [*GROUPS, "awp.gamma=0.005", "awp.warmup_epochs=2"]),
+        ("wide_path", [*GROUPS, "objective.name=dm_at", "train.epochs=5"]),  # whose attack reuses the natural forward
+    ],
+    ids=["no BatchNorm", "groups", "dm_at"],
 )
 def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """One process, then two with workers, then one with other workers: losses and weights of a run by one, to 1e-6."""
@@ -216,6 +222,35 @@ def test_one_rank_that_goes_wrong_stops_all(recipe_path: Path, tmp_path: Path) -
     assert "Step 6 is stopped" in done.stderr and "(rank 1, images" in done.stderr
     assert [path.name for path in (tmp_path / "run").glob("bad-*")] == ["bad-step-00000006-rank1.safetensors"]
     assert json.loads((tmp_path / "run/checkpoints/last.json").read_text())["step"] == 4
+
+
+EQUAL = """
+import hashlib, sys, torch
+from accelerate.utils import gather_object
+from nrat_scale.recipe import load_recipe
+from nrat_scale.step import train_step
+from nrat_scale.train import start
+t = start(load_recipe(sys.argv[1], sys.argv[2:]))
+for batch in t.data.batches(0, 4, t.accelerator.process_index, t.accelerator.num_processes):
+    train_step(t, batch)
+    t.step += 1
+tensors = [*t.base.state_dict().values(), *t.ema.module.state_dict().values()]
+mine = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+hashes = gather_object([mine])
+assert len(hashes) == 2 and len(set(hashes)) == 1, hashes
+t.accelerator.print("equal on", len(hashes), "ranks")
+"""
+
+
+def test_ranks_stay_bit_equal(wide_path: Path, tmp_path: Path) -> None:
+    """With AWP, accumulation and BatchNorm: the perturbation comes from the gradient of all ranks, or weights would part."""
+    script = tmp_path / "equal.py"
+    script.write_text(EQUAL)
+    awp = ["awp.gamma=0.005", "awp.warmup_epochs=0", "train.accumulate=2", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(wide_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *awp], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert "equal on 2 ranks" in done.stdout, done.stderr
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(

@@ -382,6 +382,8 @@ def processes(work: Path, rounds: int) -> None:
     ratios = [two / (2 * one) for one, two in zip(rates[1], rates[2], strict=True)]
     one, two = (statistics.median(rates[count]) for count in (1, 2))
     print(f"images/s: one process {one:.2f}, two {two:.2f}; two / (2 x one) = {spread(ratios)}")
+    starts = [_startup(path, work / f"start{number}") for number in range(rounds)]
+    print(f"from the command to the end of the first step, batch 8: {statistics.median(starts):.1f} s")
     out = _launch(path, work / "profiled", 1, "data.batch_size=16", "train.max_steps=6", flags=["--profile", "4"])
     print(out[out.index("profile of") :].split("\nbest")[0].strip())
 
@@ -396,6 +398,21 @@ def _launch(path: Path, run: Path, count: int, *overrides: str, flags: Iterable[
     assert done.returncode == 0, done.stderr
     assert f"{count} process(es)" in done.stdout, "the launcher must really have started them"
     return done.stdout
+
+
+def _startup(path: Path, run: Path) -> float:
+    command = [sys.executable, "-m", "nrat_scale.train", str(path), f"run_dir={run}", "data.batch_size=8"]
+    begun = time.perf_counter()
+    overrides = ["train.max_steps=1", "train.log_every=1", "train.validation_attack=pgd1"]
+    with subprocess.Popen([*command, *overrides], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        seconds = time.perf_counter() - begun
+        process.communicate()
+    assert process.returncode == 0
+    return seconds
 
 
 def _rate(path: Path, run: Path, count: int) -> float:
