@@ -313,16 +313,19 @@ def _on_gpu(work: Path, names: list[str]) -> None:
 def precision(work: Path, steps: int) -> None:
     """The attack's final loss in bf16 and fp16 relative to float32, all steps low or the first in float32."""
     shards = make_images(work)
-    ours = Ours(work, "resnet18_cifar", "trades", 32, "threat.num_steps=2")
+    ours = Ours(work, "resnet18_cifar", "trades", 16, "threat.num_steps=2")
     for _ in range(steps):
         ours.step()
-    print(f"ResNet-18 after {steps} steps of TRADES on {shards.name} of {ours.t.data.shards.image_shape}; 64 images")
-    batches = [next(ours.batches) for _ in range(2)]
-    parts = [part for batch in batches for part in micro_batches(ours.t, batch)]
-    x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+    (part,) = micro_batches(ours.t, next(ours.batches))
+    x, y = part.x, part.y
     print(
-        "| objective | inner | start | bf16 | bf16, first step fp32 | fp16 | fp16, first step fp32 |\n|---|---|---|---|---|---|---|"
+        f"ResNet-18 after {steps} steps of TRADES on {shards.name} of {ours.t.data.shards.image_shape}; {len(x)} images"
     )
+    if not x.is_cuda:
+        print("fp16 is left out: a CPU only emulates it, and training refuses it there")
+    types = {"bf16": torch.bfloat16} | ({"fp16": torch.float16} if x.is_cuda else {})
+    heads = [f"{name}{first}" for name in types for first in ("", ", first step fp32")]
+    print(f"| objective | inner | start | {' | '.join(heads)} |\n|{'---|' * (3 + len(heads))}")
     done = set()
     for name, preset in OBJECTIVES.items():
         objective = build(name)
@@ -331,14 +334,17 @@ def precision(work: Path, steps: int) -> None:
             if key in done or not objective.attacks:
                 continue
             done.add(key)
-            row = _precisions(ours.t.base, x, y, name, inner, ThreatSpec(8 / 255, 2 / 255, 10, preset.init, preset.bn))
+            threat = ThreatSpec(8 / 255, 2 / 255, 10, preset.init, preset.bn)
+            row = _precisions(ours.t.base, x, y, name, inner, threat, types.values())
             print(
                 f"| {name} | {inner} | {preset.init} | " + " | ".join(f"{100 * value:.1f} %" for value in row) + " |",
                 flush=True,
             )
 
 
-def _precisions(model: nn.Module, x: Tensor, y: Tensor, name: str, inner: str, threat: ThreatSpec) -> list[float]:
+def _precisions(
+    model: nn.Module, x: Tensor, y: Tensor, name: str, inner: str, threat: ThreatSpec, types: Iterable[torch.dtype]
+) -> list[float]:
     twin = Twin(model, threat.bn)
     objective = build(name, inner=inner)
     noise = start_noise(x.shape, threat.init, x, torch.Generator(x.device).manual_seed(0))
@@ -359,7 +365,7 @@ def _precisions(model: nn.Module, x: Tensor, y: Tensor, name: str, inner: str, t
 
     best = final(twin.forward, twin.forward)
     results = []
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in types:
         results += [final(low(dtype), low(dtype)) / best, final(low(dtype), twin.forward) / best]
     return results
 

@@ -25,11 +25,11 @@ from nrat_scale.errors import UserError, run_cli
 CAMPAIGNS: dict[str, tuple[Callable[[int], Row], int]] = {
     "checkpoints": (checkpoints, 200),
     "operations": (operations, 1),
-    "runs": (runs, 30),
-    "ranks": (ranks, 8),
-    "stopped": (stopped, 3),
+    "runs": (runs, 12),
+    "ranks": (ranks, 4),
+    "stopped": (stopped, 2),
     "files": (files, 1),
-    "full-disk": (full_disk, 3),
+    "full-disk": (full_disk, 2),
 }
 
 
