@@ -118,6 +118,7 @@ def train_step(t: Training, batch: Batch) -> None:
         parts = list(micro_batches(t, batch))
     # DM_AT attacks with batch statistics: its natural training forward gives the logits that the attack needs as well.
     reuse = t.recipe.threat.bn == "batch" and t.objective.inner_needs_natural and not _awp_acts(t)
+    reuse = reuse and not _starts_precisely(t)
     if t.objective.attacks and not reuse:
         parts = [attacked(t, part) for part in parts]
 
@@ -203,12 +204,12 @@ def _in_autocast(t: Training) -> Callable[[Tensor], Tensor]:
 
 
 def _starts_precisely(t: Training) -> bool:
-    """Whether the first attack step is computed in float32 under bf16 and fp16.
+    """Whether the natural logits and the first attack step are computed in float32, all the rest being in bf16 or fp16.
 
-    It compares with the natural prediction an almost equal one there, and its gradient would be rounding noise
+    The first step compares with the natural prediction an almost equal one, and its gradient would be rounding noise
     (docs/benchmarks.md has the measurement).
     """
-    return t.objective.inner_needs_natural and t.recipe.threat.init in ("normal", "zero")
+    return t.objective.inner_needs_natural and t.recipe.precision in ("bf16", "fp16")
 
 
 def _inner(t: Training, logits: Tensor | None, y: Tensor) -> Callable[[Tensor], Tensor]:

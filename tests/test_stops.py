@@ -148,7 +148,9 @@ def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: sig
     rank = next(entry.removeprefix(b"RANK=").decode() for entry in environment if entry.startswith(b"RANK="))
     os.kill(lost, signum)
     if signum == signal.SIGSTOP:
-        time.sleep(20)  # more than the timeout and the look at who is silent; then let it go, so that the launcher need not wait to kill it
+        time.sleep(
+            20
+        )  # more than the timeout and the look at who is silent; then let it go, so that the launcher need not wait to kill it
         os.kill(lost, signal.SIGCONT)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
