@@ -26,10 +26,10 @@ CAMPAIGNS: dict[str, tuple[Callable[[int], Row], int]] = {
     "checkpoints": (checkpoints, 200),
     "operations": (operations, 1),
     "runs": (runs, 12),
-    "ranks": (ranks, 4),
-    "stopped": (stopped, 2),
+    "ranks": (ranks, 3),
+    "stopped": (stopped, 1),
     "files": (files, 1),
-    "full-disk": (full_disk, 2),
+    "full-disk": (full_disk, 1),
 }
 
 
