@@ -339,7 +339,7 @@ def _validate_and_save(t: Training, progress: Progress) -> None:
 def train(recipe: RecipeSpec, profile: int = 0) -> Path:
     """Run `recipe` (or go on with it) and return its run directory; `profile`: see `fit`."""
     t = start(recipe)
-    if t.step >= t.last_step:
+    if t.step >= t.last_step and not t.validation_due:
         t.accelerator.print(f"{t.run} is complete: {t.step} of {t.last_step} steps are done. Nothing to train.")
     else:
         t.accelerator.init_trackers("tensorboard")
