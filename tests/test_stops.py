@@ -135,6 +135,31 @@ def test_a_second_signal_ends_at_once(recipe_path: Path, undisturbed: Path, tmp_
     assert digest(run) == digest(undisturbed)
 
 
+def test_a_stop_during_the_last_validation(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps are done, but the run is not: the next start does what was given up."""
+    import nrat_scale.validation as validation
+    from nrat_scale.stops import Stopped
+
+    whole = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'whole'}"]))
+    real, calls = validation._both_labels, []
+
+    def signalled(name, *rest):  # type: ignore[no-untyped-def]
+        calls.append(name)
+        if len(calls) == 6:  # the attack of the third and last validation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(name, *rest)
+
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(validation, "_both_labels", signalled)
+    recipe = load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(Stopped):
+        train(recipe)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert digest(train(recipe)) == digest(whole)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: signal.Signals) -> None:
     """One of two processes is killed, or stands still: the other ends with a sentence instead of waiting for ever."""
