@@ -170,6 +170,8 @@ def _build(
         recipe, run, data, accelerator, base, model, twin, optimizer, objective, ema, data.validation(), guard, flags,
         Clock(device), running, sums,
     )  # fmt: skip
+    if twin.untraced is not None and batchnorms(base):
+        accelerator.print(f"BatchNorm is not folded while attacking: the model cannot be traced ({twin.untraced}).")
     on_main(accelerator, lambda: recover(run))
     if accelerator.is_main_process:
         _describe(t, arguments)

@@ -39,6 +39,7 @@ class Twin:
         module: maps images to logits.
         forward: what to call: `module`, or what a compiler made of it.
         num_folded: how many BatchNorm layers are folded.
+        untraced: why torch.fx cannot trace the model, so that none is; None where it can, or need not.
     """
 
     def __init__(self, model: nn.Module, bn: str, *, fold: bool = True) -> None:
@@ -48,12 +49,14 @@ class Twin:
         self.module: nn.Module = copy.deepcopy(model, shared)
         self.module.train(bn == "batch")
         self._folded: list[_Folded] = []
+        self.untraced: str | None = None
         if bn == "batch":
             for layer in batchnorms(self.module):
                 # In training mode a layer that does not track uses the batch's statistics and leaves its buffers alone.
                 layer.track_running_stats = False
         elif fold:
-            self._folded = [_fold(model, self.module, *names) for names in _foldable(self.module)]
+            nodes, self.untraced = _traced(self.module)
+            self._folded = [_fold(model, self.module, *names) for names in _foldable(self.module, nodes)]
         own_weights = {id(pair.twin) for pair in self._folded}
         self._shared = [
             (theirs, own)
@@ -96,17 +99,21 @@ class _LayerTracer(Tracer):
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _foldable(module: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and of the BatchNorm layers that alone use their results; none where torch.fx cannot trace.
-
-    What has several names or hooks, is called twice, or has weights that are read elsewhere is left alone.
-    """
+def _traced(module: nn.Module) -> tuple[list[Node], str | None]:
+    """The operations of a forward pass, and, where torch.fx cannot tell them, why."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            nodes = _LayerTracer().trace(module).nodes
-    except Exception:  # a model may do anything in its forward: it is attacked as it is then
-        return []
+            return list(_LayerTracer().trace(module).nodes), None
+    except Exception as error:  # a model may do anything in its forward, and a tracer raise anything
+        return [], (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _foldable(module: nn.Module, nodes: list[Node]) -> list[tuple[str, str]]:
+    """Names of convolutions and of the BatchNorm layers that alone use their results.
+
+    What has several names or hooks, is called twice, or has weights that are read elsewhere is left alone.
+    """
     uses = [str(node.target) for node in nodes if node.op == "call_module"]
     read = tuple(str(node.target) for node in nodes if node.op == "get_attr")
     names = [id(m) for _, m in module.named_modules(remove_duplicate=False)]

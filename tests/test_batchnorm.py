@@ -408,3 +408,20 @@ def test_a_model_without_batchnorm():
     state = RunningState(nn.Linear(2, 2), [])
     state.begin()
     state.end(FALSE, 1)
+
+
+def test_a_layer_with_two_names_is_converted_under_both():
+    """Else the one that runs might be the plain one, and training would depend on the number of processes."""
+    norm = nn.BatchNorm2d(3)
+    model = nn.ModuleDict({"norm": norm, "body": nn.Sequential(norm)})
+    convert(model, "groups", 2)
+    assert isinstance(model["norm"], GroupedBatchNorm)
+    assert model["body"][0] is model["norm"]
+
+
+def test_without_parameters_and_running_statistics():
+    """Nothing is there to take type and place from but the input."""
+    layer = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    model = convert(nn.Sequential(layer), "groups", 2).train()
+    x = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), torch.cat([layer(x[:2]), layer(x[2:])]))

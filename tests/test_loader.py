@@ -24,18 +24,21 @@ from nrat_scale.sources import GeneratedSpec, RealSpec, ValidationSpec
 COLUMNS = ("images", "labels", "clean_labels", "generated", "ids")
 
 
-@pytest.fixture
-def local(tmp_path: Path) -> DataSpec:
-    """130 real images in 3 shards, 640 generated ones in 10, in windows of 3 shards."""
-    real, generated = shards(tmp_path / "real", 130), shards(tmp_path / "generated", 640)
+def two_sources(folder: Path) -> DataSpec:
+    """130 real images in 3 shards, 640 generated ones in 10."""
+    real, generated = shards(folder / "real", 130), shards(folder / "generated", 640)
     return DataSpec(
         batch_size=24,
         real=RealSpec(str(real), NoiseSpec("symmetric", 0.4)),
         generated=GeneratedSpec(str(generated), 0.7),
         validation=ValidationSpec(source="generated", size=40),
-        augment=AugmentSpec(crop=0, flip=False),
-        window=3,
     )
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> DataSpec:
+    """Two sources in windows of 3 shards."""
+    return replace(two_sources(tmp_path), augment=AugmentSpec(crop=0, flip=False), window=3)
 
 
 @pytest.fixture

@@ -8,17 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_data import shards
-from test_loader import damage, not_validated
+from test_loader import damage, not_validated, two_sources
 
 from nrat_scale.augment import AugmentSpec
 from nrat_scale.data import DataSpec, RemoteSpec, TrainingData, open_training_data
 from nrat_scale.errors import UserError
-from nrat_scale.labels import NoiseSpec
 from nrat_scale.loader import Batch
 from nrat_scale.recipe import load_recipe
 from nrat_scale.resident import image_bytes, load_images
-from nrat_scale.sources import GeneratedSpec, RealSpec, ValidationSpec
+from nrat_scale.sources import GeneratedSpec, RealSpec
 
 CPU = torch.device("cpu")
 CUTMIX = AugmentSpec(crop=2, flip=True, cutmix=0.7)
@@ -27,16 +25,8 @@ QUICK = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 @pytest.fixture
 def spec(tmp_path: Path) -> DataSpec:
-    """130 noisy real images in 3 shards, 640 generated ones in 10."""
-    real, generated = shards(tmp_path / "real", 130), shards(tmp_path / "generated", 640)
-    return DataSpec(
-        batch_size=24,
-        real=RealSpec(str(real), NoiseSpec("symmetric", 0.4)),
-        generated=GeneratedSpec(str(generated), 0.7),
-        validation=ValidationSpec(source="generated", size=40),
-        augment=AugmentSpec(crop=2, flip=True),
-        resident="never",
-    )
+    """Two sources, augmented, gathered on the host."""
+    return replace(two_sources(tmp_path), augment=AugmentSpec(crop=2, flip=True), resident="never")
 
 
 def placed(spec: DataSpec, device: torch.device = CPU, resident: str = "always") -> TrainingData:

@@ -67,10 +67,10 @@ def pil(folder: Path, transform: Any, workers: int) -> Iterator[Any]:
 def png(folder: Path) -> Iterator[Any]:
     """One PNG per sample, as in webdataset's own examples."""
     files = sorted(str(path) for path in folder.glob("png-*.tar"))
-    stream = (
-        webdataset.WebDataset(files * 10, shardshuffle=len(files)).shuffle(1000).decode("pil").to_tuple("png", "cls")
-    )
-    samples = stream.map_tuple(AUGMENT, lambda label: label).batched(BATCH)
+    stream = webdataset.WebDataset(files * 10, shardshuffle=len(files)).shuffle(1000)
+    # Of these two only: by its name a member could otherwise ask to be unpickled.
+    decoded = stream.decode("pil", only=["png", "cls"]).to_tuple("png", "cls")
+    samples = decoded.map_tuple(AUGMENT, lambda label: label).batched(BATCH)
     return iter(webdataset.WebLoader(samples, batch_size=None, num_workers=0))
 
 
