@@ -1,17 +1,13 @@
 """Which images a model still classifies rightly under an attack, and accuracy with its interval.
 
-Training's validation and the final evaluation both call `correct_under`. Accuracy is a mean over images, never of batch
-means. Random starts are drawn by image id, so results do not depend on how images are split into batches or over
-processes; AutoAttack runs on fixed blocks of images in id order.
+Training's validation and the final evaluation both call `block_outcome`, on fixed blocks of consecutive images. Random
+starts are drawn by image id, AutoAttack by block, so results do not depend on which process takes which block. Accuracy is a
+mean over images, never of batch means.
 """
 
-import importlib
-import importlib.util
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +17,68 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nrat_scale.attacks import ThreatSpec, apply_noise, in_space, pgd, start_noise
+from nrat_scale.autoattack import COMPONENTS, STANDARD, autoattack
 from nrat_scale.data import to_float
-from nrat_scale.errors import UserError
+from nrat_scale.errors import UserError, did_you_mean
 from nrat_scale.objectives import LOSSES
 from nrat_scale.seeds import torch_generator
 
-ATTACK = re.compile(r"(natural|fgsm|aa|pgd([1-9][0-9]*)|cw([1-9][0-9]*))")
 _Z95 = 1.959963984540054
+_ATTACK = re.compile(r"(natural|fgsm|aa|aa-apgd|aa:([a-z+-]+)|(pgd|cw)([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,3}))?)")
+KNOWN = (
+    "natural, fgsm, pgdN and cwN (N steps, such as pgd20; pgd20x5 with 5 restarts), aa, aa-apgd, "
+    "aa:PART+PART (parts of AutoAttack)"
+)
 
 
 class Interrupted(Exception):
     """An evaluation was given up because somebody asked for it."""
+
+
+# ---- attacks by name ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An evaluation attack.
+
+    Attributes:
+        name: as it was written.
+        kind: `natural`, `fgsm`, `pgd` (cross-entropy), `cw` (margin) or `aa`.
+        steps: gradient steps of fgsm, pgd and cw.
+        restarts: independent random starts; an image counts as right if it survives all of them.
+        components: the parts of AutoAttack, in their order.
+    """
+
+    name: str
+    kind: str
+    steps: int = 0
+    restarts: int = 1
+    components: tuple[str, ...] = ()
+
+
+def parse_attack(name: str) -> Attack:
+    """The attack called `name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    match = _ATTACK.fullmatch(name)
+    if match is None:
+        raise UserError(f"Unknown attack '{name}'. Known: {KNOWN}.")
+    if match[3]:
+        return Attack(name, match[3], int(match[4]), int(match[5] or 1))
+    if match[2]:
+        components = tuple(match[2].split("+"))
+        for component in components:
+            if component not in COMPONENTS:
+                raise UserError(
+                    f"AutoAttack has no part '{component}' (in '{name}'). {did_you_mean(component, COMPONENTS)}"
+                )
+        return Attack(name, "aa", components=components)
+    if name in ("aa", "aa-apgd"):
+        return Attack(name, "aa", components=STANDARD if name == "aa" else STANDARD[:2])
+    return Attack(name, name, steps=1 if name == "fgsm" else 0)
 
 
 # ---- per-image outcomes ---------------------------------------------------------------------------------------------
@@ -45,6 +92,10 @@ class Images:
     labels: Tensor
     ids: np.ndarray
 
+    def __post_init__(self) -> None:
+        # Bytes cannot be outside [0, 1] once they are divided by 255.
+        assert self.pixels.dtype == torch.uint8, f"images are evaluated as uint8, not {self.pixels.dtype}"
+
     def __len__(self) -> int:
         return len(self.pixels)
 
@@ -52,6 +103,10 @@ class Images:
         """The images in `rows` [m]."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return Images(self.pixels[index], self.labels[index], self.ids[rows])
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """The rows [m] of each block of `size` consecutive images; the last one holds what is left."""
+        return (np.arange(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -71,18 +126,14 @@ def correct_under(
     *,
     seed: int = 0,
     batch_size: int = 256,
-    progress: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Which images the model still classifies rightly under `attack`: bool [n].
+    """Which images the model still classifies rightly under `attack`: bool [n]; `block_outcome`, block by block.
 
     Args:
-        attack: `natural`; `fgsm`; `pgdN` (cross-entropy) or `cwN` (margin), N steps from a uniform start; `aa`
-            (AutoAttack standard).
-        model: in evaluation mode, on the device to use; maps [0, 1] images to logits.
-        threat: eps, step length and space.
-        seed: of the random starts.
-        batch_size: images at a time; for `aa` the size of its blocks, which its result depends on.
+        attack: see `parse_attack`.
+        model, threat, seed: see `block_outcome`.
+        batch_size: of the blocks, which the result of AutoAttack depends on.
         stopped: asked before each block; once it is true the rest is given up.
 
     Raises:
@@ -90,51 +141,90 @@ def correct_under(
         UserError: an unknown attack.
         FloatingPointError: logits or gradients are not finite.
     """
-    match = ATTACK.fullmatch(attack)
-    if match is None:
-        raise UserError(f"Unknown attack '{attack}'. Known: natural, fgsm, pgdN, cwN (N steps, such as pgd20), aa.")
-    assert not model.training, "a model is evaluated in evaluation mode"
-    natural = _predict_right(model, images, batch_size)
-    if attack == "natural":
-        return natural
-    # A misclassified image is broken already and need not be attacked. AutoAttack skips those by itself; it gets whole
-    # blocks, so that calling it directly on the same blocks gives the same images.
-    rows = np.arange(len(images)) if attack == "aa" else np.flatnonzero(natural)
-    outcome = natural.copy()
-    blocks = range(0, len(rows), batch_size)
-    with tqdm(total=len(rows), desc=attack, unit="img", disable=not progress, leave=False) as bar:
-        for start in blocks:
-            if stopped():
-                raise Interrupted
-            block = rows[start : start + batch_size]
-            outcome[block] = _survivors(match, model, images.take(block), threat, seed, bar)
-            bar.update(len(block))
+    parsed, outcome = parse_attack(attack), np.zeros(len(images), bool)
+    for rows in images.blocks(batch_size):
+        if stopped():
+            raise Interrupted
+        outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
     return outcome
 
 
-def _survivors(
-    match: re.Match[str], model: nn.Module, images: Images, threat: ThreatSpec, seed: int, bar: Any
+def block_outcome(
+    attack: Attack,
+    model: nn.Module,
+    images: Images,
+    threat: ThreatSpec,
+    *,
+    seed: int = 0,
+    source: nn.Module | None = None,
+    broken: np.ndarray | None = None,
+    warn: Callable[[str], None] = lambda message: None,
+    bar: "tqdm[Any] | None" = None,
 ) -> np.ndarray:
-    device = _device(model)
+    """Which images of one block the model still classifies rightly under `attack`: bool [n].
+
+    A misclassified image is broken already and not attacked. AutoAttack skips such images by itself; it gets whole blocks,
+    so that calling it directly on the same block gives the same images.
+
+    Args:
+        attack: which.
+        model: in evaluation mode, on the device to use; maps [0, 1] images to logits.
+        images: the block.
+        threat: eps, step length, norm and space.
+        seed: of the random starts.
+        source: the model that the adversarial images are made on instead (a transfer attack).
+        broken: bool [n], images not worth attacking (an earlier attack broke them); they count as wrong.
+        warn: is told what AutoAttack's own checks complain of.
+        bar: shows which part of AutoAttack is running.
+
+    Raises:
+        FloatingPointError: logits or gradients are not finite.
+    """
+    assert not model.training, "a model is evaluated in evaluation mode"
+    assert source is None or not source.training
+    device = next(model.parameters()).device
     x, y = to_float(images.pixels.to(device)), images.labels.to(device)
-    if match[1] == "aa":
-        x_adv = _autoattack(model, x, y, threat, seed, bar)
-    else:
-        kind = re.sub(r"[0-9]", "", match[1])
-        steps = int(match[2] or match[3] or 1)
-        init, step = ("zero", threat.eps) if kind == "fgsm" else ("uniform", threat.step)
-        spec = replace(threat, num_steps=steps, step=step, init=init, bn="eval")
-        x_adv = pgd(
-            model, x, lambda logits: _INNERS[kind](logits, y), spec, start=_start(model, x, images.ids, spec, seed)
-        )
-    return _argmax(model, x_adv).eq(y).cpu().numpy()
+    outcome: np.ndarray = _argmax(model, x).eq(y).cpu().numpy()
+    if broken is not None:
+        outcome &= ~broken
+    if attack.kind == "natural" or not outcome.any():
+        return outcome
+    attacker = model if source is None else source
+    if attack.kind == "aa":
+        running = (lambda name: None) if bar is None else bar.set_postfix_str
+        x_adv = autoattack(
+            attacker, x, y, threat, seed, components=attack.components, running=running, warn=warn
+        )  # fmt: skip
+        return outcome & _argmax(model, x_adv).eq(y).cpu().numpy()
+    for restart in range(attack.restarts):
+        rows = torch.from_numpy(np.flatnonzero(outcome)).to(device)
+        if not len(rows):
+            break
+        ids = images.ids[rows.cpu().numpy()]
+        x_adv = _perturbed(attack, attacker, x[rows], y[rows], ids, threat, seed, restart)
+        outcome[rows.cpu().numpy()] = _argmax(model, x_adv).eq(y[rows]).cpu().numpy()
+    return outcome
 
 
-def _start(model: nn.Module, x: Tensor, ids: np.ndarray, threat: ThreatSpec, seed: int) -> Tensor:
+def _perturbed(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, ids: np.ndarray, threat: ThreatSpec, seed: int, restart: int
+) -> Tensor:
+    """What fgsm, pgd or cw make of these images from their start number `restart`."""
+    init, step = ("zero", threat.eps) if attack.kind == "fgsm" else ("uniform", threat.step)
+    spec = replace(threat, num_steps=attack.steps, step=step, init=init, bn="eval")
+    start = _start(model, x, ids, spec, seed, restart)
+    return pgd(model, x, lambda logits: _INNERS[attack.kind](logits, y), spec, start=start)
+
+
+def _start(model: nn.Module, x: Tensor, ids: np.ndarray, threat: ThreatSpec, seed: int, restart: int) -> Tensor:
     """The random start of each image, drawn by its id (on the CPU, so that it is the same on every device)."""
     cpu = torch.zeros(())
+    again = (restart,) if restart else ()
     noise = torch.stack(
-        [start_noise(x.shape[1:], threat.init, cpu, torch_generator("cpu", seed, "evaluate", int(i))) for i in ids]
+        [
+            start_noise(x.shape[1:], threat.init, cpu, torch_generator("cpu", seed, "evaluate", int(i), *again))
+            for i in ids
+        ]
     )
     _, encode, _ = in_space(model, threat.space)
     return apply_noise(encode(x), noise.to(x), threat)
@@ -147,81 +237,6 @@ def _argmax(model: nn.Module, x: Tensor) -> Tensor:
         # argmax of NaN is class 0: it would pass for a prediction.
         raise FloatingPointError("The model's logits are not finite, so its accuracy means nothing.")
     return logits.argmax(1)
-
-
-def _predict_right(model: nn.Module, images: Images, batch_size: int) -> np.ndarray:
-    device = _device(model)
-    parts = [_argmax(model, to_float(pixels.to(device))).cpu() for pixels in images.pixels.split(max(batch_size, 1))]
-    return np.asarray(torch.cat(parts).eq(images.labels).numpy()) if parts else np.zeros(0, bool)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-# ---- AutoAttack -----------------------------------------------------------------------------------------------------
-
-
-def autoattack_package() -> str:
-    """The official `autoattack` where it is installed, else `pyautoattack`, its release on PyPI."""
-    return "autoattack" if importlib.util.find_spec("autoattack") else "pyautoattack"
-
-
-def _autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, seed: int, bar: Any) -> Tensor:
-    """AutoAttack standard (Croce and Hein 2020) on one block: x_adv, shaped like `x`, in pixels."""
-    package = autoattack_package()
-    module = importlib.import_module(package)
-    space_model, encode, decode = in_space(model, threat.space)
-    options: dict[str, Any] = {
-        "eps": threat.eps,
-        "norm": "Linf",
-        "seed": seed,
-        "device": x.device,
-        "version": "standard",
-    }
-    if package == "autoattack":
-        options["verbose"] = False
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _shown(bar), torch.no_grad():
-        attack = module.AutoAttack(space_model, **options)
-        targets = min(9, space_model(encode(x[:1])).shape[1] - 1)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        size = {"bs" if package == "autoattack" else "batch_size": len(x)}
-        result = attack.run_standard_evaluation(encode(x), y, **size)
-    x_adv = decode(result[0] if isinstance(result, tuple) else result)
-    if threat.space == "pixel":
-        _check_ball(x_adv, x, threat.eps)
-    return x_adv
-
-
-def _check_ball(x_adv: Tensor, x: Tensor, eps: float) -> None:
-    distance = float((x_adv.float() - x.float()).abs().max())
-    inside = bool(((x_adv >= 0) & (x_adv <= 1)).all()) and distance <= eps + 1e-6
-    assert inside, f"AutoAttack left its ball: distance {distance}, eps {eps}"
-
-
-@contextmanager
-def _shown(bar: Any) -> Iterator[None]:
-    """Show on the progress bar which of AutoAttack's four attacks is running; its logger stays silent otherwise."""
-    logger = logging.getLogger("auto-attack")
-
-    class _Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message.startswith("running "):
-                bar.set_postfix_str(message.removeprefix("running "))
-            elif record.levelno >= logging.WARNING:
-                bar.write(f"AutoAttack: {message}")
-
-    handler, level, propagate = _Handler(), logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

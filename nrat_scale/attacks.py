@@ -4,6 +4,7 @@ Pixels are in [0, 1] and normalisation is inside the model. `threat.space: relea
 released code does instead (eps and the clamp to [0, 1] in *normalised* units) for comparison; it is never a default.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from nrat_scale.modes import BN_MODES, attack_mode, frozen
 Model = Callable[[Tensor], Tensor]
 Inner = Callable[[Tensor], Tensor]
 
+NORMS = ("linf", "l2")
 INITS = ("zero", "normal", "uniform", "normal01")
 SPACES = ("pixel", "released_code")
 # One float32 rounding of x + eps and of the subtraction that checks it: pixels are at most 1.
@@ -24,16 +26,17 @@ _BALL_TOLERANCE = 2.0**-23
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """An l_inf threat and how it is searched.
+    """An l_inf or l_2 threat and how it is searched.
 
     Attributes:
-        eps: radius as a fraction of the pixel range (recipes may write `8/255`).
-        step: step length in the same unit.
+        eps: radius as a fraction of the pixel range (recipes may write `8/255`); in l_2 the norm of the whole perturbation.
+        step: step length in the same unit and norm.
         num_steps: gradient steps.
-        init: `zero`; `normal` = x + 0.001 N(0, 1); `uniform` = x + U(-eps, eps), clamped; `normal01` = x + N(0, 1),
-            projected.
+        init: `zero`; `normal` = x + 0.001 N(0, 1); `uniform` = x + U(-eps, eps), clamped (in l_2: of length eps in the
+            direction of such noise); `normal01` = x + N(0, 1), projected.
         bn: BatchNorm while attacking: `eval`, or `batch` (batch statistics, running ones untouched).
-        space: `pixel`, or `released_code`.
+        space: `pixel`, or `released_code` (l_inf only).
+        norm: `linf` or `l2`.
 
     Raises:
         UserError: a value out of range or of the wrong unit.
@@ -45,9 +48,12 @@ class ThreatSpec:
     init: str = "uniform"
     bn: str = "eval"
     space: str = "pixel"
+    norm: str = "linf"
 
     def __post_init__(self) -> None:
         for name, value in (("eps", self.eps), ("step", self.step)):
+            if self.norm == "l2" and 0.0 <= value < math.inf:
+                continue
             if not 0.0 <= value < 1.0:
                 hint = f" Write {value:g}/255 if you mean {value:g} grey levels." if value >= 1.0 else ""
                 raise UserError(f"threat.{name} is {value:g}; it is a fraction of the pixel range, in [0, 1).{hint}")
@@ -57,9 +63,12 @@ class ThreatSpec:
             ("init", self.init, INITS),
             ("bn", self.bn, BN_MODES),
             ("space", self.space, SPACES),
+            ("norm", self.norm, NORMS),
         ):
             if choice not in known:
                 raise UserError(f"threat.{name} is '{choice}'. {did_you_mean(choice, known)}")
+        if self.norm == "l2" and self.space != "pixel":
+            raise UserError(f"threat.space '{self.space}' is defined for threat.norm 'linf' only.")
 
 
 def pgd(
@@ -70,7 +79,9 @@ def pgd(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al. 2018): x <- clamp(project_eps(x + step * sign(grad)), 0, 1).
+    """Projected gradient ascent (Madry et al. 2018): x <- clamp(project_eps(x + step * direction), 0, 1).
+
+    The direction is sign(grad) in l_inf and grad / ||grad||_2 in l_2.
 
     Args:
         model: maps [0, 1] images to logits [B, K]. Its parameters are frozen meanwhile; modes are restored.
@@ -136,10 +147,11 @@ def search(
             # The sum has the same gradient sign as the mean and does not underflow in half precision.
             (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
         finite &= gradient.isfinite().all() & objective.isfinite().all()
-        x_adv = project(x_adv.detach() + threat.step * gradient.sign(), x, threat.eps)
+        x_adv = project(x_adv.detach() + threat.step * _direction(gradient, threat.norm), x, threat.eps, threat.norm)
     if threat.num_steps == 0:
-        x_adv = project(x_adv, x, threat.eps)
-    return Found(x_adv, finite, inside_ball(x_adv, x, threat.eps, around=threat.space == "pixel"))
+        x_adv = project(x_adv, x, threat.eps, threat.norm)
+    inside = inside_ball(x_adv, x, threat.eps, around=threat.space == "pixel", norm=threat.norm)
+    return Found(x_adv, finite, inside)
 
 
 def initial_point(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
@@ -164,22 +176,44 @@ def apply_noise(x: Tensor, noise: Tensor, threat: ThreatSpec) -> Tensor:
     if threat.init == "zero":
         return x.clone()
     if threat.init == "uniform":
-        return (x + threat.eps * noise).clamp(0, 1)
+        return (x + threat.eps * (noise if threat.norm == "linf" else noise / _lengths(noise))).clamp(0, 1)
     if threat.init == "normal":
         return x + 0.001 * noise  # not clamped, as in TRADES: the first projection does it
-    return project(x + noise, x, threat.eps)
+    return project(x + noise, x, threat.eps, threat.norm)
 
 
-def project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Onto the l_inf ball of radius `eps` around `x`, then onto [0, 1]."""
-    return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
+    """Onto the ball of radius `eps` around `x`, then onto [0, 1], which brings it no farther from `x`."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+    delta = x_adv - x
+    return (x + delta * (eps / _lengths(delta)).clamp(max=1)).clamp(0, 1)
 
 
-def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool) -> Tensor:
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    if norm == "linf":
+        return gradient.sign()
+    # Scaled by its largest entry first: the square of a small gradient underflows.
+    largest = gradient.abs().amax((-3, -2, -1), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+    return gradient / largest / _lengths(gradient / largest)
+
+
+def _lengths(delta: Tensor) -> Tensor:
+    """The l_2 norm of each image [B, 1, 1, 1], or of one image [C, H, W]; tiny instead of 0, so that it can divide."""
+    return torch.linalg.vector_norm(delta, dim=(-3, -2, -1), keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
+
+
+def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool, norm: str = "linf") -> Tensor:
     """Whether `x_adv` is finite, in [0, 1] and (`around`) within `eps` of `x`, in at least float32: bool scalar."""
     x_adv, x = (t if t.dtype == torch.float64 else t.float() for t in (x_adv, x))
     inside = ((x_adv >= 0) & (x_adv <= 1)).all()  # false for NaN
-    return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all() if around else inside
+    if not around:
+        return inside
+    if norm == "linf":
+        return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all()
+    # Each coordinate of the difference is rounded once; the worst case adds up like the lengths of orthogonal sides.
+    slack = eps * 2.0**-20 + _BALL_TOLERANCE * math.sqrt(x[0].numel())
+    return inside & (_lengths(x_adv - x) <= eps + slack).all()
 
 
 def in_space(

@@ -1,4 +1,4 @@
-"""Classifiers with the normalisation inside, registered with timm, and `load` for released ones.
+"""Classifiers with the normalisation inside, registered with timm.
 
 Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` are buffers that are not saved with
 the weights (they are part of the configuration), so state dicts carry exactly the names that RobustBench and the usual
@@ -7,25 +7,12 @@ CIFAR repositories use: their checkpoints load here and ours load there.
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -384,78 +371,3 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {error}.") from error
-
-
-# ---- loading a release ----------------------------------------------------------------------------------------------
-
-
-def load(source: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """A released model in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
-
-    Args:
-        source: a release folder, or `user/repo` or `user/repo@revision` on the Hugging Face Hub.
-        device: where to put it.
-
-    Raises:
-        UserError: there is no such release, it cannot be reached, or its files do not fit together.
-    """
-    folder = resolve(source)
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        # timm leaves layers that do not fit the configuration at their random start; a release must fit entirely.
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise UserError(f"The release {source} cannot be loaded: {_first_line(error)}") from error
-    return model.eval().to(device)
-
-
-def resolve(source: str | Path) -> Path:
-    """The local folder of a release: `source` itself, or its files fetched from the Hub. Raises as `load`."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch(str(source))
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"{source} is not a release: it has no {name}. "
-                "Make one with: python -m nrat_scale.release RUN --to FOLDER"
-            )
-    return folder
-
-
-def _fetch(source: str) -> Path:
-    """The snapshot folder of `user/repo[@revision]`, all files of one commit."""
-    repo, _, revision = source.partition("@")
-    if repo.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"There is no release folder {source}, and it is not of the Hub's form user/repo either.")
-    try:
-        folder = Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
-        commit = folder.name  # what `revision` meant when the first file was asked for
-        hf_hub_download(repo, "model.safetensors", revision=commit)
-        for name in ("recipe.yaml", "results.json"):
-            with suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                hf_hub_download(repo, name, revision=commit)
-    except HFValidationError as error:
-        raise UserError(
-            f"There is no release folder {source}, and the Hub does not allow such a name: {_first_line(error)}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"There is no folder {source} here, the Hub cannot be reached, and it is not in the cache either."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"There is no folder {source} here and no model {repo} on the Hub (or it is private)."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"The model {repo} on the Hub has no revision '{revision}'.") from error
-    except EntryNotFoundError as error:
-        raise UserError(f"{repo} on the Hub is not a release: it lacks config.json or model.safetensors.") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"The release {source} cannot be fetched from the Hub: {_first_line(error)}") from error
-    return folder
-
-
-def _first_line(error: BaseException) -> str:
-    text: Literal[""] | str = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

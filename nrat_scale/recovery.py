@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import gather
 from torch import Tensor
 
 from nrat_scale.checkpoint import (
@@ -20,6 +20,7 @@ from nrat_scale.checkpoint import (
 from nrat_scale.errors import UserError
 from nrat_scale.files import write_atomically
 from nrat_scale.guard import ADVICE
+from nrat_scale.processes import on_main
 from nrat_scale.progress import log
 from nrat_scale.step import Training
 
@@ -61,23 +62,6 @@ def save(t: Training, *, is_best: bool, final: bool = False) -> None:
         t.saver.save(tensors, state, best=is_best, selected=t.best is not None, final=final)
 
     on_main(t.accelerator, write)
-
-
-def on_main(accelerator: Any, action: Any) -> Any:
-    """The result of `action` on the main process, None on the others, once it is done.
-
-    A `UserError` is raised on every process: all end alike, and none waits for one that has gone.
-    """
-    result, message = None, [""]
-    if accelerator.is_main_process:
-        try:
-            result = action()
-        except UserError as error:
-            message = [str(error)]
-    broadcast_object_list(message)
-    if message[0]:
-        raise UserError(message[0])
-    return result
 
 
 def resume(t: Training) -> None:

@@ -25,10 +25,11 @@ import nrat_scale
 from nrat_scale import models
 from nrat_scale.checkpoint import Checkpoint, named_checkpoint
 from nrat_scale.errors import UserError, run_cli
-from nrat_scale.evaluate import RESULTS, is_run, run_model, skipped_shards
 from nrat_scale.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
+from nrat_scale.loading import load
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
 from nrat_scale.report import markdown_table
+from nrat_scale.subjects import RESULTS, is_run, run_model, skipped_shards
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def timm_config(description: dict[str, Any]) -> dict[str, Any]:
 
 def _check_loads(run: Path, folder: Path, checkpoint: Checkpoint) -> None:
     """What was written loads, and gives the run's logits bit for bit."""
-    original, released = run_model(run, checkpoint), models.load(folder)
+    original, released = run_model(run, checkpoint), load(folder)
     height, width, channels = read_json(run / "model.json", "description of the model")["image_shape"]
     x = torch.rand(4, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -28,7 +28,7 @@ from nrat_scale.errors import UserError, run_cli
 from nrat_scale.files import make_folder, read_json, write_atomically
 
 ATTACKS = ("natural", "pgd20", "cw20", "aa")  # columns that are always there; other attacks follow
-_TITLES = {"natural": "natural", "aa": "AutoAttack", "fgsm": "FGSM"}
+_TITLES = {"natural": "natural", "aa": "AutoAttack", "aa-apgd": "APGD", "fgsm": "FGSM", "worst": "worst case"}
 _SPACE_NOTE = "reproduces the released code's threat model; not comparable with RobustBench"
 _LARGEST_MATRIX = 20  # classes; a larger transition matrix is not readable as a table
 # Key in a validation row, label, colour, line style. The clean ones are null where clean labels are not known.
@@ -103,8 +103,14 @@ class Row:
     record: dict[str, Any]
 
     def score(self, attack: str) -> dict[str, Any]:
-        """Accuracy, low, high and n under `attack`; empty where it was not run."""
-        return _dict(_dict(self.record.get("attacks")).get(attack))
+        """Accuracy, low, high and n under `attack` (`worst`: under all of them); empty where it was not run."""
+        return _dict(self.record.get("worst") if attack == "worst" else _dict(self.record.get("attacks")).get(attack))
+
+    @property
+    def flags(self) -> list[str]:
+        """What makes these numbers doubtful, in sentences."""
+        flags = self.record.get("flags")
+        return [str(flag) for flag in flags] if isinstance(flags, list) else []
 
 
 @dataclass(frozen=True)
@@ -320,18 +326,29 @@ def text_table(runs: Sequence[Run]) -> str:
         for r in runs
         if r.space != "pixel"
     ]
+    lines += [f"FLAG: {_printable(flag)}" for flag in _flags(runs)]
     return "\n".join(lines)
 
 
 def attack_title(attack: str) -> str:
     """`pgd20` as PGD-20, `aa` as AutoAttack."""
-    match = re.fullmatch(r"(pgd|cw)([0-9]+)", attack)
-    return f"{match[1].upper()}-{match[2]}" if match else _TITLES.get(attack, attack)
+    if attack.startswith("transfer-"):
+        return f"{attack_title(attack.removeprefix('transfer-'))}, transferred"
+    match = re.fullmatch(r"(pgd|cw)([0-9]+)(?:x([0-9]+))?", attack)
+    if match is None:
+        return _TITLES.get(attack, attack)
+    return f"{match[1].upper()}-{match[2]}" + (f", {match[3]} starts" if match[3] else "")
 
 
 def _attacks(rows: Iterable[Row]) -> list[str]:
+    rows = list(rows)
     found = [str(attack) for row in rows for attack in _dict(row.record.get("attacks"))]
-    return list(dict.fromkeys([*ATTACKS, *found]))
+    worst = ["worst"] if any(row.score("worst") for row in rows) else []
+    return list(dict.fromkeys([*ATTACKS, *found, *worst]))
+
+
+def _flags(runs: Sequence[Run]) -> list[str]:
+    return [f"{run.name}, {row.checkpoint}: {flag}" for run in runs for row in run.rows for flag in row.flags]
 
 
 def _cell(score: dict[str, Any], template: str) -> str:
@@ -485,7 +502,9 @@ def _results_table(runs: Sequence[Run]) -> str:
         name = f'<th scope="rowgroup" rowspan="{max(1, len(lines))}">{_e(run.name)}</th>'
         groups.append(f"<tbody><tr>{name}{'</tr><tr>'.join(lines or [missing])}</tr></tbody>")
     caption = "Accuracy on the test images in %, its 95 % Wilson interval and the number of images n."
-    return _table("results", caption, ["Run", "Checkpoint", *map(attack_title, attacks)], "".join(groups))
+    table = _table("results", caption, ["Run", "Checkpoint", *map(attack_title, attacks)], "".join(groups))
+    flags = "".join(f"<li>{_e(flag)}</li>" for flag in _flags(runs))
+    return table + (f'<div class="banner"><b>Reasons for doubt</b><ul>{flags}</ul></div>' if flags else "")
 
 
 def _result_row(row: Row, attacks: Sequence[str]) -> str:

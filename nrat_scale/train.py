@@ -37,9 +37,10 @@ from nrat_scale.guard import ADVICE, Guard
 from nrat_scale.heartbeat import heartbeat, silent_ranks
 from nrat_scale.modes import batchnorms
 from nrat_scale.optim import build_optimizer, learning_rates, set_rates
+from nrat_scale.processes import on_main, use_all_cores
 from nrat_scale.progress import Profile, Progress, close_epoch, log
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
-from nrat_scale.recovery import on_main, resume, rewind, save
+from nrat_scale.recovery import resume, rewind, save
 from nrat_scale.seeds import derive
 from nrat_scale.sources import SKIPPED
 from nrat_scale.step import SUMS, Training, train_step
@@ -73,9 +74,7 @@ def start(recipe: RecipeSpec) -> Training:
         ],
     )
     if accelerator.device.type == "cpu":
-        # `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which leaves all cores but one idle.
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, cores))
+        use_all_cores()
         # A model whose training collapses fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     pieces = accelerator.num_processes * recipe.train.accumulate

@@ -329,7 +329,7 @@ def test_every_violation_of_the_ball_is_seen(dtype):
 
 def test_the_ball_is_checked_for_every_result(make_net, monkeypatch):
     """A projection that goes wrong does not pass unnoticed."""
-    monkeypatch.setattr("nrat_scale.attacks.project", lambda x_adv, x, eps: x_adv.clamp(0, 1))
+    monkeypatch.setattr("nrat_scale.attacks.project", lambda x_adv, x, eps, norm: x_adv.clamp(0, 1))
     with pytest.raises(AssertionError, match="exceeds eps"):
         pgd(make_net(), _images(4, 3, 8, 8), _cross_entropy(_labels(4)), dataclasses.replace(THREAT, step=0.5))
 

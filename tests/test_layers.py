@@ -11,14 +11,28 @@ TOOLS = ROOT / "tools"
 
 # Read from the top: a module may import those above it in its own list where the list is `ordered`, and all layers below.
 # `audit` and `plan` are names kept for later.
-GROUND = ("errors", "files", "unfinished", "seeds", "fetch", "modes", "class_names", "datasets", "stops")  # ordered
+GROUND = (
+    "errors",
+    "files",
+    "unfinished",
+    "seeds",
+    "fetch",
+    "modes",
+    "class_names",
+    "datasets",
+    "stops",
+    "processes",
+)  # ordered
 L0 = (
     "labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard", "twin",
     "batchnorm", "flags", "clock", "heartbeat",
 )  # fmt: skip
-L1 = ("pack", "sources", "resident", "loader", "data")  # ordered
-L2 = ("accuracy", "recipe", "checkpoint")
+L1 = ("loading", "pack", "sources", "resident", "loader", "data")  # ordered
+L2 = ("autoattack", "accuracy", "recipe", "checkpoint")  # ordered
 L3 = (
+    "subjects",
+    "scrutiny",
+    "outcomes",
     "evaluate",
     "step",
     "validation",
@@ -33,13 +47,13 @@ L3 = (
     "plan",
 )  # ordered
 LATER = {"audit", "plan"}
-ROOT_MAY_IMPORT = {"models", "recipe"}
+ROOT_MAY_IMPORT = {"loading", "models", "recipe"}
 
 
 def _allowed() -> dict[str, set[str]]:
     allowed: dict[str, set[str]] = {"__init__": set(ROOT_MAY_IMPORT)}
     below: set[str] = set()
-    for layer, ordered in ((GROUND, True), (L0, False), (L1, True), (L2, False), (L3, True)):
+    for layer, ordered in ((GROUND, True), (L0, False), (L1, True), (L2, True), (L3, True)):
         for position, module in enumerate(layer):
             allowed[module] = below | (set(layer[:position]) if ordered else set())
         below |= set(layer)

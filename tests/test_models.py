@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import nrat_scale
 from nrat_scale.errors import UserError
-from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, load, model_arguments
+from nrat_scale.loading import load
+from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments
 
 OURS = ("wrn28_10_silu", "wrn28_10", "resnet18_cifar", "cnn4")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -295,7 +296,6 @@ def _drop_tensor(folder: Path) -> None:
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"),
         lambda folder: _edit(folder, architecture="cnn5"),
         lambda folder: _edit(folder, architecture="resnet18_cifar"),
-        lambda folder: _edit(folder, pretrained_cfg=None),
         lambda folder: _edit(folder, model_args=[1]),
         lambda folder: _edit(folder, model_args={"widht": 3}),
         lambda folder: _edit(folder, model_args={"width": 5}),
