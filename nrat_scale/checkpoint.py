@@ -499,10 +499,18 @@ class Saver:
         run: the run directory.
         keep: how many of the newest checkpoints stay; best and last always do.
         warn: takes a sentence. It is called from the thread.
+        queue_every: put the evaluated weights of every so many epochs aside for a release (`queue_release`); what goes wrong
+            there is told and costs nothing else.
     """
 
-    def __init__(self, run: Path, keep: int, warn: Callable[[str], None] = _print_warning) -> None:
-        self.run, self.keep, self.warn = run, keep, warn
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        warn: Callable[[str], None] = _print_warning,
+        queue_every: int | None = None,
+    ) -> None:
+        self.run, self.keep, self.warn, self.queue_every = run, keep, warn, queue_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._missed: UserError | None = None  # why the last save is not on the disk, if it is not
@@ -596,12 +604,60 @@ class Saver:
             write_pointer(self.run, "best", checkpoint, selected=job.selected)
         if last:
             write_pointer(self.run, "last", checkpoint)
-        return prune(self.run, self.keep)
+        queued = [] if self.queue_every is None else self._queue(checkpoint, self.queue_every)
+        return [*queued, *prune(self.run, self.keep)]
+
+    def _queue(self, checkpoint: Checkpoint, every: int) -> list[str]:
+        # A checkpoint within an epoch is not that epoch's.
+        if checkpoint.state["epoch"] % every or not checkpoint.state.get("whole_epoch"):
+            return []
+        try:
+            queue_release(self.run, checkpoint)
+        except (UserError, OSError) as error:
+            return [f"The weights of epoch {checkpoint.state['epoch']} are not put aside for a release: {error}"]
+        return []
 
 
 def _passes(error: UserError) -> bool:
     """Whether a later save may go well."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING
+
+
+# ---- weights put aside for a release -----------------------------------------------------------------------------------
+
+
+QUEUE = "releases"
+
+
+def queue_release(run: Path, checkpoint: Checkpoint) -> Path:
+    """Copy the evaluated weights of a verified checkpoint to `run/releases/epoch-NNNN/`, whole or not at all.
+
+    A folder that is there already is left as it is. Beside `model.safetensors` lies `queued.json`: step, epoch, whether it
+    is the EMA, sha256.
+
+    Raises:
+        UserError, OSError: it cannot be written, or is not what was saved.
+    """
+    name = f"{checkpoint.evaluated}.safetensors"
+    folder = run / QUEUE / f"epoch-{checkpoint.state['epoch']:04d}"
+    if folder.is_dir():
+        return folder
+    make_folder(folder.parent)
+    staged = temporary_sibling(folder)
+    try:
+        staged.mkdir()
+        shutil.copyfile(checkpoint.folder / name, staged / "model.safetensors")
+        with open(staged / "model.safetensors", "rb+") as file:
+            os.fsync(file.fileno())
+        if sha256_of(staged / "model.safetensors") != checkpoint.sha256[name]:
+            raise UserError(f"{checkpoint.folder / name} could not be copied: other bytes arrived.")
+        facts = {"step": checkpoint.step, "epoch": checkpoint.state["epoch"], "weights": checkpoint.evaluated}
+        write_json(staged / "queued.json", {**facts, "sha256": checkpoint.sha256[name]})
+        os.replace(staged, folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return folder
 
 
 # ---- optimizer state as named tensors -------------------------------------------------------------------------------

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from nrat_scale import models
 from nrat_scale.errors import UserError, did_you_mean
-from nrat_scale.files import parse_json
+from nrat_scale.files import parse_json, read_json, sha256_of
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 _EXTRAS = ("recipe.yaml", "results.json")
 _CONFIG_BYTES = 1 << 20
 _HEADER_BYTES = 64 << 20
@@ -101,7 +101,31 @@ def resolve(source: str | Path) -> Path:
                 f"{source} is not a release: it has no {name}. "
                 "Make one with: python -m nrat_scale.release RUN --to FOLDER"
             )
+    verify(folder)
     return folder
+
+
+def verify(folder: Path, *, everything: bool = False) -> None:
+    """Compare a release with its manifest: what `load` reads, or `everything`. Without a manifest (timm's own) nothing is known.
+
+    Raises:
+        UserError: a file is missing or has other bytes; with `everything` also where there is no manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        if everything:
+            raise UserError(f"{folder} has no {MANIFEST}: it was not made by python -m nrat_scale.release.")
+        return
+    files = read_json(folder / MANIFEST, "manifest of the release").get("files")
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+        raise UserError(f"The manifest {folder / MANIFEST} is damaged: it lists no files.")
+    for name, facts in files.items():
+        path = folder / name
+        if not everything and name not in (CONFIG, WEIGHTS):
+            continue
+        if not path.is_file():
+            raise UserError(f"{folder} is damaged: {name} is missing.")
+        if path.stat().st_size != facts.get("bytes") or sha256_of(path) != facts.get("sha256"):
+            raise UserError(f"{folder} is damaged: {name} is not what its manifest says. Fetch or release it again.")
 
 
 def _fetch(source: str) -> Path:
@@ -113,9 +137,14 @@ def _fetch(source: str) -> Path:
         folder = Path(hf_hub_download(repo, CONFIG, revision=revision or None)).parent
         commit = folder.name  # what `revision` meant when the first file was asked for
         hf_hub_download(repo, WEIGHTS, revision=commit)
-        for name in _EXTRAS:
+        for name in (*_EXTRAS, MANIFEST):
             with suppress(EntryNotFoundError, LocalEntryNotFoundError):
                 hf_hub_download(repo, name, revision=commit)
+        try:
+            verify(folder)
+        except UserError:  # damaged on the way, which the client does not notice: once more, past its cache
+            for name in (CONFIG, WEIGHTS, MANIFEST):
+                hf_hub_download(repo, name, revision=commit, force_download=True)
     except HFValidationError as error:
         raise UserError(
             f"There is no release folder {source}, and the Hub does not allow such a name: {_first_line(error)}"

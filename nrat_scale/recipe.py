@@ -37,6 +37,7 @@ _NOT_IDENTITY = (
     "train.max_steps",
     "train.timeout_minutes",
     "train.log_every",
+    "release.every_epochs",
     "train.compile",
     "data.workers",
     "data.resident",
@@ -99,11 +100,27 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
+class ReleaseSpec:
+    """What is put aside for publication while a run trains.
+
+    Attributes:
+        every_epochs: put the verified checkpoint aside every so many epochs, in `RUN/releases`, where pruning leaves it alone;
+            `python -m nrat_scale.release RUN --push user/repo --queued` sends what is missing. None: never.
+    """
+
+    every_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_epochs is not None and self.every_epochs < 1:
+            raise UserError(f"release.every_epochs is {self.every_epochs}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
 class RecipeSpec:
     """A complete experiment.
 
     Attributes:
-        threat, data, model, objective, optim, ema, awp, train, guard: see the specs.
+        threat, data, model, objective, optim, ema, awp, train, guard, release: see the specs.
         name: of the recipe; its file's name by default.
         run_dir: where the run is written, `runs/<name>` by default.
         seed: of weights, sample plan, augmentation and attack noise (label noise has its own).
@@ -120,6 +137,7 @@ class RecipeSpec:
     awp: AwpSpec = field(default_factory=AwpSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
     guard: GuardSpec = field(default_factory=GuardSpec)
+    release: ReleaseSpec = field(default_factory=ReleaseSpec)
     name: str = ""
     run_dir: str = ""
     seed: int = 0

@@ -43,6 +43,7 @@ def save(t: Training, *, is_best: bool, final: bool = False) -> None:
         state = {
             "step": t.step,
             "epoch": -(-t.step // t.data.steps_per_epoch),
+            "whole_epoch": t.step % t.data.steps_per_epoch == 0,
             "identity": t.recipe.identity,
             "best": t.best,
             "validation_due": t.validation_due,

@@ -1,18 +1,22 @@
-"""A folder that loads in one line anywhere: `python -m nrat_scale.release RUN --to FOLDER`.
+"""A folder that loads in one line anywhere, and its way to the Hub: `python -m nrat_scale.release RUN --to FOLDER --push user/repo`.
 
     model.safetensors   the evaluated weights (the EMA where there is one), byte for byte those of the checkpoint
     config.json         timm's format: architecture, model_args (mean and std of the normalisation inside), class names
     recipe.yaml         what was trained, without local paths
-    results.json        the robustness of exactly these weights
+    results.json        the robustness of exactly these weights; results.npz: of each image
+    curves.png          learning curves
     README.md           model card
+    robustbench/        what RobustBench asks of a new model
+    model.onnx, model.pt2   with --onnx and --torch-export
+    manifest.json       bytes and sha256 of every other file
 
 It is staged beside FOLDER, loaded back, compared with the run's model, and only then renamed into place.
 """
 
 import argparse
-import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -20,56 +24,97 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import load_file
 
-import nrat_scale
 from nrat_scale import models
-from nrat_scale.checkpoint import Checkpoint, named_checkpoint
+from nrat_scale.card import Contents, info_json, model_card, robustbench_issue
+from nrat_scale.checkpoint import QUEUE, named_checkpoint
 from nrat_scale.errors import UserError, run_cli
+from nrat_scale.export import export_onnx, export_torch
 from nrat_scale.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
-from nrat_scale.loading import load
+from nrat_scale.loading import CONFIG, MANIFEST, WEIGHTS, load, verify
+from nrat_scale.outcomes import arrays_file, read_arrays, write_arrays
+from nrat_scale.push import HubRepository, check_repository, names_of
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
-from nrat_scale.report import markdown_table
-from nrat_scale.subjects import RESULTS, is_run, run_model, skipped_shards
+from nrat_scale.report import draw_curves, read_run
+from nrat_scale.subjects import RESULTS, is_run, skipped_shards
+
+CURVES, RECIPE, CARD = "curves.png", "recipe.yaml", "README.md"
+ONNX, EXPORTED = "model.onnx", "model.pt2"
+ROBUSTBENCH = ("robustbench/model_info.json", "robustbench/new_model_issue.md")
+# Everything that a release can hold, and nothing else is ever sent.
+FILES = (WEIGHTS, CONFIG, RECIPE, RESULTS, "results.npz", CURVES, CARD, *ROBUSTBENCH, ONNX, EXPORTED, MANIFEST)
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What goes into a release."""
+class Weights:
+    """The weights to release: a file whose sha256 is known, and what of the run it is.
 
-    name: str
-    checkpoint: Checkpoint
-    recipe: RecipeSpec
-    description: dict[str, Any]
-    noise: dict[str, Any] | None
-    skipped: list[dict[str, Any]]
-    results: dict[str, Any] | None
+    Attributes:
+        label: `best`, `last` or `epoch-NNNN`.
+        kind: `ema` or `model`.
+    """
+
+    label: str
+    path: Path
+    sha256: str
+    kind: str
+    step: int
+    epoch: int
 
 
-def release(run: Path, to: Path, checkpoint: str = "best", *, unevaluated: bool = False) -> Path:
+@dataclass(frozen=True)
+class Options:
+    """What else is wanted of a release."""
+
+    unevaluated: bool = False
+    onnx: bool = False
+    torch_export: bool = False
+
+
+def release(run: Path, to: Path, checkpoint: str = "best", *, unevaluated: bool = False, **exports: bool) -> Path:
     """Write the release of a run's `checkpoint` (`best` or `last`) into the new folder `to`.
+
+    Args:
+        exports: `onnx`, `torch_export`: write these files too.
 
     Raises:
         UserError: no such checkpoint, no results for exactly these weights (unless `unevaluated`), or `to` holds
             something else already.
     """
+    _require_run(run)
+    return _release(run, _checkpoint_weights(run, checkpoint), to, Options(unevaluated, **exports))
+
+
+def _require_run(run: Path) -> None:
     if not is_run(run):
         raise UserError(f"{run} is not a run (no recipe.yaml and checkpoints). Train one first.")
-    contents = _gather(run, to.resolve().name, checkpoint)
-    if contents.results is None and not unevaluated:
+
+
+def _checkpoint_weights(run: Path, name: str) -> Weights:
+    checkpoint = named_checkpoint(run, name)
+    kind = checkpoint.evaluated
+    file = f"{kind}.safetensors"
+    epoch = int(checkpoint.state["epoch"])
+    return Weights(name, checkpoint.folder / file, checkpoint.sha256[file], kind, checkpoint.step, epoch)
+
+
+def _release(run: Path, weights: Weights, to: Path, options: Options) -> Path:
+    contents = _gather(run, to.resolve().name, weights)
+    if contents.results is None and not options.unevaluated:
         raise UserError(
-            f"{run / RESULTS} has no results for the {checkpoint} checkpoint. Evaluate it first with "
+            f"{run / RESULTS} has no results for the {weights.label} checkpoint. Evaluate it first with "
             f"python -m nrat_scale.evaluate {run} --data TEST_SHARDS, or release it as it is with --unevaluated."
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        if _is_this(to, contents):
+        if _is_this(to, contents, options):
             return to
         raise UserError(f"{to} exists already and is never overwritten. Choose another --to, or remove it yourself.")
     make_folder(to.parent)
     staged = temporary_sibling(to)
     try:
         staged.mkdir()
-        _write(staged, contents)
-        _check_loads(run, staged, contents.checkpoint)
+        _write(staged, run, contents, weights, options)
         if to.exists():
             to.rmdir()  # empty, checked above
         os.replace(staged, to)
@@ -81,8 +126,7 @@ def release(run: Path, to: Path, checkpoint: str = "best", *, unevaluated: bool 
     return to
 
 
-def _gather(run: Path, name: str, which: str) -> Contents:
-    checkpoint = named_checkpoint(run, which)
+def _gather(run: Path, name: str, weights: Weights) -> Contents:
     recipe = load_recipe(run / "recipe.yaml")
     description = read_json(run / "model.json", "description of the model")
     noise_path, results_path = run / "label_noise.json", run / RESULTS
@@ -90,10 +134,13 @@ def _gather(run: Path, name: str, which: str) -> Contents:
     results = None
     if results_path.is_file():
         everything = read_json(results_path, "results")
-        record = everything.get("checkpoints", {}).get(which, {})
-        if record.get("sha256") == checkpoint.sha256[f"{checkpoint.evaluated}.safetensors"] and record.get("attacks"):
-            results = {**everything, "checkpoints": {which: record}}
-    return Contents(name, checkpoint, _without_paths(recipe), description, noise, skipped_shards(run), results)
+        for record in everything.get("checkpoints", {}).values():
+            if record.get("sha256") == weights.sha256 and record.get("attacks"):
+                results = {**everything, "checkpoints": {weights.label: record}}
+    return Contents(
+        name, weights.epoch, weights.step, weights.kind, weights.sha256, _without_paths(recipe), description, noise,
+        skipped_shards(run), results,
+    )  # fmt: skip
 
 
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
@@ -117,23 +164,54 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")
 
 
-def _is_this(folder: Path, contents: Contents) -> bool:
-    weights = folder / "model.safetensors"
-    wanted = contents.checkpoint.sha256[f"{contents.checkpoint.evaluated}.safetensors"]
-    if not weights.is_file() or sha256_of(weights) != wanted:
+def _is_this(folder: Path, contents: Contents, options: Options) -> bool:
+    """Whether `folder` is this very release already, untouched."""
+    if not (folder / MANIFEST).is_file() or not (folder / WEIGHTS).is_file():
+        return False
+    wanted = [name for name, asked in ((ONNX, options.onnx), (EXPORTED, options.torch_export)) if asked]
+    if sha256_of(folder / WEIGHTS) != contents.sha256 or not all((folder / name).is_file() for name in wanted):
         return False
     results = folder / RESULTS
     return (read_json(results, "results") if results.is_file() else None) == contents.results
 
 
-def _write(folder: Path, contents: Contents) -> None:
-    checkpoint = contents.checkpoint
-    shutil.copyfile(checkpoint.folder / f"{checkpoint.evaluated}.safetensors", folder / "model.safetensors")
-    write_json(folder / "config.json", timm_config(contents.description))
-    (folder / "recipe.yaml").write_text(to_yaml(contents.recipe))
+def _write(folder: Path, run: Path, contents: Contents, weights: Weights, options: Options) -> None:
+    shutil.copyfile(weights.path, folder / WEIGHTS)
+    if sha256_of(folder / WEIGHTS) != weights.sha256:
+        raise UserError(
+            f"{weights.path} is damaged: its sha256 is not the one that was saved. Choose another checkpoint."
+        )
+    write_json(folder / CONFIG, timm_config(contents.description))
+    (folder / RECIPE).write_text(to_yaml(contents.recipe))
     if contents.results is not None:
         write_json(folder / RESULTS, contents.results)
-    (folder / "README.md").write_text(model_card(contents))
+        _write_outcomes(run, folder, contents, weights.label)
+    report = read_run(run, run.name)
+    if report.validation:
+        (folder / CURVES).write_bytes(draw_curves(report))
+    (folder / CARD).write_text(model_card(contents))
+    (folder / ROBUSTBENCH[0]).parent.mkdir()
+    (folder / ROBUSTBENCH[0]).write_text(info_json(contents))
+    (folder / ROBUSTBENCH[1]).write_text(robustbench_issue(contents))
+    model, x = _check_loads(run, folder, weights)
+    if options.onnx:
+        export_onnx(model, x, folder / ONNX)
+    if options.torch_export:
+        export_torch(model, x, folder / EXPORTED)
+    files = [name for name in FILES if (folder / name).is_file()]
+    facts = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in files}
+    write_json(folder / MANIFEST, {"format": "nrat_scale.release", "version": 1, "files": facts})
+
+
+def _write_outcomes(run: Path, folder: Path, contents: Contents, label: str) -> None:
+    """The per-image outcomes of these weights, under the label of the release."""
+    if not arrays_file(run / RESULTS).is_file():
+        return
+    arrays = read_arrays(run / RESULTS)
+    everything = read_json(run / RESULTS, "results")["checkpoints"]
+    own = next(name for name, record in everything.items() if record.get("sha256") == contents.sha256)
+    chosen = {f"{label}/{attack}": arrays.get(f"{own}/{attack}") for attack in contents.record["attacks"]}
+    write_arrays(folder / RESULTS, {name: outcome for name, outcome in chosen.items() if outcome is not None})
 
 
 def timm_config(description: dict[str, Any]) -> dict[str, Any]:
@@ -162,122 +240,119 @@ def timm_config(description: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_loads(run: Path, folder: Path, checkpoint: Checkpoint) -> None:
-    """What was written loads, and gives the run's logits bit for bit."""
-    original, released = run_model(run, checkpoint), load(folder)
-    height, width, channels = read_json(run / "model.json", "description of the model")["image_shape"]
+def _check_loads(run: Path, folder: Path, weights: Weights) -> tuple[torch.nn.Module, torch.Tensor]:
+    """What was written loads, and gives the run's logits bit for bit; the model, and images like those it takes."""
+    description = read_json(run / "model.json", "description of the model")
+    original = models.create(str(description["architecture"]), dict(description["model_args"]))
+    original.load_state_dict(load_file(weights.path))
+    released = load(folder)
+    height, width, channels = description["image_shape"]
     x = torch.rand(4, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(original(x), released(x)), "the release does not give the run's logits"
+        assert torch.equal(original.eval()(x), released(x)), "the release does not give the run's logits"
+    return released, x
 
 
-# ---- model card -----------------------------------------------------------------------------------------------------
+# ---- the Hub --------------------------------------------------------------------------------------------------------
 
 
-def model_card(contents: Contents) -> str:
-    """README.md of a release: Hub metadata, how to load it, its robustness, what it was trained on, its limits."""
-    recipe, results = contents.recipe, contents.results
-    dataset = str(contents.description["dataset"])
-    sections = [
-        _metadata(contents, dataset),
-        f"# {contents.name}",
-        f"`{contents.description['architecture']}` trained with **{recipe.objective.name}** against l_inf perturbations of "
-        f"eps = {_eps(recipe.threat.eps)} on `{dataset}`, by nrat_scale {nrat_scale.__version__}.",
-        *(["> **Warning.** " + _SPACE_WARNING] if recipe.threat.space != "pixel" else []),
-        "```python\n"
-        "import nrat_scale\n\n"
-        f'model = nrat_scale.load("{contents.name}")  # [0, 1] images [B, {_shape(contents)}] -> logits\n'
-        "```\n\n"
-        f'After `import nrat_scale`, `timm.create_model("local-dir:{contents.name}", pretrained=True)` gives the same model. '
-        "Do not normalise images: it happens inside.",
-        "## Robustness",
-        _robustness(results),
-        "## Training",
-        _training(contents),
-        "## Limits",
-        "Robustness was measured against the attacks and the radius named above, on the data set named above, and holds for "
-        "nothing else: not for other perturbations, larger radii or images of another kind.",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> list[str]:
+    """Send the release in `folder` to the model repository `repo`, which is made where it does not exist.
+
+    Only files that a release can hold are sent, each as its manifest says; what the repository has already is not sent again.
+
+    Returns:
+        The names of the files that were sent.
+
+    Raises:
+        UserError: no release, a damaged one, no permission, or the Hub cannot be reached.
+    """
+    check_repository(repo, revision)
+    verify(folder, everything=True)
+    shown = f"{repo}@{revision}" if revision else repo
+    files = names_of(folder, [name for name in FILES if (folder / name).is_file()])
+    hub = HubRepository(repo, "model", revision, "The release", shown)
+    hub.prepare(private=private)
+    missing = hub.missing(files)
+    if missing:
+        hub.upload({name: files[name] for name in missing}, f"Release {folder.name}")
+    return missing
 
 
-_SPACE_WARNING = (
-    "Trained and measured with `threat.space: released_code`, which applies eps and the clamp to [0, 1] in normalised units. "
-    "These numbers cannot be compared with RobustBench."
-)
+def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
+    """Send every checkpoint that `release.every_epochs` put aside to a revision of its own, `epoch-NNNN`; sentences on each.
 
-
-def _metadata(contents: Contents, dataset: str) -> str:
-    lines = ["library_name: timm", "tags:", "- image-classification", "- adversarial-robustness", "- nrat_scale"]
-    lines += ["pipeline_tag: image-classification", f"datasets:\n- {json.dumps(dataset)}"]
-    return "---\n" + "\n".join(lines) + "\n---"
-
-
-def _robustness(results: dict[str, Any] | None) -> str:
-    if results is None:
-        return "**Not evaluated.** This release was made without any measurement of its robustness."
-    record = next(iter(results["checkpoints"].values()))
-    return (
-        f"{markdown_table(results)}\n\n"
-        f"Test data `{results['data']['dataset']}` (fingerprint `{results['data']['fingerprint'][:16]}`), l_inf eps = "
-        f"{_eps(results['threat']['eps'])}, epoch {record['epoch']}, 95 % Wilson intervals. The checkpoint was selected on "
-        "held-out training images, never on the test data."
-    )
-
-
-def _training(contents: Contents) -> str:
-    recipe, noise = contents.recipe, contents.noise
-    data, threat = recipe.data, recipe.threat
-    lines = [
-        f"objective `{recipe.objective.name}` (lam {recipe.objective.lam:g}, inner loss {recipe.objective.inner}), "
-        f"{threat.num_steps} attack steps of {_eps(threat.step)}",
-        f"{recipe.train.epochs} epochs, batches of {data.batch_size}, {recipe.precision}, seed {recipe.seed}",
-    ]
-    if data.real.shards:
-        text = f"real images: `{data.real.shards}`"
-        if noise is not None:
-            text += (
-                f", label noise {noise['kind']} ({100 * noise['realised_rate']:.1f} % of {noise['num_labels']} labels)"
-            )
-        lines.append(text)
-    if data.generated.shards:
-        share = 100 * data.generated.fraction if data.real.shards else 100
-        lines.append(f"generated images: `{data.generated.shards}`, {share:g} % of every batch")
-    if contents.skipped:
-        total = sum(entry["num_images"] for entry in contents.skipped)
-        names = ", ".join(f"{entry['source']} `{entry['shard']}`" for entry in contents.skipped)
-        lines.append(
-            f"{len(contents.skipped)} shard(s) with {total} images could not be used and were skipped: {names}"
+    Raises:
+        UserError: as `push`; what was sent before stays.
+    """
+    _require_run(run)
+    check_repository(repo, None)
+    folders = sorted(path for path in (run / QUEUE).glob("epoch-*") if path.is_dir())
+    if not folders:
+        raise UserError(f"{run / QUEUE} holds nothing to send. Put checkpoints aside with release.every_epochs=N.")
+    told = []
+    for folder in folders:
+        facts = read_json(folder / "queued.json", "description of the queued weights")
+        weights = Weights(
+            folder.name, folder / WEIGHTS, facts["sha256"], facts["weights"], facts["step"], facts["epoch"]
         )
-    validation = data.validation
-    lines.append(f"selection: {validation.size} held-out {validation.source} images, {recipe.train.validation_attack}")
-    return "\n".join(f"* {line}" for line in lines) + "\n\nThe complete recipe is in `recipe.yaml`."
+        with tempfile.TemporaryDirectory() as temporary:
+            made = _release(run, weights, Path(temporary) / repo.partition("/")[2], Options(unevaluated=True))
+            sent = push(made, repo, private=private, revision=folder.name)
+        told.append(f"{repo}@{folder.name}: {f'{len(sent)} files sent' if sent else 'there already'}")
+    return told
 
 
-def _shape(contents: Contents) -> str:
-    height, width, channels = contents.description["image_shape"]
-    return f"{channels}, {height}, {width}"
-
-
-def _eps(value: float) -> str:
-    levels = value * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 and levels >= 0.5 else f"{value:g}"
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m nrat_scale.release",
-        description="Export a run's checkpoint as a folder that nrat_scale.load and timm load in one line.",
+        description="Export a run's checkpoint as a folder that nrat_scale.load and timm load in one line, and push it to the Hub.",
         epilog="Example: python -m nrat_scale.release runs/quickstart --to releases/quickstart",
     )
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="new folder to write")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: %(default)s")
     parser.add_argument("--unevaluated", action="store_true", help="release without results; the card says so")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, checked against the model")
+    parser.add_argument(
+        "--torch-export", action="store_true", help="write model.pt2 (torch.export) too, checked as well"
+    )
+    parser.add_argument(
+        "--push", metavar="USER/REPO", help="send it to the Hub (HF_ENDPOINT, HF_TOKEN or `hf auth login`)"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch of the repository (default: main)")
+    parser.add_argument(
+        "--queued", action="store_true", help="push what release.every_epochs put aside, each to its revision"
+    )
     arguments = parser.parse_args(argv)
-    folder = release(arguments.run, arguments.to, arguments.checkpoint, unevaluated=arguments.unevaluated)
-    print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
+    repo, to = arguments.push, arguments.to
+    if to is None and repo is None:
+        raise UserError("Say where to: --to FOLDER, --push user/repo, or both.")
+    if repo is None and (arguments.private or arguments.revision or arguments.queued):
+        raise UserError("--private, --revision and --queued need --push user/repo.")
+    if repo is not None:
+        check_repository(repo, arguments.revision)
+    if arguments.queued:
+        if to is not None or arguments.revision is not None:
+            raise UserError("--queued sends each checkpoint to a revision of its own; leave out --to and --revision.")
+        print("\n".join(push_queued(arguments.run, repo, private=arguments.private)))
+        return
+    options = Options(arguments.unevaluated, arguments.onnx, arguments.torch_export)
+    _require_run(arguments.run)
+    weights = _checkpoint_weights(arguments.run, arguments.checkpoint)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _release(arguments.run, weights, to or Path(temporary) / repo.partition("/")[2], options)
+        if to is not None:
+            print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
+        if repo is not None:
+            sent = push(folder, repo, private=arguments.private, revision=arguments.revision)
+            address = f"{repo}@{arguments.revision}" if arguments.revision else repo
+            print(f"{address}: {f'{len(sent)} files sent' if sent else 'everything is there already'}")
 
 
 if __name__ == "__main__":

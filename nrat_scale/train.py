@@ -174,7 +174,12 @@ def _build(
     on_main(accelerator, lambda: recover(run))
     if accelerator.is_main_process:
         _describe(t, arguments)
-        t.saver = Saver(run, recipe.train.keep, warn=lambda sentence: tqdm.write(f"warning: {sentence}"))
+        t.saver = Saver(
+            run,
+            recipe.train.keep,
+            warn=lambda sentence: tqdm.write(f"warning: {sentence}"),
+            queue_every=recipe.release.every_epochs,
+        )
     resume(t)
     return t
 

@@ -12,17 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from small_runs import write_run
 from torch import nn
 
 import nrat_scale
 from nrat_scale import evaluate, release
 from nrat_scale.accuracy import Images, correct_under, margin, wilson
 from nrat_scale.attacks import ThreatSpec
-from nrat_scale.checkpoint import save_checkpoint, write_pointer
 from nrat_scale.errors import UserError
 from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.pack import Source, write_shards
-from nrat_scale.recipe import load_recipe, to_yaml
 
 THREAT = ThreatSpec(0.06, 0.02, 1)
 NAMES = tuple("0123456789")
@@ -148,28 +147,11 @@ def test_autoattack_equals_a_direct_call(model: nn.Module, images: Images) -> No
 @pytest.fixture
 def run(model: nn.Module, tmp_path: Path) -> Path:
     """A run directory whose EMA is `model` and whose raw weights are not."""
-    folder = tmp_path / "run"
     test_images, labels = pictures(60, 2)
     test = write_shards(Source(test_images, labels, "custom", NAMES), tmp_path / "test", progress=False)
-    path = tmp_path / "r.yaml"
-    path.write_text(
-        f"threat: {{eps: 0.06, step: 0.02, num_steps: 1}}\ndata: {{real: {{shards: {test.parent}/secret/train}}}}\n"
-    )
-    raw = {key: value + 1 for key, value in model.state_dict().items()}
-    saved = save_checkpoint(folder, {"model": raw, "ema": dict(model.state_dict())}, {"step": 8, "epoch": 2})
-    write_pointer(folder, "best", saved)
-    write_pointer(folder, "last", saved)
-    (folder / "recipe.yaml").write_text(to_yaml(load_recipe(path)))
     arguments = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 16}), 10, 1, (0.3,), (0.3,))
-    description = {
-        "architecture": "cnn4",
-        "model_args": arguments,
-        "image_shape": [12, 12, 1],
-        "class_names": list(NAMES),
-        "dataset": "custom",
-    }
-    (folder / "model.json").write_text(json.dumps(description))
-    return folder
+    train = f"{test.parent}/secret/train"
+    return write_run(tmp_path / "run", model, arguments, 12, threat="eps: 0.06, step: 0.02", train=train)
 
 
 def results_of(run: Path, *options: str) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -235,19 +217,24 @@ def test_release_is_the_evaluated_model(run: Path, model: nn.Module, tmp_path: P
     """The folder loads through nrat_scale and timm with the EMA's logits, names no local path, and is made once."""
     results_of(run, "--attacks", "natural,pgd3")
     folder = release.release(run, tmp_path / "out" / "mine")
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
         "README.md",
         "config.json",
+        "curves.png",
+        "manifest.json",
         "model.safetensors",
+        "model_info.json",
+        "new_model_issue.md",
         "recipe.yaml",
         "results.json",
+        "results.npz",
     ]
     x = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loaded, through_timm = nrat_scale.load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         assert torch.equal(loaded(x), model(x))
         assert torch.equal(through_timm(x), model(x))
-    assert not any(str(tmp_path) in p.read_text() for p in folder.iterdir() if p.suffix != ".safetensors")
+    assert not any(str(tmp_path) in p.read_text() for p in folder.rglob("*.*") if p.suffix in (".md", ".json", ".yaml"))
     card, record = (folder / "README.md").read_text(), json.loads((run / "results.json").read_text())
     pgd = record["checkpoints"]["best"]["attacks"]["pgd3"]
     assert f"{100 * pgd['accuracy']:.1f}" in card
@@ -268,7 +255,8 @@ def test_release_refuses(run: Path, tmp_path: Path) -> None:
     assert "Not evaluated" in card
     results_of(run, "--attacks", "natural")
     results = json.loads((run / "results.json").read_text())
-    results["checkpoints"]["best"]["sha256"] = "0" * 64
+    for record in results["checkpoints"].values():
+        record["sha256"] = "0" * 64
     (run / "results.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match="no results"):
         release.release(run, tmp_path / "out")

@@ -17,18 +17,17 @@ import pyautoattack
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from small_runs import write_run
 from torch import Tensor, nn
 
 from nrat_scale import evaluate
 from nrat_scale.accuracy import Images, block_outcome, correct_under, parse_attack
 from nrat_scale.attacks import ThreatSpec, pgd
-from nrat_scale.checkpoint import save_checkpoint, write_pointer
 from nrat_scale.errors import UserError
 from nrat_scale.loading import load
 from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.outcomes import BlockLog, FinishedBlock, read_arrays, unfinished_folder
 from nrat_scale.pack import Source, write_shards
-from nrat_scale.recipe import load_recipe, to_yaml
 from nrat_scale.scrutiny import contradictions, scrutinise
 
 ROOT = Path(__file__).parent.parent
@@ -79,34 +78,15 @@ def images() -> Images:
     return as_images(pixels[1200:1280], labels[1200:1280])
 
 
-def run_folder(folder: Path, model: nn.Module, test: Path) -> Path:
-    """A run whose EMA is `model`, with raw weights of its own."""
-    path = folder.parent / "recipe.yaml"
-    path.write_text("threat: {eps: 0.15, step: 0.04, num_steps: 1}\ndata: {real: {shards: train}}\n")
-    raw = {key: value * 0.9 for key, value in model.state_dict().items()}
-    saved = save_checkpoint(folder, {"model": raw, "ema": dict(model.state_dict())}, {"step": 8, "epoch": 2})
-    for pointer in ("best", "last"):
-        write_pointer(folder, pointer, saved)
-    (folder / "recipe.yaml").write_text(to_yaml(load_recipe(path)))
-    description = {
-        "architecture": "cnn4",
-        "model_args": model_arguments(ModelSpec(kwargs={"width": 8, "hidden": 32}), 10, 1, (0.3,), (0.3,)),
-        "image_shape": [8, 8, 1],
-        "class_names": list(NAMES),
-        "dataset": "digits",
-    }
-    (folder / "model.json").write_text(json.dumps(description))
-    return folder
+ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 8, "hidden": 32}), 10, 1, (0.3,), (0.3,))
 
 
 @pytest.fixture
 def run(model: nn.Module, tmp_path: Path) -> Path:
     """A run directory, and 80 test digits beside it in `test`."""
     pixels, labels = digits()
-    test = write_shards(
-        Source(pixels[1200:1280], labels[1200:1280], "digits", NAMES), tmp_path / "test", progress=False
-    )
-    return run_folder(tmp_path / "run", model, test)
+    write_shards(Source(pixels[1200:1280], labels[1200:1280], "digits", NAMES), tmp_path / "test", progress=False)
+    return write_run(tmp_path / "run", model, ARGUMENTS, 8, threat="eps: 0.15, step: 0.04")
 
 
 def command(run: Path, *options: str, processes: int = 1) -> list[str]:
@@ -276,7 +256,7 @@ def test_autoattack_on_a_robust_resnet_equals_a_direct_call() -> None:
 
 def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     """Every image exactly once, the same outcome for each, AutoAttack included."""
-    options = ["--attacks", "natural,pgd5x2,aa-apgd", "--batch-size", "16", "--checkpoint", "best", "--images", "70"]
+    options = ["--attacks", "natural,pgd5x2,aa-apgd", "--batch-size", "16", "--checkpoint", "best", "--images", "42"]
     launched(command(run, *options, "--out", str(tmp_path / "one" / "results.json")))
     script = tmp_path / "counted.py"  # says how many processes there really were
     script.write_text(
@@ -290,7 +270,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     assert "WORLD 2" in out
     one, two = (arrays(tmp_path / n / "results.json") for n in ("one", "two"))
     assert one == two
-    assert one["best/pgd5x2"][0] == sorted(set(one["best/pgd5x2"][0])) and len(one["best/pgd5x2"][0]) == 70
+    assert one["best/pgd5x2"][0] == sorted(set(one["best/pgd5x2"][0])) and len(one["best/pgd5x2"][0]) == 42
     records = [json.loads((tmp_path / n / "results.json").read_text())["checkpoints"]["best"] for n in ("one", "two")]
     for record in records:
         for entry in record["attacks"].values():
@@ -300,7 +280,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
 
 def test_a_killed_evaluation_goes_on_with_the_next_block(run: Path) -> None:
     """Finished blocks are on disk when the process is killed, are not measured again, and the end is the same."""
-    options = ["--attacks", "aa:square", "--batch-size", "3", "--checkpoint", "best", "--images", "12"]
+    options = ["--attacks", "aa:apgd-t", "--batch-size", "3", "--checkpoint", "best", "--images", "12"]
     process = subprocess.Popen(command(run, *options), env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
     folder = unfinished_folder(run / "results.json")
     deadline = time.monotonic() + 200
@@ -317,9 +297,9 @@ def test_a_killed_evaluation_goes_on_with_the_next_block(run: Path) -> None:
     flipped = "".join("10"[int(letter)] for letter in value["right"])
     first.write_text(json.dumps({**value, "right": flipped}))
     launched(command(run, *options))
-    shown = arrays(run / "results.json")["best/aa:square"][1]
+    shown = arrays(run / "results.json")["best/aa:apgd-t"][1]
     launched(command(run, *options, "--out", str(run.parent / "whole.json")))
-    whole = arrays(run.parent / "whole.json")["best/aa:square"][1]
+    whole = arrays(run.parent / "whole.json")["best/aa:apgd-t"][1]
     assert ["01"[right] for right in shown[:3]] == list(flipped)
     assert shown[3:] == whole[3:] and [not right for right in shown[:3]] == whole[:3]
     assert not folder.exists(), "nothing is left once the answer is written"

@@ -14,6 +14,7 @@ TOOLS = ROOT / "tools"
 GROUND = (
     "errors",
     "files",
+    "push",
     "unfinished",
     "seeds",
     "fetch",
@@ -25,7 +26,7 @@ GROUND = (
 )  # ordered
 L0 = (
     "labels", "shards", "sampling", "augment", "models", "attacks", "objectives", "weights", "optim", "guard", "twin",
-    "batchnorm", "flags", "clock", "heartbeat",
+    "batchnorm", "flags", "clock", "heartbeat", "export",
 )  # fmt: skip
 L1 = ("loading", "pack", "sources", "resident", "loader", "data")  # ordered
 L2 = ("autoattack", "accuracy", "recipe", "checkpoint")  # ordered
@@ -42,6 +43,7 @@ L3 = (
     "compiling",
     "train",
     "report",
+    "card",
     "release",
     "audit",
     "plan",

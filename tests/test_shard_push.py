@@ -10,6 +10,7 @@ import pytest
 from hub_server import HubServer
 
 import shard_push
+from nrat_scale import push
 from nrat_scale.errors import UserError
 from nrat_scale.pack import Source, write_shards
 
@@ -40,8 +41,8 @@ def _run(hub: HubServer, home: Path, *commands: list[object], token: str | None 
     """Run commands in one process, one after the other, with short pauses: the client reads its environment at import."""
     lines = [[str(word) for word in command] for command in commands]
     script = (
-        "import shard_push, shard_dataset; from nrat_scale.errors import run_cli; "
-        f"shard_push._FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [shard_dataset.main(line) for line in {lines!r}])"
+        "import shard_push, shard_dataset, nrat_scale.push; from nrat_scale.errors import run_cli; "
+        f"nrat_scale.push._FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [shard_dataset.main(line) for line in {lines!r}])"
     )
     env = {**os.environ, **hub.environment(home, token), "NRAT_SCALE_CACHE": str(home / "cache")}
     return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=120)
@@ -105,12 +106,12 @@ class _Fails:
 )
 def test_only_what_may_pass_is_tried_again(monkeypatch, status, times, calls):
     """A cut connection or a busy server gets six attempts; what will not pass ends at once, with one sentence."""
-    monkeypatch.setattr(shard_push, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(push, "_FIRST_PAUSE_SECONDS", 0.001)
     error = ConnectionError("cut\nmore lines")
     if status is not None:
         error.response = type("Response", (), {"status_code": status})
     attempt = _Fails(error, times)
-    hub = shard_push._Hub("hf://datasets/a/b", "a/b", None)
+    hub = push.HubRepository("a/b", "dataset", None, "The shards", "hf://datasets/a/b")
     if times < calls:
         assert hub._retried(attempt) == "done"
     else:
@@ -148,7 +149,7 @@ def test_damaged_shards_are_never_published(tmp_path, monkeypatch, folder):
     def never(*arguments: object) -> None:
         raise AssertionError("reached the Hub")
 
-    monkeypatch.setattr(shard_push._Hub, "prepare", never)
+    monkeypatch.setattr(push.HubRepository, "prepare", never)
     path = folder / "shard-00001.tar"
     data = bytearray(path.read_bytes())
     data[3000] ^= 1
@@ -161,8 +162,8 @@ def test_damaged_shards_are_never_published(tmp_path, monkeypatch, folder):
 
 def test_a_file_that_the_hub_left_out_is_noticed(folder, monkeypatch):
     """The client skips silently what a .gitignore of the repository names; the push must not call that a success."""
-    hub = shard_push._Hub("hf://datasets/a/b", "a/b", None)
+    hub = push.HubRepository("a/b", "dataset", None, "The shards", "hf://datasets/a/b")
     monkeypatch.setattr(hub._api, "create_commit", lambda **options: None)
     monkeypatch.setattr(hub._api, "get_paths_info", lambda *arguments, **options: [])
     with pytest.raises(UserError, match=r"shard-00000\.tar did not arrive"):
-        hub.upload(folder, ["shard-00000.tar"])
+        hub.upload({"shard-00000.tar": folder / "shard-00000.tar"})
