@@ -1,0 +1,277 @@
+"""Weights from strangers: whatever they hold, they load exactly or are refused in a sentence, and never run."""
+
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyautoattack
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nrat_scale.errors import UserError
+from nrat_scale.loading import load, pretrained
+from nrat_scale.models import ModelSpec, create, model_arguments
+
+ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 8}), 10, 1, (0.3,), (0.2,))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return create("cnn4", ARGUMENTS).eval()
+
+
+def same(a: nn.Module, b: nn.Module, shape: tuple[int, ...] = (3, 1, 8, 8)) -> bool:
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+# ---- RobustBench's layouts, re-created from names and shapes --------------------------------------------------------
+
+
+class DMBlock(nn.Module):
+    """A block of the DeepMind WideResNet as RobustBench lays it out."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(inputs)
+        self.conv_0 = nn.Conv2d(inputs, outputs, 3, stride, 0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(outputs)
+        self.conv_1 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = F.silu(self.batchnorm_0(x))
+        y = self.shortcut(v) if hasattr(self, "shortcut") else x
+        v = F.pad(v, (0, 1, 0, 1)) if self.stride == 2 else F.pad(v, (1, 1, 1, 1))
+        return y + self.conv_1(F.silu(self.batchnorm_1(self.conv_0(v))))
+
+
+class DMGroup(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            *(DMBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(4))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class DMLayout(nn.Module):
+    """WideResNet-28-10 with the constants outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.init_conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.layer = nn.Sequential(DMGroup(16, 160, 1), DMGroup(160, 320, 2), DMGroup(320, 640, 2))
+        self.batchnorm = nn.BatchNorm2d(640)
+        self.logits = nn.Linear(640, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
+        out = F.silu(self.batchnorm(self.layer(self.init_conv((x - mean) / std))))
+        return self.logits(F.avg_pool2d(out, 8).flatten(1))
+
+
+def test_wide_resnet_weights_go_both_ways(tmp_path: Path) -> None:
+    """Theirs load strictly into ours and ours into theirs, and the logits agree."""
+    torch.manual_seed(1)
+    theirs = DMLayout().eval()
+    names = json.loads((Path(__file__).parent / "data" / "wrn28_10_state_names.json").read_text())
+    assert set(theirs.state_dict()) == set(names)
+    torch.save(theirs.state_dict(), tmp_path / "dm.pt")
+    ours = load(tmp_path / "dm.pt", arch="wrn28_10_silu")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    back = DMLayout()
+    back.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_the_public_robust_resnet_loads_strictly(model: nn.Module) -> None:
+    """AutoAttack's own example model, and the layout it is defined by, give the same logits."""
+    path = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
+    ours = load(path, arch="resnet18_cifar", mean=[0.0] * 3, std=[1.0] * 3)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    assert set(state) == set(ours.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+
+    def norm(name: str, z: Tensor) -> Tensor:
+        return F.batch_norm(
+            z,
+            state[f"{name}.running_mean"],
+            state[f"{name}.running_var"],
+            state[f"{name}.weight"],
+            state[f"{name}.bias"],
+        )
+
+    out = F.relu(norm("bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
+    for layer in range(1, 5):
+        for block in range(2):
+            name, stride = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+            z = F.relu(norm(f"{name}.bn1", F.conv2d(out, state[f"{name}.conv1.weight"], stride=stride, padding=1)))
+            z = norm(f"{name}.bn2", F.conv2d(z, state[f"{name}.conv2.weight"], padding=1))
+            if f"{name}.shortcut.0.weight" in state:
+                out = norm(f"{name}.shortcut.1", F.conv2d(out, state[f"{name}.shortcut.0.weight"], stride=stride))
+            out = F.relu(z + out)
+    expected = F.linear(F.avg_pool2d(out, 4).flatten(1), state["linear.weight"], state["linear.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- files of weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s},
+        lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3},
+        lambda s: {f"module.model.{k}": v for k, v in s.items()},
+        lambda s: {f"module.1.{k}": v for k, v in s.items()} | {"module.0.mean": torch.tensor([[[0.3]]]), "module.0.std": torch.tensor([[[0.2]]])},
+        lambda s: {f"model.{k}": v for k, v in s.items()} | {"mu": torch.tensor([0.3]), "sigma": torch.tensor([0.2])},
+    ],
+)  # fmt: skip
+def test_the_usual_wrappings(model: nn.Module, tmp_path: Path, wrap: Any) -> None:
+    """DataParallel, Lightning-like containers and normalising Sequentials; saved constants count, given ones before them."""
+    content = wrap(dict(model.state_dict()))
+    torch.save(content, tmp_path / "w.pt")
+    holds = any("mean" in name or "mu" in name for name in content)
+    constants = {} if holds else {"mean": [0.3], "std": [0.2]}
+    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, **constants), model)
+    assert not same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.1], std=[0.2]), model)
+
+
+def test_a_safetensors_file_and_other_numbers_of_classes(tmp_path: Path) -> None:
+    """num_classes and in_chans are those of the tensors."""
+    net = create("cnn4", {"num_classes": 7, "in_chans": 2, "mean": [0.5, 0.5], "std": [0.5, 0.5]})
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    loaded = load(tmp_path / "w.safetensors", arch="cnn4")
+    assert (loaded.num_classes, loaded.in_chans) == (7, 2)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
+    """Neither torch's format nor a bare pickle."""
+    torch.save({"state_dict": Trap(tmp_path / "ran")}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(UserError, match="could run code"):
+            load(tmp_path / name, arch="cnn4")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
+    """Missing and foreign tensors, other shapes, unknown architectures, options in the wrong place."""
+    state = dict(model.state_dict())
+    state["extra"] = state.pop("classifier.bias")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"'classifier.bias' is missing; 'extra' is not part of it"):
+        load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
+    torch.save(dict(model.state_dict()), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="instead of"):
+        load(tmp_path / "w.pt", arch="cnn4", width=8)
+    with pytest.raises(UserError, match="Did you mean 'cnn4'"):
+        load(tmp_path / "w.pt", arch="cnn5")
+    with pytest.raises(UserError, match="arch="):
+        load(tmp_path / "w.pt")
+    with pytest.raises(UserError, match="need arch="):
+        load(tmp_path, mean=[0.1])
+    with pytest.raises(UserError, match="no file of weights"):
+        load(tmp_path / "nowhere.pt", arch="cnn4")
+    torch.save({"a": {"x": torch.zeros(1)}, "b": 3}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="expected a state dict"):
+        load(tmp_path / "odd.pt", arch="cnn4")
+    with pytest.raises(UserError, match="no pretrained weights"):
+        pretrained("wrn28_10_silu")
+
+
+# ---- releases that lie ----------------------------------------------------------------------------------------------
+
+
+def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "cnn4", "num_classes": 10, "model_args": ARGUMENTS}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "evil"}, "not known here"),
+        ({"model_args": {**ARGUMENTS, "width": 10**9}}, "no model is that large"),
+        ({"architecture": "wrn28_10", "model_args": {"depth": 6 * 10**5 + 4}}, "no model is that large"),
+        ({"model_args": {**ARGUMENTS, "width": 50000}}, "does not fit"),
+        ({"model_args": {**ARGUMENTS, "pretrained_cfg": "x"}}, "no property"),
+        ({"model_args": {**ARGUMENTS, "width": {"a": 1}}}, "expected a number"),
+        ({"model_args": {**ARGUMENTS, "padding": "x" * (1 << 20)}}, "no configuration is that large"),
+    ],
+)
+def test_a_configuration_that_asks_too_much(
+    model: nn.Module, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Refused before anything of that size is allocated (50,000 channels would be 90 GB)."""
+    with pytest.raises(UserError, match=message):
+        load(write_release(tmp_path / "r", model, **changes))
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 900), value=st.integers(0, 255), cut=st.integers(0, 8000))
+def test_damaged_weights_are_refused_or_the_same(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int
+) -> None:
+    """One byte of the header changed and the end cut off: a sentence, or exactly the tensors that are there; never a crash."""
+    torch.manual_seed(0)
+    net = create("cnn4", ARGUMENTS).eval()
+    folder = write_release(tmp_path_factory.mktemp("r"), net)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[position] = value
+    path.write_bytes(data[: len(data) - cut])
+    try:
+        load(folder)
+    except UserError as error:
+        sentence = str(error)
+    else:
+        sentence = ""
+    assert "\n" not in sentence
+    assert sentence or not cut
+
+
+def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
+    """Sizes that do not add up, and a header longer than the file."""
+    path = write_release(tmp_path / "r", model) / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
+    with pytest.raises(UserError, match="claims"):
+        load(tmp_path / "r")
+    path.write_bytes(content + b"\0" * 8)
+    with pytest.raises(UserError, match="describes"):
+        load(tmp_path / "r")
+    half = {key: value.half() for key, value in model.state_dict().items()}
+    save_file(half, path)
+    with pytest.raises(UserError, match="is F16 instead of F32"):
+        load(tmp_path / "r")
