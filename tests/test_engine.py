@@ -334,3 +334,27 @@ def test_saving_does_not_change_what_follows(recipe_path: Path, tmp_path: Path) 
     t.saver.close()
     saved = named_checkpoint(tmp_path / "run", "best").tensors("model")
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
+
+
+def test_epochs_are_put_aside_for_a_release(recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every epoch that the recipe asks for and no other, the evaluated weights of its end, once, whatever was interrupted; and
+    where that is not possible the run says so and ends like any other."""
+    aside = ["release.every_epochs=1", "train.keep=1"]
+    whole = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'whole'}", *aside]))
+    steps = load_recipe(whole / "recipe.yaml").train.epochs
+    for stop in (["train.max_steps=2"], []):
+        parts = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'parts'}", *aside, *stop]))
+    folders = [sorted((run / "releases").iterdir()) for run in (whole, parts)]
+    assert [path.name for path in folders[0]] == [path.name for path in folders[1]]
+    assert [path.name for path in folders[0]] == [f"epoch-{epoch:04d}" for epoch in range(1, steps + 1)]
+    for first, second in zip(*folders, strict=True):
+        assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    last = named_checkpoint(whole, "last")
+    kept = (folders[0][-1] / "model.safetensors").read_bytes()
+    assert kept == (last.folder / f"{last.evaluated}.safetensors").read_bytes()
+    blocked = tmp_path / "blocked"
+    train(load_recipe(recipe_path, [f"run_dir={blocked}", "train.max_steps=2"]))
+    (blocked / "releases").write_text("in the way")
+    train(load_recipe(recipe_path, [f"run_dir={blocked}", *aside]))
+    assert digest(blocked) == digest(whole)
+    assert "not put aside for a release" in "".join(capfd.readouterr())
