@@ -336,7 +336,9 @@ def test_saving_does_not_change_what_follows(recipe_path: Path, tmp_path: Path) 
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
-def test_epochs_are_put_aside_for_a_release(recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_epochs_are_put_aside_for_a_release(
+    recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Every epoch that the recipe asks for and no other, the evaluated weights of its end, once, whatever was interrupted; and
     where that is not possible the run says so and ends like any other."""
     aside = ["release.every_epochs=1", "train.keep=1"]
@@ -353,7 +355,7 @@ def test_epochs_are_put_aside_for_a_release(recipe_path: Path, tmp_path: Path, c
     kept = (folders[0][-1] / "model.safetensors").read_bytes()
     assert kept == (last.folder / f"{last.evaluated}.safetensors").read_bytes()
     blocked = tmp_path / "blocked"
-    train(load_recipe(recipe_path, [f"run_dir={blocked}", "train.max_steps=2"]))
+    train(load_recipe(recipe_path, [f"run_dir={blocked}", "train.keep=1", "train.max_steps=2"]))
     (blocked / "releases").write_text("in the way")
     train(load_recipe(recipe_path, [f"run_dir={blocked}", *aside]))
     assert digest(blocked) == digest(whole)
