@@ -21,6 +21,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(choices)}."
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's `error` says, cut to the one line that fits into a sentence; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command-line `main`: exit status 2 and its message on `UserError`, 1 and a traceback on a bug.
 

@@ -7,9 +7,8 @@ and sizes are compared before anything is allocated: a file from a stranger can 
 import pickle
 import re
 import struct
-import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import register_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nrat_scale import models
-from nrat_scale.errors import UserError, did_you_mean
+from nrat_scale.errors import UserError, did_you_mean, first_line
 from nrat_scale.files import parse_json, read_json, sha256_of
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
@@ -39,6 +39,8 @@ _CONFIG_BYTES = 1 << 20
 _HEADER_BYTES = 64 << 20
 _LARGEST_ARGUMENT = 1 << 20  # no depth, width or number of classes is larger
 _DEEPEST = 1000  # layers that a configuration may ask for
+_MOST_PARAMETERS = 10_000  # tensors, not numbers; the deepest of timm's models have some thousands
+_BUFFER_BYTES = 1 << 28  # constants that a model computes for itself (masks, positions) and does not save
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -147,7 +149,7 @@ def _fetch(source: str) -> Path:
                 hf_hub_download(repo, name, revision=commit, force_download=True)
     except HFValidationError as error:
         raise UserError(
-            f"There is no release folder {source}, and the Hub does not allow such a name: {_first_line(error)}"
+            f"There is no release folder {source}, and the Hub does not allow such a name: {first_line(error)}"
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(
@@ -162,24 +164,25 @@ def _fetch(source: str) -> Path:
     except EntryNotFoundError as error:
         raise UserError(f"{repo} on the Hub is not a release: it lacks {CONFIG} or {WEIGHTS}.") from error
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"The release {source} cannot be fetched from the Hub: {_first_line(error)}") from error
+        raise UserError(f"The release {source} cannot be fetched from the Hub: {first_line(error)}") from error
     return folder
 
 
 def _from_release(folder: Path) -> nn.Module:
-    name, arguments = _configuration(folder / CONFIG)
-    if wrong := _differences(_described(name, arguments), _header(folder / WEIGHTS)):
+    name, arguments, constants = _configuration(folder / CONFIG)
+    found = _header(folder / WEIGHTS)
+    if wrong := _differences(_described(name, arguments, len(found)), found):
         raise UserError(f"{WEIGHTS} does not fit the architecture {name}: {wrong}.")
     model = models.create(name, arguments)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError, OSError) as error:
-        raise UserError(f"{WEIGHTS} cannot be read: {_first_line(error)}") from error
-    return model
+        raise UserError(f"{WEIGHTS} cannot be read: {first_line(error)}") from error
+    return model if _is_ours(name) else _normalised(model, name, arguments, constants.get("mean"), constants.get("std"))
 
 
-def _configuration(path: Path) -> tuple[str, dict[str, Any]]:
-    """(architecture, arguments) of a config.json in timm's format."""
+def _configuration(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(architecture, arguments, what timm knows of its input) of a config.json in timm's format."""
     if path.stat().st_size > _CONFIG_BYTES:
         raise UserError(f"{CONFIG} has {path.stat().st_size} bytes; no configuration is that large.")
     config = parse_json(path.read_bytes(), "configuration", CONFIG)
@@ -195,11 +198,16 @@ def _configuration(path: Path) -> tuple[str, dict[str, Any]]:
         arguments = {**arguments, "num_classes": config["num_classes"]}
     for key, value in arguments.items():
         _check_argument(key, value)
-    return name, arguments
+    known = config.get("pretrained_cfg")
+    return name, arguments, known if isinstance(known, dict) else {}
 
 
 def _check_argument(key: str, value: Any) -> None:
-    for item in value if isinstance(value, list) else [value]:
+    if key in ("device", "dtype") or key.startswith(("pretrained", "checkpoint", "cache_dir")):
+        # The first would leave the meta device and allocate, the others make timm read other files or addresses.
+        raise UserError(f"{CONFIG} sets '{key}', which is no property of an architecture.")
+    items = value if isinstance(value, list) else [value]
+    for item in items:
         number = isinstance(item, int | float) and not isinstance(item, bool)
         if not (item is None or isinstance(item, bool | str) or number):
             raise UserError(
@@ -208,25 +216,50 @@ def _check_argument(key: str, value: Any) -> None:
         limit = _DEEPEST if key == "depth" else _LARGEST_ARGUMENT
         if number and not abs(item) <= limit:
             raise UserError(f"{CONFIG} asks for {key} = {item}; no model is that large.")
-    if key.startswith(("pretrained", "checkpoint", "cache_dir")):  # would make timm read other files or addresses
-        raise UserError(f"{CONFIG} sets '{key}', which is no property of an architecture.")
+    if sum(abs(item) for item in items if isinstance(item, int | float)) > _LARGEST_ARGUMENT:
+        raise UserError(f"{CONFIG} asks for {key} with a sum above {_LARGEST_ARGUMENT}; no model is that large.")
 
 
 def _ours() -> list[str]:
     return [tag.split(".")[0] for tag in models.default_cfgs]
 
 
+def _is_ours(arch: str) -> bool:
+    """Whether the architecture normalises by itself; timm's own do not."""
+    return arch.split(".")[0] in _ours()
+
+
 Described = dict[str, tuple[str, tuple[int, ...]]]  # name -> type, shape
 
 
-def _described(name: str, arguments: dict[str, Any]) -> Described:
-    """What the state dict of the architecture looks like; nothing is allocated."""
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop the construction of a model as soon as it has more parameters: `depths` of a million layers never end."""
+    count = 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += 1
+        if count > parameters:
+            raise UserError("the architecture asks for far more layers than there are weights.")
+
+    handle = register_module_parameter_registration_hook(counted)
     try:
-        with torch.device("meta"):
-            model = models.create(name, arguments)
-    except NotImplementedError as error:
-        raise UserError(f"the architecture {name} cannot be described without building it.") from error
-    return {key: (_TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in model.state_dict().items()}
+        yield
+    finally:
+        handle.remove()
+
+
+def _described(name: str, arguments: dict[str, Any], tensors: int) -> Described:
+    """What the state dict of the architecture looks like, which is to hold `tensors`; nothing is allocated."""
+    # Some constructors register a parameter twice (a head that is replaced); what really differs is named afterwards.
+    with torch.device("meta"), _at_most(min(2 * tensors + 100, _MOST_PARAMETERS)):
+        model = models.create(name, arguments)
+    state = model.state_dict()
+    unsaved = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in state)
+    if unsaved > _BUFFER_BYTES:
+        raise UserError(f"the architecture {name} asks for {unsaved >> 20} MiB of constants; no model needs as many.")
+    return {key: (_TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for key, t in state.items()}
 
 
 def _header(path: Path) -> Described:
@@ -248,7 +281,7 @@ def _header(path: Path) -> Described:
                 kind, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
                 found[name] = kind, shape
                 total += end - begin
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path.name} is damaged: its header does not describe tensors ({error}).") from error
     if total != size - 8 - length:
         raise UserError(
@@ -273,6 +306,8 @@ def _differences(expected: Described, found: Described) -> str:
 
 # ---- files of weights -----------------------------------------------------------------------------------------------
 
+Constants = dict[str, list[list[float]]]  # "mean" and "std" -> the different ones that were found
+
 
 def _from_file(
     path: Path, arch: str, mean: Sequence[float] | None, std: Sequence[float] | None, model_args: dict[str, Any]
@@ -281,18 +316,33 @@ def _from_file(
         raise UserError(f"{path} is a folder; arch= is for a file of weights. A release is loaded without it.")
     if not path.is_file():
         raise UserError(f"There is no file of weights {path}.")
-    state, constants = _plain(_read(path), path)
-    arguments = {**_inferred(arch, state, constants), **model_args}
-    for name, given in (("mean", mean), ("std", std)):
-        if given is not None or name in constants:
-            arguments[name] = [float(value) for value in (constants[name] if given is None else given)]
-    expected = _described(arch, arguments)
+    state, saved = _plain(_read(path), path)
+    constants = {
+        name: values
+        for name, given in (("mean", mean), ("std", std))
+        if (values := _constant(path, name, given, saved)) is not None
+    }
+    arguments = {**_inferred(arch, state), **model_args}
+    ours = _is_ours(arch)
+    if ours:
+        arguments.update(constants)
+    expected = _described(arch, arguments, len(state))
     found = {key: (expected.get(key, ("?", ()))[0], tuple(value.shape)) for key, value in state.items()}
     if wrong := _differences(expected, found):
         raise UserError(f"The weights in {path} do not fit {arch}: {wrong}.")
     model = models.create(arch, arguments)
     model.load_state_dict(state)
-    return model
+    return model if ours else _normalised(model, arch, arguments, constants.get("mean"), constants.get("std"))
+
+
+def _constant(path: Path, name: str, given: Sequence[float] | None, saved: Constants) -> list[float] | None:
+    """The caller's mean or std, else the one that the file holds, else None."""
+    if given is not None:
+        return [float(value) for value in given]
+    if len(saved[name]) > 1:
+        shown = " and ".join(map(str, saved[name][:3]))
+        raise UserError(f"{path} holds more than one {name} of a normalisation: {shown}. Say which with {name}=.")
+    return saved[name][0] if saved[name] else None
 
 
 def _read(path: Path) -> Any:
@@ -306,14 +356,17 @@ def _read(path: Path) -> Any:
             f"{path} holds more than tensors, or is no file of weights; such a file could run code and is not opened. "
             "Save model.state_dict() alone."
         ) from error
-    except (RuntimeError, SafetensorError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"The weights {path} cannot be read: {_first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # a damaged pickle makes torch raise almost anything: KeyError, IndexError, AttributeError
+        raise UserError(f"The weights {path} cannot be read: {first_line(error)}") from error
 
 
-def _plain(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+def _plain(content: Any, path: Path) -> tuple[dict[str, Tensor], Constants]:
     """(state dict with the architecture's own names, normalisation constants) from the usual wrappings."""
     found = content
-    if isinstance(found, dict) and not any(isinstance(value, Tensor) for value in found.values()):
+    # Beside a container a training script may have saved an accuracy as a tensor, which makes it no state dict.
+    if isinstance(found, dict) and not (found and all(isinstance(value, Tensor) for value in found.values())):
         inner = [name for name in _CONTAINERS if isinstance(found.get(name), dict)]
         if len(inner) != 1:
             raise UserError(
@@ -323,12 +376,15 @@ def _plain(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, list[
         found = found[inner[0]]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in found.items()):
         raise UserError(f"{path} holds no state dict (names and tensors).")
-    state, constants = dict(found), dict[str, list[float]]()
+    state: dict[str, Tensor] = dict(found)
+    constants: Constants = {"mean": [], "std": []}
     while state:
         for name in list(state):
             kind = _CONSTANTS.get(name.rpartition(".")[2])
             if kind is not None and state[name].numel() <= 4 and not name.startswith(("layer", "block")):
-                constants[kind] = state.pop(name).flatten().double().tolist()
+                values = state.pop(name).flatten().double().tolist()
+                if values not in constants[kind]:
+                    constants[kind].append(values)
         prefixes = {match[0] if (match := _PREFIX.match(name)) else "" for name in state}
         if len(prefixes) != 1 or prefixes == {""}:
             break
@@ -337,7 +393,7 @@ def _plain(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, list[
     return state, constants
 
 
-def _inferred(arch: str, state: dict[str, Tensor], constants: dict[str, list[float]]) -> dict[str, Any]:
+def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """num_classes and in_chans as the tensors say."""
     if not timm.is_model(arch):
         raise UserError(f"Unknown architecture '{arch}'. {did_you_mean(arch, _ours())} Any timm model can be used.")
@@ -365,6 +421,21 @@ class _Zoo(models.Normalised):
         return self.model(self.normalise(x))
 
 
+def _normalised(model: nn.Module, arch: str, arguments: dict[str, Any], mean: Any, std: Any) -> _Zoo:
+    """`model` of timm's, with these constants or else those that timm has for the architecture."""
+    known = timm.get_pretrained_cfg(arch)
+    if known is None and (mean is None or std is None):
+        raise UserError(f"timm knows no normalisation for {arch}. Give mean= and std=.")
+    for name, values in (("mean", mean), ("std", std)):
+        listed = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if values is not None and not listed:
+            raise UserError(f"The {name} of the normalisation must be a list of numbers, not {values!r}.")
+    in_chans = arguments.get("in_chans", 3 if known is None else known.input_size[0])
+    if known is not None:
+        mean, std = known.mean if mean is None else mean, known.std if std is None else std
+    return _Zoo(model, mean, std, int(in_chans))
+
+
 def pretrained(name: str, device: torch.device | str = "cpu") -> nn.Module:
     """A model of timm's with its pretrained weights, in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
 
@@ -379,16 +450,17 @@ def pretrained(name: str, device: torch.device | str = "cpu") -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=True)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        raise UserError(f"timm's weights of '{name}' cannot be fetched: {_first_line(error)}") from error
+        raise UserError(f"timm's weights of '{name}' cannot be fetched: {first_line(error)}") from error
     return _Zoo(model, known.mean, known.std, known.input_size[0]).eval().to(device)
 
 
 # ---- RobustBench ----------------------------------------------------------------------------------------------------
 
 _registered: dict[str, str] = {}  # entry point -> source
+_BENCHMARKS = {"dataset": ("cifar10", "cifar100", "imagenet"), "threat_model": ("Linf", "L2", "corruptions")}
 
 
-def register_robustbench(source: str, name: str, dataset: str = "cifar10", threat_model: str = "Linf") -> str:
+def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10", threat_model: str = "Linf") -> str:
     """Let RobustBench's `load_model(name, dataset=dataset, threat_model=threat_model)` find a release.
 
     RobustBench asks timm for a model called `<name>_<dataset>_<threat_model>` in lower case with `-` as `_`, before it looks into
@@ -397,13 +469,22 @@ def register_robustbench(source: str, name: str, dataset: str = "cifar10", threa
     Args:
         source: as for `load`.
         name: what the model is to be called.
+        dataset: `cifar10`, `cifar100` or `imagenet`.
+        threat_model: `Linf`, `L2` or `corruptions`, which RobustBench also asks for where `corruptions_3d` is meant.
 
     Returns:
         The name registered with timm.
 
     Raises:
-        UserError: the name is taken, or is none.
+        UserError: the name is taken, or is none, or RobustBench has no such data set or threat model.
     """
+    for what, value in (("dataset", dataset), ("threat_model", threat_model)):
+        if value not in _BENCHMARKS[what]:
+            raise UserError(
+                f"RobustBench has no {what} '{value}' and would never ask for it. {did_you_mean(value, _BENCHMARKS[what])}"
+            )
+    # What is meant must not change with the working directory between now and the call.
+    source = str(Path(source).resolve() if Path(source).exists() else source)
     entry = f"{name.lower().replace('-', '_')}_{dataset.lower()}_{threat_model.lower()}"
     if not entry.isidentifier():
         raise UserError(f"'{name}' cannot be the name of a model: use letters, digits, - and _.")
@@ -415,6 +496,8 @@ def register_robustbench(source: str, name: str, dataset: str = "cifar10", threa
     def create(pretrained: bool = False, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
         if not pretrained:
             raise UserError(f"{entry} is a trained model: use pretrained=True.")
+        if others := [key for key, value in kwargs.items() if value is not None]:
+            raise UserError(f"{entry} is a trained model and takes no {', '.join(others)}.")
         model = load(source)
         if num_classes not in (None, model.num_classes):
             raise UserError(f"{source} knows {model.num_classes} classes, not {num_classes}.")
@@ -424,7 +507,3 @@ def register_robustbench(source: str, name: str, dataset: str = "cifar10", threa
     register_model(create)
     _registered[entry] = source
     return entry
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

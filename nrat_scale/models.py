@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, did_you_mean
+from nrat_scale.errors import UserError, did_you_mean, first_line
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 CIFAR10_MEAN, CIFAR10_STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
@@ -369,5 +369,8 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         return timm.create_model(name, **arguments)
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {error}.") from error
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        # What a constructor raises for arguments it did not expect is its own choice.
+        raise UserError(
+            f"The model '{name}' does not take these arguments (model.kwargs): {first_line(error).rstrip('.')}."
+        ) from error
