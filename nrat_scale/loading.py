@@ -7,6 +7,7 @@ and sizes are compared before anything is allocated: a file from a stranger can 
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -350,7 +351,10 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Another pickle protocol makes torch ask for bug reports; the file is read, or refused in our words.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, or is no file of weights; such a file could run code and is not opened. "

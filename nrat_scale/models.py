@@ -152,6 +152,8 @@ class WideResNet(Normalised):
         super().__init__(num_classes, in_chans, mean, std)
         if depth < 10 or (depth - 4) % 6:
             raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
+        if width < 1:
+            raise UserError(f"The width of a WideResNet is a factor of 1 or more, not {width}.")
         if activation not in ACTIVATIONS:
             raise UserError(f"Unknown activation '{activation}'. {did_you_mean(activation, ACTIVATIONS)}")
         act, blocks = ACTIVATIONS[activation], (depth - 4) // 6
