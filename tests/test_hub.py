@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save
 
@@ -68,3 +69,49 @@ def test_a_release_loads_from_the_hub(released: SimpleNamespace, tmp_path: Path)
     assert missing.returncode == 2
     assert "someone/other" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+PRETRAINED = """
+import sys, torch, nrat_scale.loading
+from nrat_scale.errors import run_cli
+def main():
+    model = nrat_scale.loading.pretrained(sys.argv[1])
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    print(model.training, model.num_classes, model.in_chans, model(x).double().sum().item())
+run_cli(main)
+"""
+
+
+def test_a_model_of_timms_own_comes_with_its_normalisation(server: SimpleNamespace, tmp_path: Path) -> None:
+    """`pretrained` fetches timm's weights and takes [0, 1] images; without the Hub it ends in a sentence."""
+    name = "test_resnet.r160_in1k"
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet").eval()
+    for revision in ("main", "0" * 40):
+        server.files[f"/timm/{name}/resolve/{revision}/model.safetensors"] = save(dict(net.state_dict()))
+    known = timm.get_pretrained_cfg(name)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (known.mean, known.std))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def ask(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            **variables,
+        }
+        command = [sys.executable, "-c", PRETRAINED, name]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    result = ask(tmp_path / "a")
+    assert result.returncode == 0, result.stderr
+    training, num_classes, in_chans, total = result.stdout.split()
+    assert (training, int(num_classes), int(in_chans)) == ("False", 1000, 3)
+    with torch.no_grad():
+        assert float(total) == pytest.approx(net((x - mean) / std).double().sum().item(), rel=1e-4, abs=1e-3)
+    # The client's own word for a Hub that is not there: a refused connection ends alike, after a minute of retries.
+    unreachable = ask(tmp_path / "b", HF_HUB_OFFLINE="1")
+    assert unreachable.returncode == 2, unreachable.stderr
+    assert f"timm's weights of '{name}' cannot be fetched" in unreachable.stderr
+    assert "Traceback" not in unreachable.stderr

@@ -3,11 +3,13 @@
 import json
 import pickle
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyautoattack
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nrat_scale.errors import UserError
-from nrat_scale.loading import load, pretrained
+from nrat_scale.loading import load, pretrained, register_robustbench
 from nrat_scale.models import ModelSpec, create, model_arguments
 
 ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 8}), 10, 1, (0.3,), (0.2,))
@@ -162,6 +164,77 @@ def test_a_safetensors_file_and_other_numbers_of_classes(tmp_path: Path) -> None
     assert (loaded.num_classes, loaded.in_chans) == (7, 2)
 
 
+@pytest.mark.parametrize("extra", [{"acc": torch.tensor(0.5)}, {"epoch": 3, "best_acc": 0.5}])
+def test_what_a_training_script_saves_beside_the_weights(
+    model: nn.Module, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    """An accuracy saved as a tensor does not hide the state dict; two state dicts are both named, and none is chosen."""
+    state = dict(model.state_dict())
+    torch.save({"net": state, **extra}, tmp_path / "w.pt")
+    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
+    torch.save({"state_dict": state, "ema": state, **extra}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="state_dict, ema"):
+        load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
+
+
+def test_two_normalisations_are_not_chosen_between(model: nn.Module, tmp_path: Path) -> None:
+    """A normalising Sequential around a model with constants of its own: an error that shows both, unless the caller says."""
+    constants = {f"{at}.{name}": torch.tensor([v]) for at, v in ((0, 0.5), (1, 0.25)) for name in ("mean", "std")}
+    torch.save({**{f"1.{key}": value for key, value in model.state_dict().items()}, **constants}, tmp_path / "w.pt")
+    arguments = {"arch": "cnn4", "width": 4, "hidden": 8}
+    with pytest.raises(UserError, match=r"more than one mean of a normalisation: \[0\.5\] and \[0\.25\]"):
+        load(tmp_path / "w.pt", **arguments)
+    assert same(load(tmp_path / "w.pt", mean=[0.3], std=[0.2], **arguments), model)
+
+
+@pytest.mark.parametrize("how", ["given", "saved", "timm's"])
+def test_a_file_for_a_model_of_timms_takes_pixels_too(tmp_path: Path, how: str) -> None:
+    """timm's models do not normalise by themselves: given, saved or timm's own constants are put before them."""
+    net = timm.create_model("resnet10t", num_classes=4).eval()
+    mean, std = (
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if how == "timm's" else ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    )
+    saved = {"mean": torch.tensor(mean), "std": torch.tensor(std)} if how == "saved" else {}
+    torch.save({**net.state_dict(), **saved}, tmp_path / "w.pt")
+    given = {"mean": mean, "std": std} if how == "given" else {}
+    loaded = load(tmp_path / "w.pt", arch="resnet10t", **given)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    assert (loaded.num_classes, loaded.in_chans) == (4, 3)
+    assert loaded.mean.flatten().tolist() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_files_are_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, zipped: bool, changes: list[tuple[int, int]]
+) -> None:
+    """Whatever torch raises on changed bytes (KeyError, IndexError, ...) ends as one sentence."""
+    path = tmp_path_factory.mktemp("w") / "w.pt"
+    torch.save(create("cnn4", ARGUMENTS).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position] = value
+    path.write_bytes(data)
+    sentence = ""
+    try:
+        load(path, arch="cnn4", width=4, hidden=8)
+    except UserError as error:
+        sentence = str(error)
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("opcodes", [b"\x80\x02h\x07.", b"\x80\x02e.", b"\x80\x02(Rq\x00."])
+def test_broken_pickles_are_refused(tmp_path: Path, opcodes: bytes) -> None:
+    """A value that was never stored, and operations on an empty stack: torch ends in KeyError and IndexError."""
+    (tmp_path / "w.pt").write_bytes(opcodes)
+    with pytest.raises(UserError, match=r"cannot be read|is not opened"):
+        load(tmp_path / "w.pt", arch="cnn4")
+
+
 class Trap:
     """Writes a file when it is unpickled."""
 
@@ -238,6 +311,53 @@ def test_a_configuration_that_asks_too_much(
         load(write_release(tmp_path / "r", model, **changes))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "message"),
+    [
+        ("resnet18", {"layers": [10**6, 2, 2, 2]}, "far more layers"),
+        ("convnext_atto", {"depths": [10**6, 2, 2, 2]}, "far more layers"),
+        ("convnext_atto", {"depths": [2**20] * 1000}, "no model is that large"),
+        ("vit_tiny_patch16_224", {"depth": 1000}, "far more layers"),
+        ("test_vit", {"device": "cpu", "embed_dim": 4096}, "no property"),
+        ("test_vit", {"dtype": "float64"}, "no property"),
+        ("resnet10t", {"act_layer": "nope"}, "does not take these arguments"),  # KeyError
+        ("resnet10t", {"block": "x"}, "does not take these arguments"),  # AttributeError
+        ("wrn28_10", {"width": 0}, "factor of 1 or more"),
+    ],
+)
+def test_a_configuration_for_other_models_of_timms(
+    model: nn.Module, tmp_path: Path, architecture: str, arguments: dict[str, Any], message: str
+) -> None:
+    """Millions of layers, a device that would allocate, words that the constructor does not know: refused at once."""
+    with pytest.raises(UserError, match=message) as caught:
+        load(write_release(tmp_path / "r", model, architecture=architecture, model_args=arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_that_is_not_saved_is_bounded_too(tmp_path: Path) -> None:
+    """The attention mask of Swin grows with the image size, but no name or shape in the file does: 55 GB here."""
+    arguments = {"num_classes": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "img_size": 56}
+    net = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
+    changes = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 2}
+    load(write_release(tmp_path / "r", net, model_args=arguments, **changes))
+    with pytest.raises(UserError, match="MiB of constants"):
+        load(write_release(tmp_path / "r", net, model_args={**arguments, "img_size": 2**16}, **changes))
+
+
+def test_a_release_of_a_model_of_timms_takes_pixels_too(tmp_path: Path) -> None:
+    """What timm's own repositories hold: the constants of pretrained_cfg are put before the model."""
+    net = timm.create_model("test_resnet", num_classes=4).eval()
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    changes = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": cfg}
+    loaded = load(write_release(tmp_path / "r", net, **changes))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net((x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1))
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="must be a list of numbers"):
+        load(write_release(tmp_path / "r", net, **{**changes, "pretrained_cfg": {"mean": "grey"}}))
+
+
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 900), value=st.integers(0, 255), cut=st.integers(0, 8000))
 def test_damaged_weights_are_refused_or_the_same(
@@ -271,7 +391,37 @@ def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
     path.write_bytes(content + b"\0" * 8)
     with pytest.raises(UserError, match="describes"):
         load(tmp_path / "r")
+    header = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,0]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="does not describe tensors"):
+        load(tmp_path / "r")
     half = {key: value.half() for key, value in model.state_dict().items()}
     save_file(half, path)
     with pytest.raises(UserError, match="is F16 instead of F32"):
         load(tmp_path / "r")
+
+
+# ---- RobustBench ----------------------------------------------------------------------------------------------------
+
+
+def test_only_what_robustbench_asks_for_is_registered(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data sets and threat models; a folder stays the same folder when the working directory changes."""
+    for dataset, threat_model in (
+        ("cifar-10", "Linf"),
+        ("mnist", "Linf"),
+        ("cifar10", "linf"),
+        ("cifar10", "corruptions_3d"),
+    ):
+        with pytest.raises(UserError, match="would never ask for it"):
+            register_robustbench("user/repo", "Nobody", dataset, threat_model)
+    write_release(tmp_path / "r", model)
+    monkeypatch.chdir(tmp_path)
+    name = register_robustbench("r", "Relative-Folder")
+    assert name == register_robustbench(tmp_path / "r", "relative_folder") == "relative_folder_cifar10_linf"
+    monkeypatch.chdir("/")
+    ask = partial(timm.create_model, name, num_classes=10, pretrained=True, checkpoint_path="")  # as RobustBench does
+    assert same(ask().eval(), model)
+    with pytest.raises(UserError, match="takes no in_chans"):
+        ask(in_chans=3)
