@@ -22,8 +22,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's `error` says, cut to the one line that fits into a sentence; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """What another library's `error` says, cut to the one line that fits into a sentence; its type where it says nothing.
+
+    It may repeat what stood in a file: nothing that a terminal obeys is left in it.
+    """
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def run_cli(main: Callable[[], None]) -> None:

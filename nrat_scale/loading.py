@@ -192,7 +192,7 @@ def _configuration(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise UserError(f"{CONFIG} describes no model: it needs 'architecture' and 'model_args'.")
     if not timm.is_model(name):
         raise UserError(
-            f"the architecture '{name}' is not known here. {did_you_mean(name, _ours())} All of timm's models are known too; no "
+            f"the architecture {_shown(name)} is not known here. {did_you_mean(name, _ours())} All of timm's models are known too; no "
             "code is taken from a release."
         )
     if "num_classes" not in arguments and isinstance(config.get("num_classes"), int):
@@ -204,21 +204,27 @@ def _configuration(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _check_argument(key: str, value: Any) -> None:
+    if not key.isidentifier() or len(key) > 80:
+        raise UserError(f"{CONFIG} sets {_shown(key)}, which is no name of an argument.")
     if key in ("device", "dtype") or key.startswith(("pretrained", "checkpoint", "cache_dir")):
         # The first would leave the meta device and allocate, the others make timm read other files or addresses.
-        raise UserError(f"{CONFIG} sets '{key}', which is no property of an architecture.")
+        raise UserError(f"{CONFIG} sets {_shown(key)}, which is no property of an architecture.")
     items = value if isinstance(value, list) else [value]
     for item in items:
+        if isinstance(item, str) and not item.isprintable():
+            raise UserError(f"{CONFIG} gives {_shown(key)} as {_shown(item)}; expected printable text.")
         number = isinstance(item, int | float) and not isinstance(item, bool)
         if not (item is None or isinstance(item, bool | str) or number):
             raise UserError(
-                f"{CONFIG} gives '{key}' as {type(item).__name__}; expected a number, text, or a list of them."
+                f"{CONFIG} gives {_shown(key)} as {type(item).__name__}; expected a number, text, or a list of them."
             )
         limit = _DEEPEST if key == "depth" else _LARGEST_ARGUMENT
         if number and not abs(item) <= limit:
-            raise UserError(f"{CONFIG} asks for {key} = {item}; no model is that large.")
+            raise UserError(f"{CONFIG} asks for {_shown(key)} = {item}; no model is that large.")
     if sum(abs(item) for item in items if isinstance(item, int | float)) > _LARGEST_ARGUMENT:
-        raise UserError(f"{CONFIG} asks for {key} with a sum above {_LARGEST_ARGUMENT}; no model is that large.")
+        raise UserError(
+            f"{CONFIG} asks for {_shown(key)} with a sum above {_LARGEST_ARGUMENT}; no model is that large."
+        )
 
 
 def _ours() -> list[str]:
@@ -291,16 +297,22 @@ def _header(path: Path) -> Described:
     return found
 
 
+def _shown(name: object) -> str:
+    """A name that a file chose, quoted: it may hold line ends, what a terminal obeys, or a novel."""
+    text = str(name)
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
 def _differences(expected: Described, found: Described) -> str:
     """The first differences in words; empty where there are none."""
-    words = [f"'{name}' is missing" for name in expected if name not in found]
-    words += [f"'{name}' is not part of it" for name in found if name not in expected]
+    words = [f"{_shown(name)} is missing" for name in expected if name not in found]
+    words += [f"{_shown(name)} is not part of it" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         (kind, shape), (other_kind, other_shape) = expected[name], found[name]
         if shape != other_shape:
-            words.append(f"'{name}' has shape {list(other_shape)} instead of {list(shape)}")
+            words.append(f"{_shown(name)} has shape {list(other_shape)} instead of {list(shape)}")
         elif kind != other_kind:
-            words.append(f"'{name}' is {other_kind} instead of {kind}")
+            words.append(f"{_shown(name)} is {_shown(other_kind)} instead of {kind}")
     more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
     return "; ".join(sorted(words)[:3]) + more
 
@@ -360,9 +372,8 @@ def _read(path: Path) -> Any:
             f"{path} holds more than tensors, or is no file of weights; such a file could run code and is not opened. "
             "Save model.state_dict() alone."
         ) from error
-    except (
-        Exception
-    ) as error:  # a damaged pickle makes torch raise almost anything: KeyError, IndexError, AttributeError
+    except Exception as error:
+        # A damaged pickle makes torch raise almost anything: KeyError, IndexError, AttributeError.
         raise UserError(f"The weights {path} cannot be read: {first_line(error)}") from error
 
 
@@ -374,7 +385,7 @@ def _plain(content: Any, path: Path) -> tuple[dict[str, Tensor], Constants]:
         inner = [name for name in _CONTAINERS if isinstance(found.get(name), dict)]
         if len(inner) != 1:
             raise UserError(
-                f"{path} holds {', '.join(map(str, list(found)[:6])) or 'nothing'}; expected a state dict, alone or under one of "
+                f"{path} holds {', '.join(map(_shown, list(found)[:6])) or 'nothing'}; expected a state dict, alone or under one of "
                 f"{', '.join(_CONTAINERS)}. Save the one that is meant by itself."
             )
         found = found[inner[0]]

@@ -173,7 +173,7 @@ def test_what_a_training_script_saves_beside_the_weights(
     torch.save({"net": state, **extra}, tmp_path / "w.pt")
     assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
     torch.save({"state_dict": state, "ema": state, **extra}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="state_dict, ema"):
+    with pytest.raises(UserError, match="'state_dict', 'ema'"):
         load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
 
 
@@ -224,7 +224,25 @@ def test_damaged_files_are_refused_or_read(
         load(path, arch="cnn4", width=4, hidden=8)
     except UserError as error:
         sentence = str(error)
-    assert "\n" not in sentence
+    assert not sentence or sentence.isprintable()
+
+
+def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_path: Path) -> None:
+    """Line ends and escape sequences in the names of tensors, of containers and of the architecture are shown, not obeyed."""
+    evil = "\x1b[2J\nerror: all is well" + "x" * 500
+    torch.save({**model.state_dict(), evil: torch.zeros(1)}, tmp_path / "a.pt")
+    torch.save({evil: {}}, tmp_path / "b.pt")
+    loads = [partial(load, tmp_path / name, arch="cnn4", width=4, hidden=8) for name in ("a.pt", "b.pt")]
+    for number, changes in enumerate(
+        ({"architecture": evil}, {"model_args": {**ARGUMENTS, evil: 1}}, {"model_args": {"width": evil}})
+    ):
+        loads.append(partial(load, write_release(tmp_path / f"r{number}", model, **changes)))
+    save_file({evil: torch.zeros(1)}, write_release(tmp_path / "r", model) / "model.safetensors")
+    for refused in (*loads, partial(load, tmp_path / "r")):
+        with pytest.raises(UserError) as caught:
+            refused()
+        assert str(caught.value).isprintable(), str(caught.value)
+        assert "x" * 100 not in str(caught.value)
 
 
 @pytest.mark.parametrize("opcodes", [b"\x80\x02h\x07.", b"\x80\x02e.", b"\x80\x02(Rq\x00."])
@@ -397,7 +415,7 @@ def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
         load(tmp_path / "r")
     half = {key: value.half() for key, value in model.state_dict().items()}
     save_file(half, path)
-    with pytest.raises(UserError, match="is F16 instead of F32"):
+    with pytest.raises(UserError, match="is 'F16' instead of F32"):
         load(tmp_path / "r")
 
 
