@@ -506,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.drop_broken,
     )  # fmt: skip
     out = arguments.out or found.results
+    if out.is_dir() or out.suffix != ".json":
+        raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")
     results = evaluate(found.subjects, shards, plan, out)
     if state.is_main_process:
         _print(results, out, [subject.label for subject in found.subjects])

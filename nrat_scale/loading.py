@@ -46,6 +46,7 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_FLOATING = {"F64", "F32", "F16", "BF16"}
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema", "ema_state_dict")
 _CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
 _PREFIX = re.compile(r"(module|model|net|0|1)\.")
@@ -311,7 +312,7 @@ def _differences(expected: Described, found: Described) -> str:
         (kind, shape), (other_kind, other_shape) = expected[name], found[name]
         if shape != other_shape:
             words.append(f"{_shown(name)} has shape {list(other_shape)} instead of {list(shape)}")
-        elif kind != other_kind:
+        elif kind != other_kind and not {kind, other_kind} <= _FLOATING:  # weights of any precision are converted
             words.append(f"{_shown(name)} is {_shown(other_kind)} instead of {kind}")
     more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
     return "; ".join(sorted(words)[:3]) + more
@@ -364,8 +365,7 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            # Another pickle protocol makes torch ask for bug reports; the file is read, or refused in our words.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            warnings.simplefilter("ignore")  # torch remarks on the pickle protocol of what it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

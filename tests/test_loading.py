@@ -413,9 +413,11 @@ def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(UserError, match="does not describe tensors"):
         load(tmp_path / "r")
-    half = {key: value.half() for key, value in model.state_dict().items()}
-    save_file(half, path)
-    with pytest.raises(UserError, match="is 'F16' instead of F32"):
+    state = model.state_dict()
+    save_file({key: value.double() for key, value in state.items()}, path)
+    assert same(load(tmp_path / "r"), model), "a release of a float64 run"
+    save_file({key: value.int() for key, value in state.items()}, path)
+    with pytest.raises(UserError, match="is 'I32' instead of F32"):
         load(tmp_path / "r")
 
 

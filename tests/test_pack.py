@@ -262,7 +262,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path, start):
         assert process.errors() == "" and process.exitcode == 0
     assert _bytes(out) == _bytes(tmp_path / "undisturbed") and len(_stamps(out)) == 38
     assert sorted(os.listdir(tmp_path)) == ["out", "undisturbed"]
-    assert 3 < len(kept[-1]) < 38
+    assert 0 < len(kept[-1]) < 38, "the kills fell before the first finished shard, or after the last"
     for before, after in pairwise([*kept, _stamps(out)]):
         assert before.items() <= after.items()
 
