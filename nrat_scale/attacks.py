@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.errors import UserError, did_you_mean
-from nrat_scale.modes import BN_MODES, attack_mode, frozen
+from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.modes import BN_MODES, attack_mode, frozen
 
 Model = Callable[[Tensor], Tensor]
 Inner = Callable[[Tensor], Tensor]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nrat_scale import class_names
+from nrat_scale import _class_names
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ MNIST_MAP = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
 
 def _next_in_superclass() -> dict[int, int]:
     """CIFAR-100's map (Patrini et al. 2017): every class to the next one of its superclass, the last one to the first."""
-    label = {name: number for number, name in enumerate(class_names.CIFAR100)}
+    label = {name: number for number, name in enumerate(_class_names.CIFAR100)}
     pairs = [
-        pair for names in class_names.CIFAR100_SUPERCLASSES for pair in zip(names, names[1:] + names[:1], strict=True)
+        pair for names in _class_names.CIFAR100_SUPERCLASSES for pair in zip(names, names[1:] + names[:1], strict=True)
     ]
     return {label[name]: label[following] for name, following in sorted(pairs)}
 
@@ -47,11 +47,11 @@ DATASETS: dict[str, Dataset] = {
         (0.2471, 0.2435, 0.2616),
         CIFAR10_MAP,
     ),
-    "cifar100": Dataset(class_names.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
+    "cifar100": Dataset(_class_names.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
     # Nobody published a noise map for SVHN, Tiny ImageNet and Fashion-MNIST. The statistics are those of the training
     # images, as the literature rounds them.
     "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "tiny_imagenet": Dataset(class_names.TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "tiny_imagenet": Dataset(_class_names.TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP),
     "fashion_mnist": Dataset(
         ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),

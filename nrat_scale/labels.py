@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP
-from nrat_scale.errors import UserError, did_you_mean
-from nrat_scale.seeds import derive, hash64, uniform01
 
 
 @dataclass(frozen=True)

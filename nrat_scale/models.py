@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from nrat_scale.core.errors import UserError, did_you_mean, first_line
 from nrat_scale.datasets import DATASETS
-from nrat_scale.errors import UserError, did_you_mean, first_line
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 CIFAR10_MEAN, CIFAR10_STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std

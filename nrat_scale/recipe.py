@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import ThreatSpec
-from nrat_scale.data import DataSpec
-from nrat_scale.errors import UserError, did_you_mean
-from nrat_scale.guard import GuardSpec
+from nrat_scale.collapse import GuardSpec
+from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.data.spec import DataSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, Objective, ObjectiveSpec, build
 from nrat_scale.optim import OptimSpec

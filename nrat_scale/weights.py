@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from nrat_scale.modes import attack_mode
+from nrat_scale.core.modes import attack_mode
 
 # ---- EMA ------------------------------------------------------------------------------------------------------------
 

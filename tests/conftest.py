@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import shard_dataset
-from nrat_scale.errors import run_cli
-from nrat_scale.shards import ShardSet, open_shards
+from nrat_scale.core.errors import run_cli
+from nrat_scale.data.shards import ShardSet, open_shards
+from nrat_scale.prepare import __main__ as prepare_cli
 
 # Processes that tests start find the modules of tools/ and of tests/ as pytest does.
-_FOLDERS = [str(Path(__file__).parents[1] / name) for name in ("tools", "tests")]
-os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+_ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_ROOT), str(_ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 torch.set_num_threads(1)  # the small models of the tests only lose time to more
 
@@ -106,7 +108,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     def run(*argv: object) -> SimpleNamespace:
         status = 0
         try:
-            run_cli(lambda: shard_dataset.main([str(word) for word in argv]))
+            run_cli(lambda: prepare_cli.main([str(word) for word in argv]))
         except SystemExit as end:
             status = end.code
         printed = capsys.readouterr()

@@ -22,9 +22,10 @@ from nrat_scale.attacks import (
     project,
     start_noise,
 )
-from nrat_scale.errors import UserError
-from nrat_scale.modes import BN_MODES
-from nrat_scale.objectives import LOSSES, build
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.modes import BN_MODES
+from nrat_scale.losses import LOSSES
+from nrat_scale.objectives import build
 
 THREAT = ThreatSpec(8 / 255, 2 / 255, 5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from timm.data import ImageNetInfo
 
-from nrat_scale.class_names import CIFAR100, CIFAR100_SUPERCLASSES, TINY_IMAGENET
+from nrat_scale._class_names import CIFAR100, CIFAR100_SUPERCLASSES, TINY_IMAGENET
 from nrat_scale.datasets import DATASETS
 from nrat_scale.labels import corrupt, transition_matrix
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
-from nrat_scale.errors import UserError
 from nrat_scale.labels import HUMAN_SETS, NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nrat_scale
-from nrat_scale.errors import UserError
-from nrat_scale.loading import load
+from nrat_scale.core.errors import UserError
+from nrat_scale.loading.load import load
 from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments
 
 OURS = ("wrn28_10_silu", "wrn28_10", "resnet18_cifar", "cnn4")
@@ -39,7 +39,7 @@ def _small(family: str, **arguments: Any) -> nn.Module:
 
 def test_wide_resnet_from_timm_has_the_names_of_robustbench():
     """timm's `wrn28_10_silu` is the golden WRN-28-10: names, order and shapes; mean and std are not among them."""
-    expected = json.loads((Path(__file__).parent / "data" / "wrn28_10_state_names.json").read_text())
+    expected = json.loads((Path(__file__).parents[0] / "golden" / "wrn28_10_state_names.json").read_text())
     for name, activation in (("wrn28_10_silu", nn.SiLU), ("wrn28_10", nn.ReLU)):
         with torch.device("meta"):
             model = timm.create_model(name)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nrat_scale.errors import UserError
-from nrat_scale.objectives import DIVERGENCES, FAMILIES, INNERS, LOSSES, OBJECTIVES, build
+from nrat_scale.core.errors import UserError
+from nrat_scale.losses import DIVERGENCES, LOSSES
+from nrat_scale.objectives import FAMILIES, INNERS, OBJECTIVES, build
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=25)
 CASES = {

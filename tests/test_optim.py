@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nrat_scale.errors import UserError
+from nrat_scale.core.errors import UserError
 from nrat_scale.models import WideResNet
 from nrat_scale.optim import (
     OPTIMIZERS,

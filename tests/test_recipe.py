@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nrat_scale.errors import UserError
+from nrat_scale.core.errors import UserError
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = RECIPES / "quickstart.yaml"
 
 
@@ -138,5 +138,5 @@ def test_specs_are_frozen() -> None:
 
 def test_the_word_off_is_a_word() -> None:
     """YAML reads `off` as False; as a smoothing mode it is a name like the others."""
-    path = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    path = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
     assert load_recipe(path, ["objective.smoothing_mode=off"]).objective.smoothing_mode == "off"

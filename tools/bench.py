@@ -24,7 +24,7 @@ import torch
 
 import bench_data
 import bench_step
-from nrat_scale.errors import run_cli
+from nrat_scale.core.errors import run_cli
 
 
 def machine() -> str:

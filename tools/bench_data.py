@@ -24,9 +24,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, WeightedRandomSampler
 from torchvision import transforms
 
-from nrat_scale.augment import AugmentSpec
-from nrat_scale.data import DataSpec, RemoteSpec, open_training_data
-from nrat_scale.sources import GeneratedSpec, RealSpec, ValidationSpec
+from nrat_scale.data.augment import AugmentSpec
+from nrat_scale.data.spec import DataSpec, GeneratedSpec, RealSpec, RemoteSpec, ValidationSpec
+from nrat_scale.data.training_data import open_training_data
 
 BATCH, REAL = 512, 50_000
 TOOLS = Path(__file__).parent
@@ -235,7 +235,7 @@ import json, resource, sys, time
 import numpy as np, torch
 from nrat_scale.data import open_training_data
 from nrat_scale.sampling import SamplePlan, SourceOrder
-from nrat_scale.shards import open_shards
+from nrat_scale.data.shards import open_shards
 from bench_data import _anonymous_bytes
 import psutil
 before = _anonymous_bytes(psutil.Process())

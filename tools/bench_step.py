@@ -23,11 +23,13 @@ from torch.utils.flop_counter import flop_registry
 from nrat_scale import models
 from nrat_scale.attacks import ThreatSpec, apply_noise, search, start_noise
 from nrat_scale.objectives import OBJECTIVES, build
-from nrat_scale.pack import Source, write_shards
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.writer import write_shards
 from nrat_scale.recipe import load_recipe
-from nrat_scale.step import Training, attacked, micro_batches, train_step
-from nrat_scale.train import start
-from nrat_scale.twin import Twin
+from nrat_scale.train.attack_model import AttackModel
+from nrat_scale.train.setup import start
+from nrat_scale.train.state import TrainState
+from nrat_scale.train.step import attacked, micro_batches, train_step
 
 RECIPE = """
 threat: {eps: 8/255, step: 2/255, num_steps: 10}
@@ -115,7 +117,9 @@ def make_images(folder: Path, n: int = 512) -> Path:
     coarse = generator.integers(0, 160, (n, 8, 8, 3)) + 9 * labels[:, None, None, None]
     images = coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
     names = tuple("0123456789")
-    return write_shards(Source(images, labels, "custom", names), folder / "shards", block_size=128, progress=False)
+    return write_shards(
+        LabelledArrays(images, labels, "custom", names), folder / "shards", block_size=128, progress=False
+    )
 
 
 class Ours:
@@ -128,7 +132,7 @@ class Ours:
         AcceleratorState._reset_state(reset_partial_state=True)
         run = work / f"{name}-{len(list(work.iterdir()))}"
         with contextlib.redirect_stdout(io.StringIO()):
-            self.t: Training = start(load_recipe(path, [f"run_dir={run}", *overrides]))
+            self.t: TrainState = start(load_recipe(path, [f"run_dir={run}", *overrides]))
         self.batches = self.t.data.batches(0, 1 << 14)
         for group in self.t.optimizer.param_groups:
             group["momentum"] = 0.9
@@ -146,11 +150,11 @@ class Ours:
         return Textbook(models_[0], models_[1], self.t.recipe.objective.name)
 
 
-def _plain_copy(t: Training, name: str) -> nn.Module:
-    model = models.create(name, {}).to(t.accelerator.device, next(t.base.parameters()).dtype)
-    model.load_state_dict(t.base.state_dict())
+def _plain_copy(state: TrainState, name: str) -> nn.Module:
+    model = models.create(name, {}).to(state.accelerator.device, next(state.base.parameters()).dtype)
+    model.load_state_dict(state.base.state_dict())
     for buffer in ("mean", "std"):
-        setattr(model, buffer, getattr(t.base, buffer).clone())
+        setattr(model, buffer, getattr(state.base, buffer).clone())
     return model.train()
 
 
@@ -345,7 +349,7 @@ def precision(work: Path, steps: int) -> None:
 def _precisions(
     model: nn.Module, x: Tensor, y: Tensor, name: str, inner: str, threat: ThreatSpec, types: Iterable[torch.dtype]
 ) -> list[float]:
-    twin = Twin(model, threat.bn)
+    twin = AttackModel(model, threat.bn)
     objective = build(name, inner=inner)
     noise = start_noise(x.shape, threat.init, x, torch.Generator(x.device).manual_seed(0))
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from faults_checkpoints import Row, checkpoints, operations
 from faults_runs import files, full_disk, ranks, runs, stopped
-from nrat_scale.errors import UserError, run_cli
+from nrat_scale.core.errors import UserError, run_cli
 
 # The usual number of trials of each; a process that trains takes some seconds to start.
 CAMPAIGNS: dict[str, tuple[Callable[[int], Row], int]] = {

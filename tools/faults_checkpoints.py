@@ -17,16 +17,11 @@ from typing import Any
 
 import torch
 
-from nrat_scale.checkpoint import (
-    Saver,
-    Tensors,
-    checkpoint_folders,
-    named_checkpoint,
-    newest_checkpoint,
-    open_checkpoint,
-    recover,
-)
-from nrat_scale.errors import UserError
+from nrat_scale.checkpoint.folder import checkpoint_folders, named_checkpoint, newest_checkpoint, recover
+from nrat_scale.checkpoint.format import open_checkpoint
+from nrat_scale.checkpoint.saver import Saver
+from nrat_scale.checkpoint.state import Tensors
+from nrat_scale.core.errors import UserError
 
 KEEP, BEST_EVERY = 2, 3
 _MAX_OPERATIONS = 500

@@ -21,11 +21,12 @@ import numpy as np
 from accelerate.state import AcceleratorState
 
 from faults_checkpoints import Row
-from nrat_scale.checkpoint import named_checkpoint, newest_checkpoint
-from nrat_scale.errors import UserError
-from nrat_scale.pack import Source, write_shards
+from nrat_scale.checkpoint.folder import named_checkpoint, newest_checkpoint
+from nrat_scale.core.errors import UserError
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.writer import write_shards
 from nrat_scale.recipe import load_recipe
-from nrat_scale.train import train
+from nrat_scale.train.loop import train
 
 # Small steps, and between them validations and saves that take as long: a random moment meets each.
 RECIPE = """
@@ -57,7 +58,7 @@ class _Bench:
         images = generator.integers(0, 90, (400, 12, 12, 1))
         for i, label in enumerate(labels):
             images[i, label : label + 3] += 120
-        source = Source(images.astype(np.uint8), labels, "custom", tuple("0123456789"))
+        source = LabelledArrays(images.astype(np.uint8), labels, "custom", tuple("0123456789"))
         write_shards(source, folder / "shards", block_size=32, progress=False)
         self.folder, self.processes, self.overrides = folder, processes, list(overrides)
         self.recipe = folder / "faults.yaml"

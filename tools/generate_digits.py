@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nrat_scale.data import choose_held_out
-from nrat_scale.errors import UserError, run_cli
-from nrat_scale.files import make_folder, temporary_sibling
+from nrat_scale.core.errors import UserError, run_cli
+from nrat_scale.core.files import make_folder, temporary_sibling
+from nrat_scale.data.shards import ShardSet, open_shards
+from nrat_scale.data.split import choose_held_out
 from nrat_scale.recipe import load_recipe
-from nrat_scale.shards import ShardSet, open_shards
 
 _BANDWIDTHS = np.logspace(-1.5, 0.5, 13)  # in units of the pixel range times the square root of the dimension
 

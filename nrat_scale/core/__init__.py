@@ -1,0 +1,1 @@
+"""Errors, files, seeds, processes and module modes: what everything else builds on."""

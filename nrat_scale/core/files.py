@@ -1,0 +1,122 @@
+"""Files that are either whole or not there, and fingerprints of files."""
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from nrat_scale.core.errors import UserError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path`, on the same file system, that no other process uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write `content` so that a reader (or a crash) sees the old file or the new one, never a part.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = temporary_sibling(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}). Free some space or choose another place."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomically` of `value` as readable JSON. NaN and infinity are refused: no reader agrees on them."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in `path`; `what` names it in the error.
+
+    Raises:
+        UserError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"There is no {what} at {path}.") from None
+    except OSError as error:
+        raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from error
+    return parse_json(content, what, str(path))
+
+
+def parse_json(content: bytes, what: str, where: str) -> dict[str, Any]:
+    """The JSON object in `content`; `what` and `where` name it in the error.
+
+    Raises:
+        UserError: no JSON object.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The {what} {where} is damaged: it is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"The {what} {where} is damaged: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+# ---- manifests: name -> {"bytes", "sha256"} of each file in a folder -------------------------------------------------
+
+
+def manifest_entry(content: bytes | Path) -> dict[str, Any]:
+    """Size and sha256 of bytes about to be written, or of a file."""
+    if isinstance(content, Path):
+        return {"bytes": content.stat().st_size, "sha256": sha256_of(content)}
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def manifest_mismatch(path: Path, entry: object) -> str | None:
+    """How the file at `path` differs from its manifest `entry`, as the end of a sentence; None if it matches."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        matches = (
+            isinstance(entry, dict)
+            and path.stat().st_size == entry.get("bytes")
+            and sha256_of(path) == entry.get("sha256")
+        )
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None if matches else f"{path.name} does not match its size and sha256"
+
+
+def make_folder(path: Path) -> None:
+    """`mkdir -p`, with a plain sentence where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be made ({error.strerror}). Choose another place.") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {path} cannot be written to. Choose another place or change its permissions.")

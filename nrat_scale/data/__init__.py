@@ -1,0 +1,1 @@
+"""From verified shards to the batches of a training step."""

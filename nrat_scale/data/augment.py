@@ -1,0 +1,108 @@
+"""Random crop, flip and CutMix on the device, in this order, drawn for the global batch and sliced.
+
+Every random number belongs to a position of global batch `step` and is a function of (seed, step), so an image is
+augmented alike whichever rank holds it. A CutMix partner is another position of the global batch, augmented as itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.seeds import KeyedPermutation, torch_generator
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """Random augmentation of training images.
+
+    Attributes:
+        crop: pixels of zero padding before a random crop back to the image size; 0 for none.
+        flip: mirror left to right with probability one half (not for digits).
+        cutmix: probability that a rectangle of an image is replaced by that of another image of the batch, and its label
+            by the mixture in proportion to the areas (Yun et al. 2019, lambda ~ Beta(1, 1)); 0 for never.
+    """
+
+    crop: int = 4
+    flip: bool = True
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.crop < 0:
+            raise UserError(f"data.augment.crop is {self.crop}; it must be at least 0.")
+        if not 0.0 <= self.cutmix <= 1.0:
+            raise UserError(f"data.augment.cutmix is {self.cutmix}; it is a probability and must be in [0, 1].")
+
+
+def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:
+    """int64 [global_size]: the position whose image is cut into each position of global batch `step`."""
+    return KeyedPermutation(global_size, seed, "cutmix partners", step)(np.arange(global_size))
+
+
+def crop_and_flip(
+    images: Tensor, positions: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int
+) -> Tensor:
+    """Random crop and flip: uint8 [b, C, H, W] -> uint8 [b, C, H, W], on the device of `images`.
+
+    Args:
+        positions: int64 [b] on the CPU, where the images stand in the global batch.
+    """
+    generator = torch_generator("cpu", seed, "augment", step)
+    offsets = torch.randint(0, 2 * spec.crop + 1, (global_size, 2), generator=generator)
+    mirrored = torch.rand(global_size, generator=generator) < 0.5
+    if spec.crop:
+        images = _crop(images, offsets[positions].to(images.device, non_blocking=True), spec.crop)
+    if spec.flip:
+        chosen = mirrored[positions].to(images.device, non_blocking=True)
+        images = torch.where(chosen[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def _crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    """Each image, padded with zeros, cut out anew at its offset [b, 2] (row, column)."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (padding,) * 4)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1:] + torch.arange(width, device=images.device)
+    number = torch.arange(len(images), device=images.device)
+    return padded.permute(0, 2, 3, 1)[number[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutmix(
+    images: Tensor, partners: Tensor, positions: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Rectangles of `partners` in `images`, both [b, C, H, W] of any dtype and already cropped and flipped.
+
+    The rectangle has the shape of the image, an area of 1 - lambda with lambda ~ U(0, 1) before it is clipped at the
+    border, and its centre is uniform.
+
+    Returns:
+        The images, and float32 [b] on their device: the part of each that is still its own, by area.
+    """
+    height, width = images.shape[2:]
+    generator = torch_generator("cpu", seed, "cutmix", step)
+    draws = torch.rand(global_size, 4, generator=generator, dtype=torch.float64)[positions]
+    chosen = draws[:, 0] < spec.cutmix
+    half = 0.5 * (1.0 - draws[:, 1]).sqrt() * chosen
+    top, bottom = _interval(draws[:, 2], half, height)
+    left, right = _interval(draws[:, 3], half, width)
+    own = 1.0 - ((bottom - top) * (right - left)).double() / (height * width)
+    box = torch.stack([top, bottom, left, right]).to(images.device, non_blocking=True)[:, :, None]
+    rows, columns = (torch.arange(n, device=images.device)[None] for n in (height, width))
+    inside_rows, inside_columns = (rows >= box[0]) & (rows < box[1]), (columns >= box[2]) & (columns < box[3])
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return torch.where(inside, partners, images), own.float().to(images.device, non_blocking=True)
+
+
+def _interval(centre: Tensor, half: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """[b] int64 start and end of the pixels that lie within `half` (a fraction of `length`) of `centre`, clipped."""
+    ends = [((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1)]
+    return ends[0], ends[1]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [0, 1], contiguous: the one place where 255 is divided by."""
+    return images.float().div(255).contiguous()

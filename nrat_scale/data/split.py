@@ -1,0 +1,88 @@
+"""The validation split and excluded samples: which positions of a source are not trained on."""
+
+import numpy as np
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.seeds import KeyedPermutation
+from nrat_scale.data.shards import ShardSet
+from nrat_scale.data.spec import ValidationSpec
+
+# ---- held out and excluded ------------------------------------------------------------------------------------------
+
+
+def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
+    """The sorted positions int64 [size] that validation holds out: a function of (index, spec), not of label noise.
+
+    `stratified` takes classes in proportion to their number in the index (largest remainders first), by the stored
+    labels. Shards are met in a keyed random order, and the samples of each too: written shards are permuted, so one or
+    two of them have enough, and of remote ones no others are fetched.
+
+    Raises:
+        UserError: there are not enough images, or a class would be missing.
+    """
+    if spec.size >= len(shards):
+        raise UserError(
+            f"data.validation.size is {spec.size}, but {shards.folder} has only {len(shards)} images; some must be left to train on."
+        )
+    chosen = shards.first_in_source_order(spec.size) if spec.take == "first" else _stratified(shards, spec)
+    found = np.bincount(shards.labels(chosen), minlength=shards.num_classes)
+    missing = [
+        name for name, n, there in zip(shards.class_names, found, shards.class_counts, strict=True) if there and not n
+    ]
+    if missing:
+        why = "the source is sorted by class, as the published 1m.npz is" if spec.take == "first" else "it is too small"
+        raise UserError(
+            f"The validation split (data.validation: size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
+            f"{shards.num_classes} classes, such as '{missing[0]}': {why}. Use take: stratified and at least one image a class."
+        )
+    return np.sort(chosen)
+
+
+def _stratified(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
+    quota = _proportional(np.asarray(shards.class_counts), spec.size)
+    chosen: list[np.ndarray] = []
+    num_shards = len(shards.names)
+    for number in KeyedPermutation(num_shards, spec.seed, "validation shards")(np.arange(num_shards)).tolist():
+        first, last = shards.shard_starts[number], shards.shard_starts[number + 1]
+        order = KeyedPermutation(int(last - first), spec.seed, "validation", number)
+        positions = first + order(np.arange(last - first))
+        labels = shards.labels(positions)
+        for label in np.flatnonzero(quota):
+            members = positions[labels == label][: quota[label]]
+            quota[label] -= len(members)
+            chosen.append(members)
+        if not quota.any():
+            break
+    assert not quota.any(), "the class counts of the index are wrong"
+    return np.concatenate(chosen)
+
+
+def _proportional(counts: np.ndarray, size: int) -> np.ndarray:
+    exact = counts * size / counts.sum()
+    quota = exact.astype(np.int64)
+    order = np.argsort(-(exact - quota), kind="stable")
+    quota[order[: size - quota.sum()]] += 1
+    return np.asarray(quota)
+
+
+def read_excluded(path: str, shards: ShardSet, key: str) -> np.ndarray:
+    """The sorted positions of the source ids in an .npy file.
+
+    Raises:
+        UserError: no such file, no integers, or ids that the shards do not have.
+    """
+    try:
+        with open(path, "rb") as file:
+            ids = np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    except FileNotFoundError:
+        raise UserError(f"There is no file of source ids at {path} ({key}).") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} ({key}) cannot be read as an .npy array of source ids ({error}).") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"{path} ({key}) must hold integers of shape [m], not {ids.dtype} of shape {list(ids.shape)}.")
+    positions = shards.positions_of(ids)
+    if (positions < 0).any():
+        raise UserError(
+            f"{path} ({key}) names the source id {ids[positions < 0][0]}, which {shards.folder} does not have."
+        )
+    return np.unique(positions)

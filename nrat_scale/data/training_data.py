@@ -1,0 +1,274 @@
+"""The data of a run: which sources, how they are mixed, and the batches that come of them.
+
+    sources   real and generated shards, what is held out, the labels that training sees
+    sampling  (index, seed, step) -> the samples of the global batch
+    loader    those samples -> this rank's uint8 batch, or its rows in
+    resident  the images of all sources on the device
+    augment   crop, flip, CutMix and floats in [0, 1] on the device
+
+The same images arrive in the same steps whatever runs the training: ranks, workers and restarts are no arguments of
+the plan, and augmentation is drawn for the global batch. docs/data.md explains formats and choices.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import webdataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.seeds import derive
+from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
+from nrat_scale.data.batches import Batch, FetchStage, GatherStage, PlanStage, to_nchw
+from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
+from nrat_scale.data.prefetch import pin, prefetched
+from nrat_scale.data.resident import ResidentImages, free_bytes, image_bytes, load_images
+from nrat_scale.data.shards import ShardSet, open_shards
+from nrat_scale.data.source import SkipLog, TrainingSource, check_compatible, noisy_labels
+from nrat_scale.data.spec import GENERATED, REAL, DataSpec
+from nrat_scale.data.split import choose_held_out, read_excluded
+from nrat_scale.data.webdataset_stream import WebDatasetStream
+from nrat_scale.datasets import DATASETS
+from nrat_scale.remote.cache import Cache
+
+REMOTE_WINDOW = 8  # shards
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A held-out set in memory: images uint8 [n, C, H, W], labels int64 [n], clean labels where they are known."""
+
+    images: Tensor
+    labels: Tensor
+    clean_labels: Tensor | None
+
+
+class TrainingData:
+    """The sources of one recipe, split and labelled. Make it with `open_training_data`."""
+
+    def __init__(self, spec: DataSpec, sources: dict[str, TrainingSource], seed: int, skips: SkipLog) -> None:
+        self.spec = spec
+        self.sources = [sources[kind] for kind in (REAL, GENERATED) if kind in sources]
+        self.skips = skips
+        self._seed = seed
+        self._by_kind = sources
+        self._resident: ResidentImages | None = None
+        counts = _counts(spec, len(self.sources))
+        for source in self.sources:
+            if len(source) < 1:
+                raise UserError(
+                    f"No {source.kind} image is left for training after {len(source.left_out)} were held out."
+                )
+        orders = [
+            SourceOrder(count, tuple(source.starts.tolist()), _window(spec, source.shards))
+            for count, source in zip(counts, self.sources, strict=True)
+        ]
+        self.plan = SamplePlan(tuple(orders), derive(seed, "plan"))
+        self.epoch_samples = spec.epoch_samples or len(self.sources[0])
+        self.steps_per_epoch = -(-self.epoch_samples // spec.batch_size)
+
+    @property
+    def shards(self) -> ShardSet:
+        """The first source's shards: they name the classes and the image shape."""
+        return self.sources[0].shards
+
+    @property
+    def real(self) -> TrainingSource | None:
+        """The real source, if the recipe has one."""
+        return self._by_kind.get(REAL)
+
+    def validation(self) -> LabelledImages:
+        """The held-out images with the labels that `data.validation.labels` names."""
+        source = self._by_kind[self.spec.validation.source]
+        given = torch.from_numpy(source.given_labels(source.held_out))
+        clean = torch.from_numpy(source.clean_labels(source.held_out)) if source.clean is not None else None
+        if self.spec.validation.labels == "clean":
+            if clean is None:
+                raise UserError(
+                    f"data.validation.labels is 'clean', but nobody knows the clean labels of the {source.kind} data."
+                )
+            given = clean
+        return LabelledImages(to_nchw(source.shards.images(source.held_out)), given, clean)
+
+    def place_images(self, device: torch.device) -> None:
+        """Keep all images on `device` if `data.resident` wants it. Call it once, before `batches`.
+
+        Raises:
+            UserError: `always`, and they do not fit into the memory of `device`; a shard that cannot be used.
+        """
+        if self._wants_resident(device):
+            self._resident = load_images(self.sources, device)
+
+    def _wants_resident(self, device: torch.device) -> bool:
+        spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
+        if spec.resident == "always":
+            if free is not None and needed > free:
+                raise UserError(
+                    f"data.resident is 'always', but the images take {needed / 1e9:.2f} GB and {device} has "
+                    f"{free / 1e9:.2f} GB free. Set data.resident: auto."
+                )
+            return True
+        if spec.resident == "never" or spec.loader == "webdataset" or spec.workers or free is None:
+            return False
+        return not any(source.shards.is_remote for source in self.sources) and 2 * needed <= free
+
+    def batches(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """This rank's parts of the global batches `start` .. `stop` - 1, in order; `augmented` makes their images.
+
+        Raises:
+            UserError: the batch does not divide by the number of processes; while it iterates, a shard that cannot be
+                used.
+        """
+        spec = self.spec
+        assert self._resident is not None or spec.resident != "always", "place_images comes first"
+        if spec.batch_size % world_size:
+            raise UserError(
+                f"data.batch_size {spec.batch_size} does not divide by {world_size} processes. "
+                f"Use a batch size that is a multiple of {world_size}, or another number of processes."
+            )
+        if spec.loader == "webdataset":
+            return self._webdataset_batches(start, stop, rank, world_size)
+        cutmix_seed = self._seed if spec.augment.cutmix else None
+        first_rows = self._resident.first_rows if self._resident is not None else None
+        pipeline = webdataset.DataPipeline(
+            PlanStage(self.plan, start, stop),
+            FetchStage(self.plan, self.sources, stop),
+            GatherStage(self.plan, self.sources, rank, world_size, cutmix_seed, first_rows),
+        )
+        if spec.workers == 0:
+            return prefetched(lambda: pin(iter(pipeline)))
+        loader = DataLoader(
+            pipeline, batch_size=None, num_workers=min(spec.workers, max(1, stop - start)), collate_fn=_as_it_is
+        )
+        return pin(iter(loader))
+
+    def _webdataset_batches(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Batch]:
+        counts = self.plan.counts
+        if any(count % world_size for count in counts):
+            raise UserError(
+                f"data.loader webdataset mixes within each process: {' + '.join(map(str, counts))} images do not divide "
+                f"by {world_size} processes. Use the indexed loader, or another batch size."
+            )
+        stream = WebDatasetStream(self.sources, counts, self.plan.seed, start, stop, rank, world_size)
+        return prefetched(lambda: pin(stream()))
+
+    def augmented(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(x float32 [b, C, H, W] in [0, 1], y) on `device`: y is int64 [b], or float32 [b, K] where CutMix mixes labels."""
+        spec, seed = self.spec.augment, self._seed
+        size = self.spec.batch_size
+
+        def moved(images: Tensor, positions: Tensor) -> Tensor:
+            images = images.to(device, non_blocking=True)
+            if self._resident is not None:
+                images = self._resident.gather(images)
+            return crop_and_flip(images, positions, spec, size, seed, batch.step)
+
+        x, y = moved(batch.images, batch.positions), batch.labels.to(device, non_blocking=True)
+        if batch.partners is None:
+            return to_float(x), y
+        partners = moved(batch.partners.images, batch.partners.positions)
+        x, own = cutmix(x, partners, batch.positions, spec, size, seed, batch.step)
+        other = batch.partners.labels.to(device, non_blocking=True)
+        one_hot = [F.one_hot(labels, self.shards.num_classes).float() for labels in (y, other)]
+        return to_float(x), own[:, None] * one_hot[0] + (1 - own[:, None]) * one_hot[1]
+
+    def describe(self) -> dict[str, Any]:
+        """What a run stores about its data: by source, what it is and which samples are not trained on."""
+        return {
+            source.kind: {
+                "fingerprint": source.shards.fingerprint,
+                "num_images": len(source.shards),
+                "num_held_out": len(source.held_out),
+                "held_out_sha256": source.ids_sha256(source.held_out),
+                "num_excluded": len(source.excluded),
+                "excluded_sha256": source.ids_sha256(source.excluded),
+            }
+            for source in self.sources
+        }
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _counts(spec: DataSpec, num_sources: int) -> tuple[int, ...]:
+    """Images of each source in every batch."""
+    if num_sources == 1:
+        return (spec.batch_size,)
+    counts = mix_counts(spec.batch_size, spec.generated.fraction)
+    if min(counts) == 0:
+        raise UserError(
+            f"With data.batch_size {spec.batch_size} and data.generated.fraction {spec.generated.fraction} every batch "
+            f"would hold {counts[0]} real and {counts[1]} generated images. Change one of them, or leave out a source."
+        )
+    return counts
+
+
+def _window(spec: DataSpec, shards: ShardSet) -> int | None:
+    """The window of a source, in shards; for a remote one, two of them must fit into the cache."""
+    window = spec.window or (REMOTE_WINDOW if shards.is_remote else None)
+    if shards.is_remote:
+        assert window is not None
+        needed = sum(sorted((shards.bytes_of([n]) for n in range(len(shards.names))), reverse=True)[: 2 * window])
+        if needed > spec.remote.cache_gb * 1e9:
+            raise UserError(
+                f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
+                f"{needed / 1e9:.3f} GB. Raise it, or lower data.window."
+            )
+        shards.max_open = 3 * window + 1
+    return window
+
+
+def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> TrainingData:
+    """Open, verify, split and label the sources of `spec`.
+
+    Raises:
+        UserError: shards missing or damaged, sources that do not fit together, a split that cannot be made.
+    """
+    prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
+    commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
+    cache = Cache(spec.remote.cache, spec.remote.cache_gb)
+    opened = {
+        kind: open_shards(source.shards, f"data.{kind}.shards", commands=commands, cache=cache)
+        for kind, source in ((REAL, spec.real), (GENERATED, spec.generated))
+        if source.shards is not None
+    }
+    check_compatible(list(opened.values()))
+    for kind, shards in opened.items():
+        if spec.resident == "always" and shards.is_remote:
+            raise UserError(
+                f"data.resident is 'always', but data.{kind}.shards is the address {shards.folder}: only local shards are "
+                "kept on the device. Copy them to a folder, or set data.resident: auto."
+            )
+    skips = SkipLog(spec.max_bad_shards if spec.on_bad_shard == "skip" else 0)
+    for shards in opened.values():
+        if verify and skips.limit:
+            shards.check()  # what is found bad is refused from now on, and skipped when it is needed
+        elif verify:
+            shards.verify()
+    sources = {kind: _source(kind, shards, spec, skips) for kind, shards in opened.items()}
+    return TrainingData(spec, sources, seed, skips)
+
+
+def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> TrainingSource:
+    held_out = excluded = np.zeros(0, np.int64)
+    if spec.validation.source == kind:
+        held_out = choose_held_out(shards, spec.validation)
+    path = spec.real.exclude if kind == REAL else spec.generated.exclude
+    if path is not None:
+        excluded = read_excluded(path, shards, f"data.{kind}.exclude")
+    given, clean = noisy_labels(shards, spec.real.noise) if kind == REAL else (None, None)
+    return TrainingSource(kind, shards, held_out, excluded, given, clean, skips)
+
+
+def normalisation(shards: ShardSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the data set, for inside the model; (0.5, 0.5) for every channel where it is not a known one."""
+    known = DATASETS.get(shards.dataset)
+    if known is not None and len(known.mean) == shards.image_shape[2]:
+        return known.mean, known.std
+    return (0.5,) * shards.image_shape[2], (0.5,) * shards.image_shape[2]

@@ -1,0 +1,1 @@
+"""Evaluation: `python -m nrat_scale.evaluate WHAT --data SHARDS`."""

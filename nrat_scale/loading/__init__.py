@@ -1,0 +1,1 @@
+"""Load released models, weight files of other projects and timm's models."""

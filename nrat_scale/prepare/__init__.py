@@ -1,0 +1,1 @@
+"""Data preparation: `python -m nrat_scale.prepare KIND ... --out DIR`."""

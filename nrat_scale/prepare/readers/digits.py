@@ -1,0 +1,54 @@
+"""scikit-learn's digits, split and enlarged."""
+
+import hashlib
+
+import numpy as np
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.seeds import derive, hash64
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.readers.arrays import labelled_arrays
+
+NUM_DIGITS_TEST = 500
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------
+
+
+def read_digits(split: str, seed: int) -> LabelledArrays:
+    """scikit-learn's 1,797 real handwritten digits (8 x 8, grey values 0..16) as uint8 [n, 16, 16, 1].
+
+    Args:
+        split: "train" (1,297) or "test" (500): stratified by class, ascending in scikit-learn's order.
+        seed: of the split.
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("The digits come with scikit-learn, which is missing: pip install scikit-learn") from error
+    grey, labels = load_digits(return_X_y=True)
+    grey = np.ascontiguousarray(grey.reshape(-1, 8, 8), dtype="<f8")
+    labels = np.ascontiguousarray(labels, dtype="<i8")
+    data = grey.tobytes() + labels.tobytes()
+    facts = {"name": "sklearn.datasets.load_digits", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    is_test = _stratified_choice(labels, NUM_DIGITS_TEST, seed)
+    ids = np.flatnonzero(is_test if split == "test" else ~is_test)
+    # Each pixel becomes 2 x 2 equal ones: exact, and it keeps the contrast that smoothing would take away.
+    images = np.rint(grey[ids] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    return labelled_arrays(images[..., None], labels[ids], "digits", [facts])
+
+
+def _stratified_choice(labels: np.ndarray, num_chosen: int, seed: int) -> np.ndarray:
+    """bool [N]: `num_chosen` samples, from each class its share to within one, the largest remainders rounded up."""
+    rank = hash64(derive(seed, "digits test split"), np.arange(len(labels)))
+    share = np.bincount(labels) * num_chosen / len(labels)
+    take = np.floor(share).astype(np.int64)
+    take[np.argsort(take - share, kind="stable")[: num_chosen - take.sum()]] += 1
+    chosen = np.zeros(len(labels), bool)
+    for label, count in enumerate(take):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argsort(rank[members], kind="stable")[:count]]] = True
+    return chosen

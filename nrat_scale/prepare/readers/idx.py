@@ -1,0 +1,64 @@
+"""Read IDX files, the format of MNIST and Fashion-MNIST."""
+
+import gzip
+import math
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.readers.arrays import CHUNK, COPY_AGAIN, as_labels, facts_of, labelled_arrays, reading
+
+_IDX_MAGIC = {"images": 0x803, "labels": 0x801}  # unsigned bytes, in three dimensions and in one
+
+
+# ---- IDX (MNIST) ----------------------------------------------------------------------------------------------------
+
+
+def read_idx(images: Path, labels: Path, dataset: str | None) -> LabelledArrays:
+    """MNIST, Fashion-MNIST and the like: a file of images and one of labels, plain or gzipped.
+
+    Raises:
+        UserError: a file is missing, not of its kind, too short or too long, or the two do not match.
+    """
+    pixels = _read_idx(images, "images")
+    targets = as_labels(_read_idx(labels, "labels"), len(pixels), f"The IDX file of labels {labels}")
+    files = [facts_of(path, "IDX file") for path in (images, labels)]
+    return labelled_arrays(pixels[..., None], targets, dataset, files)
+
+
+def _read_idx(path: Path, kind: str) -> np.ndarray:
+    """uint8 [N, H, W] (kind "images") or [N] (kind "labels")."""
+    what, magic = f"IDX file of {kind}", _IDX_MAGIC[kind]
+    num_dims = magic & 0xFF
+    with reading(path, what), open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        header = _read_up_to(stream, 4 * (1 + num_dims))
+        found = int.from_bytes(header[:4], "big")
+        if len(header) < 4 * (1 + num_dims) or found != magic:
+            raise UserError(
+                f"The {what} {path} begins with {found:#x}, expected {magic:#x}. Give the file of images first and the "
+                "file of labels second."
+            )
+        shape = struct.unpack(f">{num_dims}I", header[4:])
+        data = _read_up_to(stream, math.prod(shape) + 1)  # one more, to notice what does not belong
+        if min(shape) < 1 or len(data) != math.prod(shape):
+            wrong = f"only {len(data)}" if len(data) < math.prod(shape) else "more"
+            raise UserError(
+                f"The {what} {path} is damaged: its header states {list(shape)}, that is {math.prod(shape)} bytes, but "
+                f"there are {wrong}. {COPY_AGAIN}"
+            )
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
+    """The next `num_bytes` bytes, or fewer at the end; a header that states too much costs no memory."""
+    data = bytearray()
+    while len(data) < num_bytes and (chunk := stream.read(min(CHUNK, num_bytes - len(data)))):
+        data += chunk
+    return bytes(data)

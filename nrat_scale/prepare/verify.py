@@ -1,0 +1,107 @@
+"""Verify shards: every byte, every tar member, every label."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.data.shards import TAR_BLOCK, Block, ShardSet, ShardUnusable, open_shards
+
+_MAX_NAMED = 10  # problems in one message
+
+
+# ---- verify ---------------------------------------------------------------------------------------------------------
+
+
+def verify(where: str) -> str:
+    """Check every byte of the shards at `where`, and that tar, arrays, labels and ids are what the index says.
+
+    Raises:
+        UserError: names the first problems, and every unusable shard up to ten.
+    """
+    shards = open_shards(where, where)
+    problems = _problems(shards)
+    if problems:
+        more = f" ... and {len(problems) - _MAX_NAMED} more." if len(problems) > _MAX_NAMED else ""
+        raise UserError(
+            f"{where} has {len(problems)} problem{'s'[: len(problems) != 1]}: {' '.join(problems[:_MAX_NAMED])}{more}"
+        )
+    size = shards.bytes_of(range(len(shards.names))) / 1e6
+    return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) are what the index says"
+
+
+def _problems(shards: ShardSet) -> list[str]:
+    """A sentence for each shard that is damaged or not what the index says, and for ids that name two samples."""
+    unusable = shards.check(full=True)
+    problems: list[str] = []
+    for number, name in enumerate(shards.names):
+        try:
+            if number in unusable:
+                raise unusable[number]
+            path = shards.fetch(number)
+            _check_content(np.memmap(path, np.uint8, mode="r"), shards, number)
+        except ShardUnusable as error:
+            problems.append(f"{name}: {error.reason}.")
+        except (UserError, OSError, ValueError) as error:
+            problems.append(f"{name}: {error}.")
+    if not problems:  # ids are in the shards
+        ids = shards.source_ids(np.arange(len(shards)))
+        if len(np.unique(ids)) != len(ids):
+            problems.append("Some source ids name two samples.")
+    return problems
+
+
+def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
+    """Compare the bytes of a shard (uint8 [m]) with the index, member by member."""
+    offset, keys = 0, set()
+    counts = np.zeros(shards.num_classes, np.int64)
+    for block in shards.blocks_of(number):
+        key = ""
+        for kind, at, shape, dtype in _members(block, shards.image_shape):
+            name, array, offset = _member(data, offset, at, shape, dtype)
+            key = key or name.partition(".")[0]
+            if name != f"{key}.{kind}.npy":
+                raise ValueError(f"it has a member {name} where {key or 'KEY'}.{kind}.npy should be")
+            if kind == "labels":
+                if array.min() < 0 or array.max() >= shards.num_classes:
+                    raise ValueError(f"{name} has labels outside 0..{shards.num_classes - 1}")
+                counts += np.bincount(array, minlength=shards.num_classes)
+            elif kind == "ids" and (array.min() < 0 or array.max() >= block.num_ids):
+                raise ValueError(f"{name} has ids outside 0..{block.num_ids - 1}")
+        if key in keys:
+            raise ValueError(f"it has two blocks {key}")
+        keys.add(key)
+    if len(data) < offset + 2 * TAR_BLOCK or data[offset:].any():
+        raise ValueError("it does not end where the index says")
+    if (counts != shards.class_counts_of(number)).any():
+        raise ValueError("its labels are not those that the index counts")
+
+
+def _members(block: Block, image_shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
+    """(kind, offset, shape, dtype) of each member of a block."""
+    yield "images", block.image_offset, (block.num_images, *image_shape), "|u1"
+    yield "labels", block.label_offset, (block.num_images,), "<i8"
+    if block.id_offset >= 0:
+        yield "ids", block.id_offset, (block.num_images,), "<i8"
+
+
+def _member(data: np.ndarray, offset: int, at: int, shape: tuple[int, ...], dtype: str) -> tuple[str, np.ndarray, int]:
+    """(name, array, offset of the next member) of the member at `offset`, whose data should stand at `at`."""
+    try:
+        member = tarfile.TarInfo.frombuf(data[offset : offset + TAR_BLOCK].tobytes(), "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise ValueError(f"there is no tar header at byte {offset} ({error})") from None
+    start = offset + TAR_BLOCK
+    stream = io.BytesIO(data[start:at].tobytes())
+    try:
+        assert np.lib.format.read_magic(stream) == (1, 0)
+        header = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{member.name} has no readable .npy header ({error})") from None
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if header != (shape, False, np.dtype(dtype)) or start + stream.tell() != at or start + member.size != at + size:
+        raise ValueError(f"{member.name} is not the array of shape {list(shape)} that the index says")
+    array = data[at : at + size].view(dtype).reshape(shape)
+    return member.name, array, start + -(-member.size // TAR_BLOCK) * TAR_BLOCK

@@ -1,0 +1,1 @@
+"""Releases: `python -m nrat_scale.release RUN --to DIR`."""

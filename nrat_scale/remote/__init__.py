@@ -1,0 +1,1 @@
+"""Remote files: addresses, stores, transfers that resume, a verified cache, the Hub."""

@@ -1,0 +1,1 @@
+"""Reports: `python -m nrat_scale.report RUN [RUN ...]`."""

@@ -1,0 +1,1 @@
+"""Training: `accelerate launch -m nrat_scale.train RECIPE [key=value ...]`."""

@@ -1,0 +1,449 @@
+"""Weights from strangers: whatever they hold, they load exactly or are refused in a sentence, and never run."""
+
+import json
+import pickle
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyautoattack
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.loading.foreign import pretrained
+from nrat_scale.loading.load import load
+from nrat_scale.loading.robustbench import register_robustbench
+from nrat_scale.models import ModelSpec, create, model_arguments
+
+ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 8}), 10, 1, (0.3,), (0.2,))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return create("cnn4", ARGUMENTS).eval()
+
+
+def same(a: nn.Module, b: nn.Module, shape: tuple[int, ...] = (3, 1, 8, 8)) -> bool:
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+# ---- RobustBench's layouts, re-created from names and shapes --------------------------------------------------------
+
+
+class DMBlock(nn.Module):
+    """A block of the DeepMind WideResNet as RobustBench lays it out."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.batchnorm_0 = nn.BatchNorm2d(inputs)
+        self.conv_0 = nn.Conv2d(inputs, outputs, 3, stride, 0, bias=False)
+        self.batchnorm_1 = nn.BatchNorm2d(outputs)
+        self.conv_1 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = F.silu(self.batchnorm_0(x))
+        y = self.shortcut(v) if hasattr(self, "shortcut") else x
+        v = F.pad(v, (0, 1, 0, 1)) if self.stride == 2 else F.pad(v, (1, 1, 1, 1))
+        return y + self.conv_1(F.silu(self.batchnorm_1(self.conv_0(v))))
+
+
+class DMGroup(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            *(DMBlock(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1) for i in range(4))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class DMLayout(nn.Module):
+    """WideResNet-28-10 with the constants outside the state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.init_conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.layer = nn.Sequential(DMGroup(16, 160, 1), DMGroup(160, 320, 2), DMGroup(320, 640, 2))
+        self.batchnorm = nn.BatchNorm2d(640)
+        self.logits = nn.Linear(640, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
+        out = F.silu(self.batchnorm(self.layer(self.init_conv((x - mean) / std))))
+        return self.logits(F.avg_pool2d(out, 8).flatten(1))
+
+
+def test_wide_resnet_weights_go_both_ways(tmp_path: Path) -> None:
+    """Theirs load strictly into ours and ours into theirs, and the logits agree."""
+    torch.manual_seed(1)
+    theirs = DMLayout().eval()
+    names = json.loads((Path(__file__).parents[1] / "golden" / "wrn28_10_state_names.json").read_text())
+    assert set(theirs.state_dict()) == set(names)
+    torch.save(theirs.state_dict(), tmp_path / "dm.pt")
+    ours = load(tmp_path / "dm.pt", arch="wrn28_10_silu")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    back = DMLayout()
+    back.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_the_public_robust_resnet_loads_strictly(model: nn.Module) -> None:
+    """AutoAttack's own example model, and the layout it is defined by, give the same logits."""
+    path = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
+    ours = load(path, arch="resnet18_cifar", mean=[0.0] * 3, std=[1.0] * 3)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    assert set(state) == set(ours.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+
+    def norm(name: str, z: Tensor) -> Tensor:
+        return F.batch_norm(
+            z,
+            state[f"{name}.running_mean"],
+            state[f"{name}.running_var"],
+            state[f"{name}.weight"],
+            state[f"{name}.bias"],
+        )
+
+    out = F.relu(norm("bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
+    for layer in range(1, 5):
+        for block in range(2):
+            name, stride = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+            z = F.relu(norm(f"{name}.bn1", F.conv2d(out, state[f"{name}.conv1.weight"], stride=stride, padding=1)))
+            z = norm(f"{name}.bn2", F.conv2d(z, state[f"{name}.conv2.weight"], padding=1))
+            if f"{name}.shortcut.0.weight" in state:
+                out = norm(f"{name}.shortcut.1", F.conv2d(out, state[f"{name}.shortcut.0.weight"], stride=stride))
+            out = F.relu(z + out)
+    expected = F.linear(F.avg_pool2d(out, 4).flatten(1), state["linear.weight"], state["linear.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- files of weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"state_dict": s},
+        lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3},
+        lambda s: {f"module.model.{k}": v for k, v in s.items()},
+        lambda s: {f"module.1.{k}": v for k, v in s.items()} | {"module.0.mean": torch.tensor([[[0.3]]]), "module.0.std": torch.tensor([[[0.2]]])},
+        lambda s: {f"model.{k}": v for k, v in s.items()} | {"mu": torch.tensor([0.3]), "sigma": torch.tensor([0.2])},
+    ],
+)  # fmt: skip
+def test_the_usual_wrappings(model: nn.Module, tmp_path: Path, wrap: Any) -> None:
+    """DataParallel, Lightning-like containers and normalising Sequentials; saved constants count, given ones before them."""
+    content = wrap(dict(model.state_dict()))
+    torch.save(content, tmp_path / "w.pt")
+    holds = any("mean" in name or "mu" in name for name in content)
+    constants = {} if holds else {"mean": [0.3], "std": [0.2]}
+    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, **constants), model)
+    assert not same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.1], std=[0.2]), model)
+
+
+def test_a_safetensors_file_and_other_numbers_of_classes(tmp_path: Path) -> None:
+    """num_classes and in_chans are those of the tensors."""
+    net = create("cnn4", {"num_classes": 7, "in_chans": 2, "mean": [0.5, 0.5], "std": [0.5, 0.5]})
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    loaded = load(tmp_path / "w.safetensors", arch="cnn4")
+    assert (loaded.num_classes, loaded.in_chans) == (7, 2)
+
+
+@pytest.mark.parametrize("extra", [{"acc": torch.tensor(0.5)}, {"epoch": 3, "best_acc": 0.5}])
+def test_what_a_training_script_saves_beside_the_weights(
+    model: nn.Module, tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    """An accuracy saved as a tensor does not hide the state dict; two state dicts are both named, and none is chosen."""
+    state = dict(model.state_dict())
+    torch.save({"net": state, **extra}, tmp_path / "w.pt")
+    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
+    torch.save({"state_dict": state, "ema": state, **extra}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="'state_dict', 'ema'"):
+        load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
+
+
+def test_two_normalisations_are_not_chosen_between(model: nn.Module, tmp_path: Path) -> None:
+    """A normalising Sequential around a model with constants of its own: an error that shows both, unless the caller says."""
+    constants = {f"{at}.{name}": torch.tensor([v]) for at, v in ((0, 0.5), (1, 0.25)) for name in ("mean", "std")}
+    torch.save({**{f"1.{key}": value for key, value in model.state_dict().items()}, **constants}, tmp_path / "w.pt")
+    arguments = {"arch": "cnn4", "width": 4, "hidden": 8}
+    with pytest.raises(UserError, match=r"more than one mean of a normalisation: \[0\.5\] and \[0\.25\]"):
+        load(tmp_path / "w.pt", **arguments)
+    assert same(load(tmp_path / "w.pt", mean=[0.3], std=[0.2], **arguments), model)
+
+
+@pytest.mark.parametrize("how", ["given", "saved", "timm's"])
+def test_a_file_for_a_model_of_timms_takes_pixels_too(tmp_path: Path, how: str) -> None:
+    """timm's models do not normalise by themselves: given, saved or timm's own constants are put before them."""
+    net = timm.create_model("resnet10t", num_classes=4).eval()
+    mean, std = (
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if how == "timm's" else ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    )
+    saved = {"mean": torch.tensor(mean), "std": torch.tensor(std)} if how == "saved" else {}
+    torch.save({**net.state_dict(), **saved}, tmp_path / "w.pt")
+    given = {"mean": mean, "std": std} if how == "given" else {}
+    loaded = load(tmp_path / "w.pt", arch="resnet10t", **given)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    assert (loaded.num_classes, loaded.in_chans) == (4, 3)
+    assert loaded.mean.flatten().tolist() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_files_are_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, zipped: bool, changes: list[tuple[int, int]]
+) -> None:
+    """Whatever torch raises on changed bytes (KeyError, IndexError, ...) ends as one sentence."""
+    path = tmp_path_factory.mktemp("w") / "w.pt"
+    torch.save(create("cnn4", ARGUMENTS).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position] = value
+    path.write_bytes(data)
+    sentence = ""
+    try:
+        load(path, arch="cnn4", width=4, hidden=8)
+    except UserError as error:
+        sentence = str(error)
+    assert not sentence or sentence.isprintable()
+
+
+def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_path: Path) -> None:
+    """Line ends and escape sequences in the names of tensors, of containers and of the architecture are shown, not obeyed."""
+    evil = "\x1b[2J\nerror: all is well" + "x" * 500
+    torch.save({**model.state_dict(), evil: torch.zeros(1)}, tmp_path / "a.pt")
+    torch.save({evil: {}}, tmp_path / "b.pt")
+    loads = [partial(load, tmp_path / name, arch="cnn4", width=4, hidden=8) for name in ("a.pt", "b.pt")]
+    for number, changes in enumerate(
+        ({"architecture": evil}, {"model_args": {**ARGUMENTS, evil: 1}}, {"model_args": {"width": evil}})
+    ):
+        loads.append(partial(load, write_release(tmp_path / f"r{number}", model, **changes)))
+    save_file({evil: torch.zeros(1)}, write_release(tmp_path / "r", model) / "model.safetensors")
+    for refused in (*loads, partial(load, tmp_path / "r")):
+        with pytest.raises(UserError) as caught:
+            refused()
+        assert str(caught.value).isprintable(), str(caught.value)
+        assert "x" * 100 not in str(caught.value)
+
+
+@pytest.mark.parametrize("opcodes", [b"\x80\x02h\x07.", b"\x80\x02e.", b"\x80\x02(Rq\x00."])
+def test_broken_pickles_are_refused(tmp_path: Path, opcodes: bytes) -> None:
+    """A value that was never stored, and operations on an empty stack: torch ends in KeyError and IndexError."""
+    (tmp_path / "w.pt").write_bytes(opcodes)
+    with pytest.raises(UserError, match=r"cannot be read|is not opened"):
+        load(tmp_path / "w.pt", arch="cnn4")
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
+    """Neither torch's format nor a bare pickle."""
+    torch.save({"state_dict": Trap(tmp_path / "ran")}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(UserError, match="could run code"):
+            load(tmp_path / name, arch="cnn4")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
+    """Missing and foreign tensors, other shapes, unknown architectures, options in the wrong place."""
+    state = dict(model.state_dict())
+    state["extra"] = state.pop("classifier.bias")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"'classifier.bias' is missing; 'extra' is not part of it"):
+        load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
+    torch.save(dict(model.state_dict()), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="instead of"):
+        load(tmp_path / "w.pt", arch="cnn4", width=8)
+    with pytest.raises(UserError, match="Did you mean 'cnn4'"):
+        load(tmp_path / "w.pt", arch="cnn5")
+    with pytest.raises(UserError, match="arch="):
+        load(tmp_path / "w.pt")
+    with pytest.raises(UserError, match="need arch="):
+        load(tmp_path, mean=[0.1])
+    with pytest.raises(UserError, match="no file of weights"):
+        load(tmp_path / "nowhere.pt", arch="cnn4")
+    torch.save({"a": {"x": torch.zeros(1)}, "b": 3}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="expected a state dict"):
+        load(tmp_path / "odd.pt", arch="cnn4")
+    with pytest.raises(UserError, match="no pretrained weights"):
+        pretrained("wrn28_10_silu")
+
+
+# ---- releases that lie ----------------------------------------------------------------------------------------------
+
+
+def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "cnn4", "num_classes": 10, "model_args": ARGUMENTS}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "evil"}, "not known here"),
+        ({"model_args": {**ARGUMENTS, "width": 10**9}}, "no model is that large"),
+        ({"architecture": "wrn28_10", "model_args": {"depth": 6 * 10**5 + 4}}, "no model is that large"),
+        ({"model_args": {**ARGUMENTS, "width": 50000}}, "does not fit"),
+        ({"model_args": {**ARGUMENTS, "pretrained_cfg": "x"}}, "no property"),
+        ({"model_args": {**ARGUMENTS, "width": {"a": 1}}}, "expected a number"),
+        ({"model_args": {**ARGUMENTS, "padding": "x" * (1 << 20)}}, "no configuration is that large"),
+    ],
+)
+def test_a_configuration_that_asks_too_much(
+    model: nn.Module, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Refused before anything of that size is allocated (50,000 channels would be 90 GB)."""
+    with pytest.raises(UserError, match=message):
+        load(write_release(tmp_path / "r", model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "message"),
+    [
+        ("resnet18", {"layers": [10**6, 2, 2, 2]}, "far more layers"),
+        ("convnext_atto", {"depths": [10**6, 2, 2, 2]}, "far more layers"),
+        ("convnext_atto", {"depths": [2**20] * 1000}, "no model is that large"),
+        ("vit_tiny_patch16_224", {"depth": 1000}, "far more layers"),
+        ("test_vit", {"device": "cpu", "embed_dim": 4096}, "no property"),
+        ("test_vit", {"dtype": "float64"}, "no property"),
+        ("resnet10t", {"act_layer": "nope"}, "does not take these arguments"),  # KeyError
+        ("resnet10t", {"block": "x"}, "does not take these arguments"),  # AttributeError
+        ("wrn28_10", {"width": 0}, "factor of 1 or more"),
+    ],
+)
+def test_a_configuration_for_other_models_of_timms(
+    model: nn.Module, tmp_path: Path, architecture: str, arguments: dict[str, Any], message: str
+) -> None:
+    """Millions of layers, a device that would allocate, words that the constructor does not know: refused at once."""
+    with pytest.raises(UserError, match=message) as caught:
+        load(write_release(tmp_path / "r", model, architecture=architecture, model_args=arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_that_is_not_saved_is_bounded_too(tmp_path: Path) -> None:
+    """The attention mask of Swin grows with the image size, but no name or shape in the file does: 55 GB here."""
+    arguments = {"num_classes": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "img_size": 56}
+    net = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
+    changes = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 2}
+    load(write_release(tmp_path / "r", net, model_args=arguments, **changes))
+    with pytest.raises(UserError, match="MiB of constants"):
+        load(write_release(tmp_path / "r", net, model_args={**arguments, "img_size": 2**16}, **changes))
+
+
+def test_a_release_of_a_model_of_timms_takes_pixels_too(tmp_path: Path) -> None:
+    """What timm's own repositories hold: the constants of pretrained_cfg are put before the model."""
+    net = timm.create_model("test_resnet", num_classes=4).eval()
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    changes = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": cfg}
+    loaded = load(write_release(tmp_path / "r", net, **changes))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net((x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1))
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="must be a list of numbers"):
+        load(write_release(tmp_path / "r", net, **{**changes, "pretrained_cfg": {"mean": "grey"}}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 900), value=st.integers(0, 255), cut=st.integers(0, 8000))
+def test_damaged_weights_are_refused_or_the_same(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int
+) -> None:
+    """One byte of the header changed and the end cut off: a sentence, or exactly the tensors that are there; never a crash."""
+    torch.manual_seed(0)
+    net = create("cnn4", ARGUMENTS).eval()
+    folder = write_release(tmp_path_factory.mktemp("r"), net)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[position] = value
+    path.write_bytes(data[: len(data) - cut])
+    try:
+        load(folder)
+    except UserError as error:
+        sentence = str(error)
+    else:
+        sentence = ""
+    assert "\n" not in sentence
+    assert sentence or not cut
+
+
+def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
+    """Sizes that do not add up, and a header longer than the file."""
+    path = write_release(tmp_path / "r", model) / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
+    with pytest.raises(UserError, match="claims"):
+        load(tmp_path / "r")
+    path.write_bytes(content + b"\0" * 8)
+    with pytest.raises(UserError, match="describes"):
+        load(tmp_path / "r")
+    header = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,0]}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="does not describe tensors"):
+        load(tmp_path / "r")
+    state = model.state_dict()
+    save_file({key: value.double() for key, value in state.items()}, path)
+    assert same(load(tmp_path / "r"), model), "a release of a float64 run"
+    save_file({key: value.int() for key, value in state.items()}, path)
+    with pytest.raises(UserError, match="is 'I32' instead of F32"):
+        load(tmp_path / "r")
+
+
+# ---- RobustBench ----------------------------------------------------------------------------------------------------
+
+
+def test_only_what_robustbench_asks_for_is_registered(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data sets and threat models; a folder stays the same folder when the working directory changes."""
+    for dataset, threat_model in (
+        ("cifar-10", "Linf"),
+        ("mnist", "Linf"),
+        ("cifar10", "linf"),
+        ("cifar10", "corruptions_3d"),
+    ):
+        with pytest.raises(UserError, match="would never ask for it"):
+            register_robustbench("user/repo", "Nobody", dataset, threat_model)
+    write_release(tmp_path / "r", model)
+    monkeypatch.chdir(tmp_path)
+    name = register_robustbench("r", "Relative-Folder")
+    assert name == register_robustbench(tmp_path / "r", "relative_folder") == "relative_folder_cifar10_linf"
+    monkeypatch.chdir("/")
+    ask = partial(timm.create_model, name, num_classes=10, pretrained=True, checkpoint_path="")  # as RobustBench does
+    assert same(ask().eval(), model)
+    with pytest.raises(UserError, match="takes no in_chans"):
+        ask(in_chans=3)

@@ -1,0 +1,60 @@
+"""Small runs of training: a recipe, its shards, the command in processes of its own."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nrat_scale.checkpoint.folder import named_checkpoint
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.writer import write_shards
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+threat: {eps: 0.1, step: 0.05, num_steps: 2}
+model: {name: cnn4, kwargs: {width: 4, hidden: 16}}
+data:
+  batch_size: 16
+  epoch_samples: 64
+  real: {shards: REAL, noise: {kind: symmetric, rate: 0.4}, prepare: make real shards}
+  generated: {shards: GENERATED, fraction: 0.5, prepare: make generated shards}
+  validation: {size: 20}
+  augment: {crop: 1, flip: false}
+optim: {lr: 0.01, schedule: onecycle, pct_start: 0.5}
+ema: {decay: 0.9, warmup_fraction: 0.25}
+train: {epochs: 3, validation_attack: pgd2, keep: 5}
+"""
+
+
+def make_shards(folder: Path, n: int, seed: int, channels: int = 1, size: int = 12) -> Path:
+    """Images whose brightest quarter tells the class, so that a tiny model learns something."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 10
+    images = generator.integers(0, 90, (n, size, size, channels))
+    for i, label in enumerate(labels):
+        images[i, label : label + 3, :, :] += 120
+    names = tuple("0123456789")
+    return write_shards(
+        LabelledArrays(images.astype(np.uint8), labels, "custom", names), folder, block_size=32, progress=False
+    )
+
+
+def digest(run: Path) -> dict[str, str]:
+    """What must be equal after an interruption: metrics, and every tensor file of the last checkpoint."""
+    checkpoint = named_checkpoint(run, "last")
+    files = {name: value for name, value in checkpoint.sha256.items() if name.endswith(".safetensors")}
+    return {"metrics": hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest(), **files}
+
+
+def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The command as users type it, in processes of its own."""
+    command = [sys.executable, "-m", "nrat_scale.train"]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
+    )

@@ -1,0 +1,57 @@
+"""What only a GPU shows; skipped without one. (No GPU was there when this was written: it has not run yet.)"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.loop import train
+from nrat_scale.train.setup import start
+from nrat_scale.train.step import train_step
+from tests.support.runs import RECIPE, digest, make_shards
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+WIDE = "{name: wrn28_10_silu, kwargs: {depth: 10, width: 1}}"
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    real, generated = make_shards(folder / "real", 120, 0), make_shards(folder / "generated", 90, 1)
+    text = RECIPE.replace("REAL", str(real)).replace("GENERATED", str(generated))
+    path = folder / "tiny.yaml"
+    path.write_text(text.replace("{name: cnn4, kwargs: {width: 4, hidden: 16}}", WIDE))
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp64"])
+def test_every_precision_resumes(
+    recipe_path: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted run ends with the undisturbed one's bits, where torch's algorithms are deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    overrides = [f"precision={precision}"]
+    whole = train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'whole'}"]))
+    for stop in (["train.max_steps=5"], []):
+        parts = train(load_recipe(recipe_path, [*overrides, *stop, f"run_dir={tmp_path / 'parts'}"]))
+    assert digest(parts) == digest(whole)
+
+
+@pytest.mark.parametrize("options", [["train.compile=true"], ["data.resident=always"], ["train.channels_last=false"]])
+def test_options_train(recipe_path: Path, tmp_path: Path, options: list[str]) -> None:
+    """Compiled, with data on the GPU, without channels-last memory."""
+    train(load_recipe(recipe_path, ["precision=bf16", *options, f"run_dir={tmp_path / 'run'}"]))
+
+
+def test_a_step_never_waits_for_the_gpu(recipe_path: Path, tmp_path: Path) -> None:
+    """torch itself refuses every synchronisation within a step, once it has warmed up."""
+    t = start(load_recipe(recipe_path, ["precision=bf16", f"run_dir={tmp_path / 'run'}"]))
+    for batch in t.data.batches(0, 6):
+        torch.cuda.set_sync_debug_mode("error" if t.step >= 2 else "default")
+        try:
+            train_step(t, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        t.step += 1

@@ -1,0 +1,442 @@
+"""The twin that attacks run on: the model's results to rounding, its memory, and nothing of it changed."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from nrat_scale.core.modes import attack_mode, batchnorms
+from nrat_scale.models import ResNet18, WideResNet
+from nrat_scale.train.attack_model import AttackModel
+from nrat_scale.train.batchnorm import convert
+
+
+class Chain(nn.Module):
+    """Convolutions that BatchNorm follows at once: with bias, strided, in groups, and BatchNorm without affine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.SiLU(),
+            nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="circular", groups=2),
+            nn.BatchNorm2d(8, affine=False, eps=1e-3),
+            nn.SiLU(),
+            nn.Conv2d(8, 8, 1, bias=False),
+            nn.BatchNorm2d(8, affine=False),
+            nn.Flatten(),
+        )
+        self.fc = nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x))
+
+
+class Unfoldable(nn.Module):
+    """One case in which BatchNorm must stay, chosen by name; `bn` after `conv` is what is looked at."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        if case == "other layers":
+            self.conv, self.bn = nn.ConvTranspose2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        elif case == "other class":
+            self.bn = Shifted(3)
+        elif case == "parametrised convolution":
+            parametrizations.weight_norm(self.conv)
+        elif case == "parametrised norm":
+            parametrize.register_parametrization(self.bn, "weight", nn.Softplus())
+        elif case == "untracked":
+            self.bn = nn.BatchNorm2d(3, track_running_stats=False)
+        self.more = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # `case` is a constant for torch.fx, the sum of an image is not.
+        if self.case == "untraceable" and x.sum() < 0:
+            return self.fc(x.flatten(1))
+        if self.case == "order":
+            out = self.conv(self.bn(x))
+        elif self.case == "activation between":
+            out = self.bn(nn.functional.silu(self.conv(x)))
+        elif self.case == "convolution twice":
+            out = self.bn(self.conv(nn.functional.silu(self.conv(x))))
+        elif self.case == "norm twice":
+            out = self.bn(nn.functional.silu(self.bn(self.conv(x))))
+        elif self.case == "result used elsewhere":
+            out = self.conv(x)
+            out = self.bn(out) + 0.5 * out
+        elif self.case == "result used by two norms":
+            out = self.conv(x)
+            out = self.bn(out) * self.more(out)
+        else:
+            out = self.bn(self.conv(x))
+        return self.fc(out.flatten(1))
+
+
+class Shifted(nn.BatchNorm2d):
+    """More than BatchNorm, as timm's BatchNormAct2d is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(super().forward(input))
+
+
+def settled(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """`model` in training mode with statistics and affine parameters that are far from where they start."""
+    model = model.to(dtype).train()
+    shaken(model, 0)
+    return model
+
+
+def shaken(model: nn.Module, seed: int) -> None:
+    """Change weights and statistics of `model`, all in place, as a training step does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(noise, alpha=0.05)
+        for layer in batchnorms(model):
+            if layer.running_mean is not None and layer.running_var is not None:
+                shift, scale = torch.rand(2, layer.num_features, generator=generator, dtype=torch.float64)
+                layer.running_mean.add_(shift - 0.5)
+                layer.running_var.mul_(0.5 + scale)
+
+
+def images(dtype: torch.dtype = torch.float64, size: int = 8) -> Tensor:
+    return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(9), dtype=dtype)
+
+
+def results(forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of a loss for the images."""
+    x = x.clone().requires_grad_()
+    logits = forward(x)
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.arange(len(x))), x)
+    return logits.detach(), gradient
+
+
+def assert_equal_in_eval_mode(model: nn.Module, twin: AttackModel, x: Tensor) -> None:
+    """To 1e-12 of the largest value, the model being attacked as it would be without a twin."""
+    with attack_mode(model, "eval"):
+        expected = results(model, x)
+    for found, wanted in zip(results(twin.forward, x), expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# Of a WideResNet's BatchNorm layers the second of every block follows a convolution that nothing else uses; the first one
+# of all does where the first block has a convolution as shortcut, and so needs the stem's result only normalised.
+FOLDED = [
+    (ResNet18, 20),
+    (lambda: WideResNet(10, 1, "silu"), 3),
+    (lambda: WideResNet(10, 1, "relu"), 3),
+    (lambda: WideResNet(10, 2, "silu"), 4),
+    (lambda: WideResNet(10, 2, "relu"), 4),
+    (lambda: WideResNet(16, 1, "silu"), 6),
+    (Chain, 3),
+]
+NAMES = ["resnet18", "wrn10-1-silu", "wrn10-1-relu", "wrn10-2-silu", "wrn10-2-relu", "wrn16-1-silu", "chain"]
+EVERY_MODEL = pytest.mark.parametrize(("make", "num_folded"), FOLDED, ids=NAMES)
+
+# ---- evaluation mode ------------------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_folded_twin_equals_the_model(make, num_folded):
+    """Logits and gradients for the images are the model's in evaluation mode, whatever mode the model is in; every
+    BatchNorm layer that can be is folded; the model keeps its mode and every bit."""
+    model = settled(make())
+    before = state(model)
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == num_folded
+    assert len(batchnorms(twin.module)) == len(batchnorms(model)) - num_folded
+    assert_equal_in_eval_mode(model, twin, images())
+    assert all(module.training for module in model.modules())
+    assert not any(module.training for module in twin.module.modules() if not isinstance(module, nn.Identity))
+    assert_same_state(model, before)
+
+
+@EVERY_MODEL
+def test_refresh_follows_the_model(make, num_folded):
+    """After every step, which changes weights and statistics in place, and whoever gives the parameters new memory, as
+    DistributedDataParallel does."""
+    model = settled(make())
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == num_folded
+    for seed in (1, 2):
+        shaken(model, seed)
+        twin.refresh()
+        assert_equal_in_eval_mode(model, twin, images())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    twin.refresh()
+    for seed in (3, 4):
+        shaken(model, seed)
+        twin.refresh()
+        assert_equal_in_eval_mode(model, twin, images())
+
+
+def test_refresh_follows_buffers_that_are_replaced(make_net):
+    """Not only those that change in place: of folded layers, of those that stay, and of the model itself."""
+    for fold in (True, False):
+        model = make_net()
+        twin = AttackModel(model, "eval", fold=fold)
+        model.bn.running_mean = model.bn.running_mean + 1
+        model.bn.running_var = model.bn.running_var * 2
+        model.mean = model.mean / 2
+        twin.refresh()
+        assert_equal_in_eval_mode(model, twin, images())
+
+
+def test_weights_that_are_not_folded_follow_at_once():
+    """They are the model's own memory: no refresh is needed."""
+    model = settled(Chain())
+    twin = AttackModel(model, "eval", fold=False)
+    shaken(model, 1)
+    assert_equal_in_eval_mode(model, twin, images())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "order",
+        "activation between",
+        "convolution twice",
+        "norm twice",
+        "result used elsewhere",
+        "result used by two norms",
+        "other layers",
+        "other class",
+        "parametrised convolution",
+        "parametrised norm",
+        "untracked",
+        "untraceable",
+    ],
+)
+def test_what_cannot_be_folded_is_not(case):
+    """A convolution whose result, or which itself, is used elsewhere too, layers that are not exactly these classes, a
+    model that torch.fx cannot trace: attacked as they are, with equal results."""
+    model = settled(Unfoldable(case))
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == 0
+    assert (twin.untraced is not None) == (case == "untraceable"), "the run says why"
+    assert_equal_in_eval_mode(model, twin, images())
+    shaken(model, 1)
+    twin.refresh()
+    assert_equal_in_eval_mode(model, twin, images())
+
+
+class Aliased(nn.Module):
+    """Convolution and BatchNorm have two names each, or the convolution's weight is read a second time."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        if not tied:
+            self.body = nn.Sequential(self.conv, self.bn, nn.ReLU())
+        self.tied, self.fc = tied, nn.Linear(3 * 64 if tied else 4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.tied:
+            return self.fc(self.body(x).flatten(1))
+        hidden = self.bn(self.conv(x)).relu()
+        return self.fc(nn.functional.conv_transpose2d(hidden, self.conv.weight).flatten(1))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["two names", "tied weight"])
+def test_layers_that_are_used_under_another_name_are_left_alone(tied):
+    """Folded, the other use would see the wrong weights, or BatchNorm twice."""
+    model = settled(Aliased(tied))
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == 0
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_equal_in_eval_mode(model, twin, x)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("before", [False, True])
+def test_hooked_layers_are_left_alone(place, before):
+    """A hook on a layer that was folded away would not be called, or see something else."""
+    model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))
+    if before:
+        model[place].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    else:
+        model[place].register_forward_hook(lambda module, inputs, output: output * 2)
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == 0
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_equal_in_eval_mode(model, twin, x)
+
+
+def test_grouped_batchnorm_is_folded_too():
+    """In evaluation mode it is BatchNorm: the option does what it says with `model.bn: groups`."""
+    model = settled(convert(ResNet18(), "groups", 2), torch.float64)
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == 20
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_equal_in_eval_mode(model, twin, x)
+
+
+def test_the_same_network_without_an_obstacle_is_folded():
+    """So that the cases above are not refused for a reason of their own."""
+    model = settled(Unfoldable("none"))
+    twin = AttackModel(model, "eval")
+    assert twin.num_folded == 1
+    assert_equal_in_eval_mode(model, twin, images())
+
+
+def test_folding_can_be_switched_off():
+    """`train.fold_batchnorm: false`: bit for bit what the model computes in evaluation mode."""
+    model = settled(WideResNet(10, 1), torch.float32)
+    twin = AttackModel(model, "eval", fold=False)
+    assert twin.num_folded == 0
+    with attack_mode(model, "eval"):
+        expected = results(model, images(torch.float32))
+    assert all(map(torch.equal, results(twin.forward, images(torch.float32)), expected))
+
+
+def test_float32_differs_by_rounding_only():
+    """Folding rounds otherwise; in float32 that is in the sixth digit."""
+    model = settled(ResNet18(), torch.float32)
+    twin = AttackModel(model, "eval")
+    with attack_mode(model, "eval"):
+        expected = results(model, images(torch.float32))[0]
+    torch.testing.assert_close(twin.forward(images(torch.float32)), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- batch statistics -----------------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_batch_mode_is_that_of_the_attack_bit_for_bit(make, num_folded):
+    """Batch statistics, nothing folded, and no buffer of the model moves, however often the twin is asked."""
+    model = settled(make(), torch.float32).eval()
+    twin = AttackModel(model, "batch")
+    assert twin.num_folded == 0
+    for seed in (1, 2):
+        shaken(model, seed)
+        before = state(model)
+        twin.refresh()
+        found = results(twin.forward, images(torch.float32))
+        assert_same_state(model, before)
+        with attack_mode(model, "batch"):
+            expected = results(model, images(torch.float32))
+        assert all(map(torch.equal, found, expected))
+    assert not any(module.training for module in model.modules())
+    assert all(layer.track_running_stats for layer in batchnorms(model))
+
+
+def test_unknown_mode_is_a_bug():
+    """The recipe has been checked long before."""
+    with pytest.raises(AssertionError, match="train"):
+        AttackModel(nn.Linear(1, 1), "train")
+
+
+# ---- memory and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+def test_unfolded_parameters_share_memory(bn):
+    """Only a folded convolution has weights of its own; everything else is the model's memory, before and after
+    somebody gives the parameters a new one."""
+    model = settled(ResNet18())
+    twin = AttackModel(model, bn)
+    for move in (False, True):
+        if move:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+            twin.refresh()
+        theirs = dict(model.named_parameters())
+        own = {name for name, p in twin.module.named_parameters() if name not in theirs}
+        own |= {n for n, p in twin.module.named_parameters() if n in theirs and p.data_ptr() != theirs[n].data_ptr()}
+        convolutions = [name for name, layer in twin.module.named_modules() if isinstance(layer, nn.Conv2d)]
+        folded = {f"{name}.{kind}" for name in convolutions for kind in ("weight", "bias")}
+        assert own == (folded if bn == "eval" else set())
+    buffers = dict(model.named_buffers())
+    assert all(buffer is buffers[name] for name, buffer in twin.module.named_buffers())
+
+
+def test_layers_that_share_a_weight_share_it_in_the_twin():
+    """No copy is made of a weight that two layers have in common."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    twin = AttackModel(model, "eval").module
+    assert isinstance(twin, nn.Sequential) and twin[1].weight is twin[0].weight
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+def test_only_the_model_needs_gradients(bn):
+    """The twin's parameters never do; what the model froze stays frozen, and nothing else is, nor gets a gradient."""
+    model = settled(Chain())
+    model.fc.bias.requires_grad_(False)
+    wanted = {name: name != "fc.bias" for name, _ in model.named_parameters()}
+    twin = AttackModel(model, bn)
+    for move in (False, True):
+        if move:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        shaken(model, 1)
+        twin.refresh()
+        twin.forward(images().requires_grad_()).sum().backward()
+        assert not any(parameter.requires_grad for parameter in twin.module.parameters())
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+        assert all(parameter.grad is None for m in (model, twin.module) for parameter in m.parameters())
+
+
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+@pytest.mark.parametrize("make", [Chain, lambda: WideResNet(10, 1)], ids=["chain", "wrn"])
+def test_an_attack_in_the_middle_of_a_graph(bn, make):
+    """The model's forward, then an attack on the twin, then backward: gradients and buffers are those without the
+    attack, bit for bit (DM_AT's order, and that of accumulated micro-batches)."""
+
+    def gradients(model: nn.Module, twin: AttackModel | None) -> list[Tensor]:
+        logits = model(images())
+        if twin is not None:
+            twin.refresh()
+            x = images()
+            for _ in range(2):
+                x = (x + 0.01 * results(twin.forward, x)[1].sign()).clamp(0, 1)
+        nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    model = settled(make())
+    undisturbed = copy.deepcopy(model)
+    expected = gradients(undisturbed, None)
+    found = gradients(model, AttackModel(model, bn))
+    assert len(found) == len(expected) == len(list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
+    assert_same_state(model, state(undisturbed))
+
+
+def test_channels_last_weights_stay_so():
+    """Folded ones too, after every refresh: the attack is as fast as the model."""
+    model = settled(ResNet18()).to(memory_format=torch.channels_last)
+    twin = AttackModel(model, "eval")
+    x = images(torch.float64, 16).contiguous(memory_format=torch.channels_last)
+    for move in (False, True):
+        if move:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        shaken(model, 1)
+        twin.refresh()
+        for name, parameter in twin.module.named_parameters():
+            assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last), name
+            if not name.endswith("bias"):
+                assert parameter.stride() == model.get_parameter(name).stride(), name
+    with attack_mode(model, "eval"):
+        expected = model(x)
+    torch.testing.assert_close(twin.forward(x), expected, rtol=1e-10, atol=1e-10)
