@@ -11,15 +11,15 @@ from nrat_scale.report.tables import text_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see `--help`."""
+    """Write the report, print its table and its path; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m nrat_scale.report",
-        description="One HTML page about one run, or several side by side: robustness, learning curves, label noise.",
+        description="One HTML page about one run or several: robustness, learning curves, label noise.",
         epilog="Example: python -m nrat_scale.report runs/nrat runs/plain --out comparison.html",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="(default: report.html in the first RUN)")
-    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--title", help="heading of the page")
     arguments = parser.parse_args(argv)
     runs = read_runs(arguments.runs)
     path = write_page(runs, arguments.out or arguments.runs[0] / "report.html", arguments.title)
