@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import run_cli
-from nrat_scale.report.page import write_page
+from nrat_scale.report.page import write_report
 from nrat_scale.report.run import read_runs
 from nrat_scale.report.tables import text_table
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--title", help="heading of the page")
     arguments = parser.parse_args(argv)
     runs = read_runs(arguments.runs)
-    path = write_page(runs, arguments.out or arguments.runs[0] / "report.html", arguments.title)
+    path = write_report(runs, arguments.out, arguments.title)
     print(text_table(runs))
     print(path)
 

@@ -16,26 +16,34 @@ from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.curves import CURVES, draw_curves
-from nrat_scale.report.run import Run, dict_at, number_at, read_runs, read_score, value_at
+from nrat_scale.report.run import Run, dict_at, number_at, read_score, value_at
 from nrat_scale.report.tables import all_flags, attack_columns, evaluate_command
 
 _LARGEST_MATRIX = 20  # classes; a larger transition matrix is not readable as a table
 _FEW_IMAGES = 1000
-_TEMPLATES = Environment(
-    loader=PackageLoader("nrat_scale.report"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    finalize=lambda value: value if isinstance(value, Markup) else printable(value),
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, title: str | None = None) -> Path:
+def environment(package: str, *, autoescape: bool) -> Environment:
+    """The templates of a package; values are printed without control characters, unless they are `Markup`."""
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+_TEMPLATES = environment("nrat_scale.report", autoescape=True)
+
+
+def write_report(runs: Sequence[Run], out: Path | None = None, title: str | None = None) -> Path:
     """Write the report of `runs` and, beside it, `curves.png`: the learning curves of the first run.
 
     Args:
-        runs: run directories, evaluated or not.
+        runs: from `read_runs`, evaluated or not.
         out: the HTML file, by default report.html in the first run.
         title: heading of the page.
 
@@ -43,13 +51,9 @@ def write_report(runs: Sequence[Path], out: Path | None = None, title: str | Non
         The path of the HTML file.
 
     Raises:
-        UserError: a run is missing or damaged, or `out` cannot be written; then nothing was written.
+        UserError: `out` is not an .html file or cannot be written.
     """
-    return write_page(read_runs(runs), out or Path(runs[0]) / "report.html", title)
-
-
-def write_page(runs: Sequence[Run], out: Path, title: str | None = None) -> Path:
-    """`write_report` for runs that were read already."""
+    out = out or runs[0].path / "report.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"The report {out} must be an .html file. Choose another name with --out.")
     curves = [draw_curves(run) for run in runs]
@@ -74,8 +78,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
             "accuracies": _validation_text(run),
             "has_clean": bool(run.validation) and any(run.validation[-1].get(key) for key, *_ in CURVES[2:]),
             "gaps": list(_gaps(run)),
-            "best_is_last": any(row.checkpoint == "best = last" for row in run.rows)
-            or (run.best.get("step") is not None and run.best.get("step") == run.last.get("step")),
+            "best_is_last": run.best.get("step") is not None and run.best.get("step") == run.last.get("step"),
             "noise": _noise(run),
         }
         for run, png in zip(runs, curves, strict=True)
@@ -128,7 +131,7 @@ def _facts(run: Run) -> dict[str, str]:
             _threat_text(run.recipe),
             say(f"trained with {{}} steps of {fraction_text(step)}", "threat.num_steps") if attacked and step else "",
         ],
-        "Label noise": _noise_setting(run),
+        "Label noise": [say("{}", "data.real.noise.kind"), say("rate {}", "data.real.noise.rate")],
         "Data": _shares(run.recipe),
         "Training": [
             _epochs_text(run),
@@ -153,26 +156,13 @@ def _epochs_text(run: Run) -> str:
     return "" if planned is None else f"{planned} epochs" + ("" if done == planned else f" planned, {done} done")
 
 
-def _noise_setting(run: Run) -> list[str]:
-    kind, rate = (value_at(run.recipe, f"data.real.noise.{key}") for key in ("kind", "rate"))
-    if kind in (None, "none"):
-        return [str(kind or "")]
-    realised = number_at(run.noise, "realised_rate")
-    wrong = "" if realised is None else f"{100 * realised:.1f} % of the real labels are wrong"
-    return [str(kind), f"rate {rate}" if rate else "", wrong]
-
-
 def _shares(recipe: dict[str, Any]) -> list[str]:
-    """`30 % real (digits/train)` and the same for generated images, without shares if the fraction is unknown."""
-    real, generated = value_at(recipe, "data.real.shards"), value_at(recipe, "data.generated.shards")
-    fraction = number_at(recipe, "data.generated.fraction") if real and generated else float(bool(generated))
-    shares = (
-        ("real", real, None if fraction is None else 1 - fraction),
-        ("generated", generated, fraction),
-    )
+    """`30 % real (digits/train)`, and the same for the generated images."""
+    real, generated = (value_at(recipe, f"data.{source}.shards") for source in ("real", "generated"))
+    fraction = number_at(recipe, "data.generated.fraction") or 0.0 if real and generated else float(bool(generated))
     return [
-        ("" if share is None else f"{100 * share:.3g} % ") + f"{kind} ({'/'.join(PurePath(str(shards)).parts[-2:])})"
-        for kind, shards, share in shares
+        f"{100 * share:.3g} % {source} ({'/'.join(PurePath(str(shards)).parts[-2:])})"
+        for source, shards, share in (("real", real, 1 - fraction), ("generated", generated, fraction))
         if shards
     ]
 

@@ -133,14 +133,11 @@ class Run:
     @property
     def best_row(self) -> dict[str, Any]:
         """The validation of the best checkpoint; without a pointer to it, the first with the highest robust accuracy."""
-
-        def robust(row: dict[str, Any]) -> float:
-            score = read_score(row.get("robust"))
-            return -1.0 if score is None else score.percent
-
         step = self.best.get("step")
         named = [row for row in self.validation if step is not None and row.get("step") == step]
-        return named[-1] if named else max(self.validation, key=robust, default={})
+        if named:
+            return named[-1]
+        return max(self.validation, key=lambda row: number_at(row, "robust.accuracy") or 0.0, default={})
 
     @property
     def attack(self) -> str:

@@ -14,7 +14,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.report.__main__ import main
 from nrat_scale.report.curves import draw_curves
 from nrat_scale.report.page import render_page, write_report
-from nrat_scale.report.run import read_run
+from nrat_scale.report.run import read_run, read_runs
 from tests.support.evaluated_runs import RECIPE, changed, make_run, metrics_lines, results, score
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "abbf399"
@@ -68,7 +68,7 @@ def page_of(*runs: Path) -> Page:
 def test_page_of_one_run(tmp_path: Path) -> None:
     """The results table, the facts of training and the notes on method hold the numbers of the files."""
     run = make_run(tmp_path / "nrat")
-    out = write_report([run])
+    out = write_report(read_runs([run]))
     page = Page(out.read_text(encoding="utf-8"))
     assert out == run / "report.html"
     header, best, last = page.rows(0)
@@ -135,7 +135,7 @@ def test_two_runs_share_the_table(tmp_path: Path) -> None:
     """Several runs have one table and one curve each; the page and curves.png go where `out` says."""
     plain = changed(results(), "checkpoints.best.attacks.natural", score(495, 500, 0.977, 0.996))
     runs = [make_run(tmp_path / "nrat"), make_run(tmp_path / "plain", results=plain)]
-    out = write_report(runs, tmp_path / "new" / "both.html", title="NRAT and plain")
+    out = write_report(read_runs(runs), tmp_path / "new" / "both.html", title="NRAT and plain")
     page = Page(out.read_text(encoding="utf-8"))
     assert [row[0].split()[0] for row in page.rows(0)[1:]] == ["nrat", "last", "plain", "last"]
     assert page.rows(0)[3][2] == "99.0 [97.7, 99.6] n = 500"
@@ -186,7 +186,7 @@ def test_partly_evaluated(tmp_path: Path) -> None:
 def test_a_run_of_an_older_version(tmp_path: Path) -> None:
     """A run that an older version trained and evaluated has a report."""
     run = shutil.copytree(GOLDEN / "run", tmp_path / "run")
-    page = Page(write_report([run]).read_text(encoding="utf-8"))
+    page = Page(write_report(read_runs([run])).read_text(encoding="utf-8"))
     assert page.rows(0)[0][-2:] == ["PGD-5", "worst case"]
     assert page.rows(0)[1][2] == "11.0 [6.3, 18.6] n = 100"
     assert "l_inf, eps = 0.1" in page.text and "515 of 1297 real labels are wrong" in page.text
@@ -244,7 +244,7 @@ def test_escaping(tmp_path: Path) -> None:
         model={"class_names": [hostile, hostile]},
         metrics="".join(metrics_lines()).replace("pgd10", "<script>$\\\\frac$"),
     )
-    page = Page(write_report([run], title=f"{hostile}\x1b[2J").read_text(encoding="utf-8"))
+    page = Page(write_report(read_runs([run]), title=f"{hostile}\x1b[2J").read_text(encoding="utf-8"))
     assert not re.search("<script", page.source, re.IGNORECASE)
     assert hostile in page.text and "<script>&$x$?" in page.text
     assert "\x1b" not in page.source, "control characters are replaced"
@@ -253,7 +253,7 @@ def test_escaping(tmp_path: Path) -> None:
 def test_page_is_one_accessible_file(tmp_path: Path) -> None:
     """No script, no outside resource; a language, captions, scopes and alternative texts; equal runs give equal pages."""
     run = make_run(tmp_path / "run")
-    page = Page(write_report([run]).read_text(encoding="utf-8"))
+    page = Page(write_report(read_runs([run])).read_text(encoding="utf-8"))
     assert not page.open, "every tag is closed"
     assert "http://" not in page.source and "https://" not in page.source
     for tag, attributes in page.tags:
@@ -264,13 +264,13 @@ def test_page_is_one_accessible_file(tmp_path: Path) -> None:
         assert tag != "img" or "Best: epoch 3, natural 90.0 %, PGD-10 62.0 %" in (attributes["alt"] or "")
     assert ("html", {"lang": "en"}) in page.tags
     assert len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 3
-    assert write_report([run]).read_text(encoding="utf-8") == page.source
+    assert write_report(read_runs([run])).read_text(encoding="utf-8") == page.source
 
 
 def test_curves_png(tmp_path: Path) -> None:
     """curves.png is a figure of high resolution; one epoch is enough to draw it."""
     run = make_run(tmp_path / "run")
-    write_report([run])
+    write_report(read_runs([run]))
     with Image.open(run / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and image.width >= 1200
@@ -282,9 +282,9 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     """A report that cannot be written ends in a sentence and leaves no file."""
     run = make_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"must be an \.html file"):
-        write_report([run], tmp_path)
+        write_report(read_runs([run]), tmp_path)
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        write_report([run], tmp_path / "folder.html")
+        write_report(read_runs([run]), tmp_path / "folder.html")
     assert not (tmp_path / "curves.png").exists()
     assert not list(tmp_path.rglob("*.tmp"))

@@ -39,7 +39,7 @@ def test_result_rows() -> None:
 def test_bare_runs(tmp_path: Path, kept: str) -> None:
     """The recipe alone or the metrics alone are enough for a report."""
     absent = {"recipe", "metrics", "best", "last", "label_noise", "model", "results"} - {kept}
-    page = write_report([make_run(tmp_path / "run", **dict.fromkeys(absent))]).read_text(encoding="utf-8")
+    page = write_report(read_runs([make_run(tmp_path / "run", **dict.fromkeys(absent))])).read_text(encoding="utf-8")
     assert "not evaluated yet" in page and ">nan" not in page and "None" not in page.partition("</style>")[2]
 
 
@@ -70,7 +70,7 @@ def test_null_metrics_are_not_drawn(tmp_path: Path) -> None:
     row = {"kind": "validation", "epoch": 1, "step": 1, "attack": "pgd10", "natural": None, "robust": None}
     rows = [{**row, "natural_clean": None}, {**row, "epoch": 2, "robust": {"accuracy": float("nan"), "n": 1}}]
     run = make_run(tmp_path / "run", metrics="".join(json.dumps(r) + "\n" for r in rows), best=None)
-    page = write_report([run]).read_text(encoding="utf-8")
+    page = write_report(read_runs([run])).read_text(encoding="utf-8")
     assert "not measured" in page and "nan %" not in page
 
 
@@ -92,7 +92,7 @@ def test_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     lines = metrics_lines()
     run = make_run(tmp_path / "run", metrics="".join([*lines[:3], damage + "\n", *lines[3:]]))
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line 4 .* Remove that line"):
-        write_report([run])
+        write_report(read_runs([run]))
     assert not (run / "report.html").exists() and not (run / "curves.png").exists()
 
 
@@ -116,7 +116,7 @@ def test_damaged_files_are_named(tmp_path: Path, key: str, content: str, message
     """One sentence with the path of the file and a way out; no page is written."""
     run = make_run(tmp_path / "run", **{key: content})
     with pytest.raises(UserError, match=message) as raised:
-        write_report([run])
+        write_report(read_runs([run]))
     assert str(run) in str(raised.value) and "\n" not in str(raised.value)
     assert not (run / "report.html").exists()
 
@@ -124,11 +124,11 @@ def test_damaged_files_are_named(tmp_path: Path, key: str, content: str, message
 def test_folders_that_are_not_runs(tmp_path: Path) -> None:
     """A missing folder, a folder without a run and an empty list are refused."""
     with pytest.raises(UserError, match=r"There is no run directory .*nothing"):
-        write_report([tmp_path / "nothing"])
+        write_report(read_runs([tmp_path / "nothing"]))
     with pytest.raises(UserError, match=r"is not a run: it has neither recipe\.yaml nor metrics\.jsonl"):
-        write_report([tmp_path])
+        write_report(read_runs([tmp_path]))
     with pytest.raises(UserError, match="No run was given"):
-        write_report([])
+        write_report(read_runs([]))
 
 
 def test_the_command_fails_with_a_sentence(tmp_path: Path) -> None:
