@@ -85,7 +85,9 @@ class Row:
 
 def result_rows(results: dict[str, Any]) -> list[Row]:
     """The checkpoints in a results.json, best before last; one row for both if they are the same step."""
-    records = {name: dict_at(results, f"checkpoints.{name}") for name in map(str, dict_at(results, "checkpoints"))}
+    records = {
+        str(name): record for name, record in dict_at(results, "checkpoints").items() if isinstance(record, dict)
+    }
     names = sorted(filter(records.get, records), key=lambda name: {"best": 0, "last": 1}.get(name, 2))
     same = value_at(records, "best.step") is not None and records["best"]["step"] == value_at(records, "last.step")
     if same:
