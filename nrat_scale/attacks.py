@@ -21,6 +21,10 @@ NORMS = {"linf": "l_inf", "l2": "l_2"}  # name in recipes -> in text
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack and RobustBench write them
 INITS = ("zero", "normal", "uniform", "normal01")
 SPACES = ("pixel", "released_code")
+RELEASED_CODE_WARNING = (  # the one wording for reports, cards and results
+    "threat.space is 'released_code': eps and the clamp to [0, 1] apply to normalised pixels, which is a different threat "
+    "model. These numbers are not comparable with RobustBench."
+)
 # Float32 rounding of x + eps, and of the difference that is compared with eps; pixels are at most 1.
 _BALL_TOLERANCE = 2.0**-23
 

@@ -27,8 +27,8 @@ from nrat_scale import models
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
+from nrat_scale.core.run_folder import RESULTS, RunFolder
 from nrat_scale.evaluate.results import arrays_file, read_arrays, write_arrays
-from nrat_scale.evaluate.targets import RESULTS, is_run, skipped_shards
 from nrat_scale.loading.load import load
 from nrat_scale.loading.release_folder import CONFIG, MANIFEST, WEIGHTS
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
@@ -86,7 +86,7 @@ def release(run: Path, to: Path, checkpoint: str = "best", *, unevaluated: bool 
 
 
 def require_run(run: Path) -> None:
-    if not is_run(run):
+    if not RunFolder(run).is_run:
         raise UserError(f"{run} is not a run (no recipe.yaml and checkpoints). Train one first.")
 
 
@@ -138,7 +138,7 @@ def _gather(run: Path, name: str, weights: Weights) -> Contents:
                 results = {**everything, "checkpoints": {weights.label: record}}
     return Contents(
         name, weights.epoch, weights.step, weights.kind, weights.sha256, _without_paths(recipe), description, noise,
-        skipped_shards(run), results,
+        RunFolder(run).read_skipped_shards(), results,
     )  # fmt: skip
 
 
