@@ -158,7 +158,7 @@ def test_a_release_is_whole_and_verified(run: Path, tmp_path: Path) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match=r"model\.safetensors is not what its manifest says"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not match its size and sha256"):
         load(folder)
     with pytest.raises(UserError, match="manifest"):
         publish.push(folder, "someone/mine")
@@ -243,7 +243,7 @@ def test_a_corrupted_download_is_noticed(run: Path, model: nn.Module, hub: HubSe
     assert float(done.stdout.strip().removeprefix("logits ")) == pytest.approx(logits(model), rel=1e-9)
     hub.corrupted = {"model.safetensors": 99}
     done = client(hub, tmp_path / "other", ["load", "someone/mine"])
-    assert done.returncode == 2 and "is not what its manifest says" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "does not match its size and sha256" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_wrong_token_is_a_sentence(run: Path, hub: HubServer, tmp_path: Path) -> None:
