@@ -1,9 +1,10 @@
 """Command line of evaluation: `python -m nrat_scale.evaluate WHAT --data SHARDS`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -18,6 +19,8 @@ from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
 
+T = TypeVar("T")
+
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -26,28 +29,28 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example: python -m nrat_scale.evaluate runs/quickstart --data data/digits/test --attacks natural,pgd20,aa",
     )
     add = parser.add_argument
+    names, number = _option(_names), _option(parse_fraction)
+    numbers = _option(lambda text: [parse_fraction(part) for part in text.split(",")])
+    attacks = _option(lambda text: tuple(map(parse_attack, _names(text))))
     what = "run directory, release folder, user/repo[@revision] on the Hub, weight file with --arch, or timm model"
     add("what", metavar="WHAT", help=what)
     add("--data", required=True, metavar="SHARDS", help="folder of shards with the test images")
-    add("--attacks", default="natural,pgd20,cw20,aa", help=f"of {attack_usage()} (default: %(default)s)")
-    add("--checkpoint", default=",".join(CHECKPOINTS), help="of a run (default: %(default)s)")
+    add("--attacks", type=attacks, default="natural,pgd20,cw20,aa", help=f"{attack_usage()} (default: %(default)s)")
+    add("--checkpoint", type=names, default=",".join(CHECKPOINTS), help="of a run (default: %(default)s)")
     weights = "of a run: evaluated (the EMA if there is one), ema, raw (default: %(default)s)"
-    add("--weights", default=WEIGHT_CHOICES[0], help=weights)
+    add("--weights", type=names, default=WEIGHT_CHOICES[0], help=weights)
     add("--arch", help="of a weight file: a model that timm knows, such as wrn28_10_silu")
-    add("--mean", help="normalisation of a weight file, comma-separated (default: the model's)")
-    add("--std", help="the same")
+    add("--mean", type=numbers, help="normalisation of a weight file, comma-separated (default: the model's)")
+    add("--std", type=numbers, help="the same")
     add("--transfer-from", metavar="WHAT", help="make the adversarial images on this model instead")
     add("--source-arch", metavar="ARCH", help="--arch of --transfer-from")
-    drop = (
-        "skip images that an earlier attack broke (not for AutoAttack): faster, but all numbers except the worst case and "
-        "the first attack's are cumulative"
-    )
+    drop = "skip images that an earlier attack broke (not for AutoAttack): faster, but the numbers are cumulative"
     add("--drop-broken", action="store_true", help=drop)
     add("--images", type=int, help="number of images, a fixed seeded choice (default: all)")
     add("--aa-images", type=int, help="the same for AutoAttack alone")
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
-    add("--eps", help="radius, such as 8/255 (default: the recipe's)")
-    add("--step", help="step of PGD and CW, such as 2/255 (default: the recipe's, else eps / 4)")
+    add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
+    add("--step", type=number, help="step of PGD and CW, such as 2/255 (default: the recipe's, else eps / 4)")
     add("--batch-size", type=int, default=256, help="size of the blocks (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
@@ -59,17 +62,16 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _number(option: str, text: str | None) -> float | None:
-    try:
-        return None if text is None else parse_fraction(text)
-    except ValueError as error:
-        raise UserError(f"{option} {error}") from None
+def _option(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` for argparse, which shows the message of an `ArgumentTypeError` but not of other `ValueError`s."""
 
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    return (
-        None if text is None else [number for part in text.split(",") if (number := _number(option, part)) is not None]
-    )
+    return parsed
 
 
 def _join(device: str | None) -> tuple[PartialState, torch.device]:
@@ -87,42 +89,34 @@ def _join(device: str | None) -> tuple[PartialState, torch.device]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
-    arguments = _arguments(argv)
-    attacks = tuple(parse_attack(name) for name in _names(arguments.attacks))
-    state, device = _join(arguments.device)
-    shards = open_shards(arguments.data, "--data")
-    options = TargetOptions(
-        _names(arguments.checkpoint),
-        _names(arguments.weights),
-        arguments.arch,
-        _numbers("--mean", arguments.mean),
-        _numbers("--std", arguments.std),
-    )
-    found = find_targets(arguments.what, options)
+    given = _arguments(argv)
+    state, device = _join(given.device)
+    shards = open_shards(given.data, "--data")
+    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std)
+    found = find_targets(given.what, options)
     if found.run is not None:
         check_unseen(found.run, shards)
     source = None
-    if arguments.transfer_from is not None:
-        options = TargetOptions(checkpoints=("best",), arch=arguments.source_arch)
-        (source,) = find_targets(arguments.transfer_from, options).targets
-        source = replace(source, label=Path(arguments.transfer_from).name)
-    eps, step = _number("--eps", arguments.eps), _number("--step", arguments.step)
+    if given.transfer_from is not None:
+        options = TargetOptions(checkpoints=("best",), arch=given.source_arch)
+        (source,) = find_targets(given.transfer_from, options).targets
+        source = replace(source, label=Path(given.transfer_from).name)
     request = Request(
-        attacks,
-        request_threat(arguments.what, found.threat, arguments.norm, eps, step),
-        arguments.images,
-        arguments.aa_images,
-        arguments.batch_size,
-        arguments.seed,
+        given.attacks,
+        request_threat(given.what, found.threat, given.norm, given.eps, given.step),
+        given.images,
+        given.aa_images,
+        given.batch_size,
+        given.seed,
         source,
-        arguments.drop_broken,
+        given.drop_broken,
     )
-    out = arguments.out or found.results
+    out = given.out or found.results
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")
     on_main(state, shards.verify)
     for target in [*found.targets, *([] if source is None else [source])]:
-        check_fits(target.model, shards, arguments.what)
+        check_fits(target.model, shards, given.what)
         target.model.to(device)
     results = evaluate(found.targets, shards, request, out)
     if state.is_main_process:

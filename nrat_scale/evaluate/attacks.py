@@ -30,6 +30,7 @@ class Attack:
     Attributes:
         name: as given, such as `pgd20x5`.
         kind: its key in `ATTACKS`.
+        title: its name in tables and text.
         steps: gradient steps, 0 if the attack takes none.
         restarts: independent random starts; an image counts as correct if it survives all of them.
         components: the parts of AutoAttack, in order.
@@ -37,6 +38,7 @@ class Attack:
 
     name: str
     kind: str
+    title: str
     steps: int = 0
     restarts: int = 1
     components: tuple[str, ...] = ()
@@ -73,17 +75,15 @@ class AttackKind:
     Attributes:
         usage: the names it takes, for --help.
         pattern: regular expression that matches a whole name.
+        parse: match of `pattern` -> title and other fields of `Attack`; may raise `UserError`.
         perturb: (attack, block) -> x_adv, shaped like block.x; None: the images are not perturbed.
-        title: the attack's name in tables and text.
-        parse: match of `pattern` -> fields of `Attack`; may raise `UserError`.
         whole_blocks: the outcome depends on the block as a whole, so that no image may be dropped from it.
     """
 
     usage: str
     pattern: str
+    parse: Callable[[re.Match[str]], dict[str, Any]]
     perturb: Callable[[Attack, Block], Tensor] | None
-    title: Callable[[Attack], str]
-    parse: Callable[[re.Match[str]], dict[str, Any]] = lambda match: {}
     whole_blocks: bool = False
 
 
@@ -111,10 +111,9 @@ def attack_title(name: str) -> str:
     if name.startswith(TRANSFER):
         return f"{attack_title(name.removeprefix(TRANSFER))}, transferred"
     try:
-        attack = parse_attack(name)
+        return parse_attack(name).title
     except UserError:
         return name
-    return ATTACKS[attack.kind].title(attack)
 
 
 # ---- FGSM, PGD, CW --------------------------------------------------------------------------------------------------
@@ -134,19 +133,11 @@ def gradient_threat(attack: Attack, threat: ThreatSpec) -> ThreatSpec:
 
 def _gradient_attack(loss: Callable[[Tensor, Tensor], Tensor], attack: Attack, block: Block) -> Tensor:
     threat = gradient_threat(attack, block.threat)
-    # By image id and on the CPU: an image has the same start in any block and on any device.
     restart = (block.restart,) if block.restart else ()
-    noise = torch.stack(
-        [
-            start_noise(
-                block.x.shape[1:],
-                threat.init,
-                torch.zeros(()),
-                torch_generator("cpu", block.seed, "evaluate", int(image_id), *restart),
-            )
-            for image_id in block.ids
-        ]
-    )
+    # By image id and on the CPU: an image has the same start in any block and on any device.
+    generators = (torch_generator("cpu", block.seed, "evaluate", int(i), *restart) for i in block.ids)
+    shape, like = block.x.shape[1:], torch.zeros(())
+    noise = torch.stack([start_noise(shape, threat.init, like, generator) for generator in generators])
     _, encode, _ = in_space(block.model, threat.space)
     start = apply_noise(encode(block.x), noise.to(block.x), threat)
     return pgd(block.model, block.x, lambda logits: loss(logits, block.y), threat, start=start)
@@ -156,69 +147,51 @@ _STEPS = "([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,3}))?"
 
 
 def _parse_steps(match: re.Match[str]) -> dict[str, Any]:
-    return {"steps": int(match[1]), "restarts": int(match[2] or 1)}
-
-
-def _steps_title(attack: Attack) -> str:
-    starts = f", {attack.restarts} starts" if attack.restarts > 1 else ""
-    return f"{attack.kind.upper()}-{attack.steps}{starts}"
+    restarts = int(match[3] or 1)
+    title = f"{match[1].upper()}-{match[2]}" + (f", {restarts} starts" if restarts > 1 else "")
+    return {"title": title, "steps": int(match[2]), "restarts": restarts}
 
 
 # ---- AutoAttack -----------------------------------------------------------------------------------------------------
 
 
 def _parse_components(match: re.Match[str]) -> dict[str, Any]:
-    if match[1] is None:
-        return {"components": STANDARD if match[0] == "aa" else STANDARD[:2]}
+    if match[0] == "aa":
+        return {"title": "AutoAttack", "components": STANDARD}
+    if match[0] == "aa-apgd":
+        return {"title": "APGD", "components": STANDARD[:2]}
     components = tuple(match[1].split("+"))
     for component in components:
         if component not in COMPONENTS:
             raise UserError(
                 f"AutoAttack has no part '{component}' (in '{match[0]}'). {did_you_mean(component, COMPONENTS)}"
             )
-    return {"components": components}
+    return {"title": match[0], "components": components}
 
 
 def _autoattack(attack: Attack, block: Block) -> Tensor:
-    return autoattack(
-        block.model,
-        block.x,
-        block.y,
-        block.threat,
-        block.seed,
-        components=attack.components,
-        running=block.running,
-        warn=block.warn,
-    )
+    seed, parts = block.seed, attack.components
+    return autoattack(block.model, block.x, block.y, block.threat, seed, parts, block.running, block.warn)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 ATTACKS: dict[str, AttackKind] = {
-    "natural": AttackKind("natural", "natural", None, lambda attack: "natural"),
+    "natural": AttackKind("natural", "natural", lambda match: {"title": "natural"}, None),
     "fgsm": AttackKind(
-        "fgsm", "fgsm", partial(_gradient_attack, LOSSES["ce"]), lambda attack: "FGSM", lambda match: {"steps": 1}
+        "fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, partial(_gradient_attack, LOSSES["ce"])
     ),
     "pgd": AttackKind(
-        "pgdN or pgdNxR (N steps, R restarts)",
-        f"pgd{_STEPS}",
-        partial(_gradient_attack, LOSSES["ce"]),
-        _steps_title,
-        _parse_steps,
+        "pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, partial(_gradient_attack, LOSSES["ce"])
     ),
     "cw": AttackKind(
-        "cwN or cwNxR (the same on the CW margin)",
-        f"cw{_STEPS}",
-        partial(_gradient_attack, margin),
-        _steps_title,
-        _parse_steps,
+        "cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, partial(_gradient_attack, margin)
     ),
     "aa": AttackKind(
         "aa (AutoAttack), aa-apgd, aa:PART+PART",
         "aa|aa-apgd|aa:([a-z+-]+)",
-        _autoattack,
-        lambda attack: {"aa": "AutoAttack", "aa-apgd": "APGD"}.get(attack.name, attack.name),
         _parse_components,
+        _autoattack,
         whole_blocks=True,
     ),
 }

@@ -71,8 +71,9 @@ class Request:
         settings: dict[str, Any] = {"n": n, "seed": self.seed, "batch_size": self.batch_size}
         settings |= {"eps": self.threat.eps, "norm": self.threat.norm}
         if attack.steps:
-            step = gradient_threat(attack, self.threat).step
-            settings |= {"step": step, "steps": attack.steps, "restarts": attack.restarts}
+            settings |= {"step": gradient_threat(attack, self.threat).step, "steps": attack.steps}
+        if ATTACKS[attack.kind].perturb is not None and not ATTACKS[attack.kind].whole_blocks:
+            settings["restarts"] = attack.restarts
         if attack.components:
             settings["components"] = list(attack.components)
         if self.source is not None and self.transfers(attack):

@@ -46,34 +46,30 @@ class BlockLog:
     """Finished blocks of one (weights, data, attack, settings) key; a killed evaluation resumes after them.
 
     Args:
-        results: the results file under way; None keeps no blocks.
+        results: the results file under way.
         key: everything that the outcome depends on, as JSON values.
     """
 
-    def __init__(self, results: Path | None, key: dict[str, Any]) -> None:
+    def __init__(self, results: Path, key: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = None if results is None else unfinished_folder(results) / digest
+        self._folder = unfinished_folder(results) / digest
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
-        if self._folder is None or not self._folder.is_dir():
-            return {}
         return dict(_read_block(path) for path in sorted(self._folder.glob("block-*.json")))
 
     def write(self, first: int, block: FinishedBlock) -> None:
         """Write and fsync a finished block."""
-        if self._folder is not None:
-            make_folder(self._folder)
-            text = "".join("1" if right else "0" for right in block.right)
-            value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
-            write_json(self._folder / f"block-{first:08d}.json", value)
+        make_folder(self._folder)
+        text = "".join("1" if right else "0" for right in block.right)
+        value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
+        write_json(self._folder / f"block-{first:08d}.json", value)
 
     def clear(self) -> None:
         """Remove the blocks, once the results file holds the whole attack."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: blocks of another key
-                self._folder.parent.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # not empty: blocks of another key
+            self._folder.parent.rmdir()
 
 
 def unfinished_folder(results: Path) -> Path:
@@ -158,13 +154,13 @@ def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
     }
 
 
-def earlier_results(out: Path | None, new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
+def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
     """The checkpoints and outcomes that `out` holds already; an entry whose arrays are missing or different is dropped.
 
     Args:
         new: `new_results`; data, threat and versions must be equal.
     """
-    if out is None or not out.is_file():
+    if not out.is_file():
         return {}, {}
     results, arrays = read_json(out, "results"), read_arrays(out)
     if results.get("format") != FORMAT:

@@ -37,9 +37,7 @@ from nrat_scale.evaluate.targets import Target
 _CHECKED_IMAGES = 64  # for `check_model`
 
 
-def evaluate(
-    targets: Sequence[Target], shards: ShardSet, request: Request, out: Path | None, *, progress: bool = True
-) -> dict[str, Any]:
+def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out: Path) -> dict[str, Any]:
     """Measure every target as requested, over all processes; returns the content of results.json.
 
     Results and per-image outcomes are written to `out` after each attack. What `out` holds already for the same weights, data
@@ -47,12 +45,11 @@ def evaluate(
 
     Args:
         targets: on the device to use, the same in every process.
-        out: the results file; None writes nothing.
 
     Raises:
         UserError: `out` holds results that must not be mixed with these or replaced, or a model cannot be measured.
     """
-    evaluation = _Evaluation(shards, request, out, progress)
+    evaluation = _Evaluation(shards, request, out)
     measured: dict[str, _Measured] = {}  # by sha256: best and last may be the same weights
     for target in targets:
         sha256 = target.identity["sha256"]
@@ -79,8 +76,8 @@ class _Evaluation:
         arrays: the outcomes so far, by `<label>/<attack>`.
     """
 
-    def __init__(self, shards: ShardSet, request: Request, out: Path | None, progress: bool) -> None:
-        self.shards, self.request, self.out, self.progress = shards, request, out, progress
+    def __init__(self, shards: ShardSet, request: Request, out: Path) -> None:
+        self.shards, self.request, self.out = shards, request, out
         self.state = join_processes()
         self.results = new_results(shards, request.threat)
         self.arrays: dict[str, Outcome]
@@ -148,7 +145,7 @@ class _Evaluation:
             initial=sum(len(wanted[first]) for first in done),
             desc=f"{target.label} {attack.name}",
             unit="img",
-            disable=not self.progress or not state.is_main_process,
+            disable=not state.is_main_process,
             leave=False,
         ) as bar:
             for first in missing[state.process_index :: state.num_processes]:
@@ -179,7 +176,9 @@ class _Evaluation:
             for name, outcome in measured.outcomes.items()
             if not name.startswith(TRANSFER) and "without_images_broken_by" not in measured.entries[name]
         }
-        warned = [f"AutoAttack ({name}): {w}" for name, entry in measured.entries.items() for w in entry["warnings"]]
+        warned = [
+            f"AutoAttack ({name}): {text}" for name, entry in measured.entries.items() for text in entry["warnings"]
+        ]
         self.results["checkpoints"][target.label] = {
             **measured.facts,
             "flags": [*measured.facts["flags"], *contradictions(alone), *warned],
@@ -191,9 +190,8 @@ class _Evaluation:
         self.arrays |= {f"{target.label}/{name}": outcome for name, outcome in measured.outcomes.items()}
 
         def write() -> None:
-            if self.out is not None:
-                make_folder(self.out.parent)
-                write_arrays(self.out, self.arrays)  # first, so that results.json never names arrays that are missing
-                write_json(self.out, self.results)
+            make_folder(self.out.parent)
+            write_arrays(self.out, self.arrays)  # first, so that results.json never names arrays that are missing
+            write_json(self.out, self.results)
 
         on_main(self.state, write)
