@@ -3,9 +3,9 @@
 import tempfile
 from pathlib import Path
 
-from nrat_scale.checkpoint.folder import QUEUE
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.loading.release_folder import WEIGHTS, verify
 from nrat_scale.release.bundle import FILES, Options, Weights, build_release, require_run
 from nrat_scale.remote.hub import HubRepository, check_repository, names_of
@@ -44,9 +44,10 @@ def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
     """
     require_run(run)
     check_repository(repo, None)
-    folders = sorted(path for path in (run / QUEUE).glob("epoch-*") if path.is_dir())
+    queue = RunFolder(run).releases
+    folders = sorted(path for path in queue.glob("epoch-*") if path.is_dir())
     if not folders:
-        raise UserError(f"{run / QUEUE} holds nothing to send. Put checkpoints aside with release.every_epochs=N.")
+        raise UserError(f"{queue} holds nothing to send. Put checkpoints aside with release.every_epochs=N.")
     told = []
     for folder in folders:
         facts = read_json(folder / "queued.json", "description of the queued weights")
