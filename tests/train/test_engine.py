@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import bench_step
+from bench import step as bench_step
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.recipe import load_recipe
@@ -268,7 +268,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
 
     monkeypatch.setattr("nrat_scale.checkpoint.format.shutil.disk_usage", full)
     run = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"]))
-    assert capsys.readouterr().out.count("The run goes on without the checkpoint") == 2
+    assert capsys.readouterr().out.count("Training continues without the checkpoint") == 2
     assert named_checkpoint(run, "last").step == 12
 
 
@@ -284,8 +284,7 @@ def test_the_step_is_the_textbook_step_and_costs_no_more(tmp_path: Path, objecti
     assert differing == 0
     assert abs(loss) < 1e-9
     ours = bench_step.Ours(tmp_path, "resnet18_cifar", objective, 2, f"threat.bn={bench_step.STEPPED[objective]}")
-    (part,) = micro_batches(ours.t, next(ours.t.data.batches(0, 1)))
-    assert most - 1 < bench_step.forward_equivalents(ours.t.base, part.x, ours.step) <= most
+    assert most - 1 < bench_step.forward_equivalents(ours.state.base, ours.first_part().x, ours.step) <= most
 
 
 def test_mixed_precision_starts_in_float32(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,4 +359,4 @@ def test_epochs_are_put_aside_for_a_release(
     (blocked / "releases").write_text("in the way")
     train(load_recipe(recipe_path, [f"run_dir={blocked}", *aside]))
     assert digest(blocked) == digest(whole)
-    assert "not put aside for a release" in "".join(capfd.readouterr())
+    assert "not queued for a release" in "".join(capfd.readouterr())
