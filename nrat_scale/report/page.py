@@ -87,7 +87,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
         title=title or f"Robustness report: {', '.join(run.name for run in runs)}",
         sections=sections,
         attacks={attack: attack_title(attack) for attack in attack_columns(rows)},
-        evaluated=bool(evaluated),
+        evaluated=evaluated,
         warnings=[(run.name, warning) for run in runs for warning in run.warnings],
         settings=_group(_setting, evaluated),
         selections=_group(_selection, runs),
