@@ -113,7 +113,7 @@ def _group(describe: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, str
 def _facts(run: Run) -> dict[str, str]:
     """What was trained, without what is unknown, off or 0."""
 
-    def say(text: str, path: str) -> str:
+    def phrase(text: str, path: str) -> str:
         value = value_at(run.recipe, path, 0)
         return "" if value in (0, "", "off") else text.format(f"{value:.4g}" if isinstance(value, float) else value)
 
@@ -121,26 +121,28 @@ def _facts(run: Run) -> dict[str, str]:
     step = number_at(run.recipe, "threat.step")
     facts = {
         "Objective": [
-            say("{}", "objective.name"),
-            say("λ = {}", "objective.lam"),
-            say("inner loss {}", "objective.inner") if attacked else "",
-            say("label smoothing {}", "objective.smoothing"),
+            phrase("{}", "objective.name"),
+            phrase("λ = {}", "objective.lam"),
+            phrase("inner loss {}", "objective.inner") if attacked else "",
+            phrase("label smoothing {}", "objective.smoothing"),
         ],
-        "Model": [say("{}", "model.name")],
+        "Model": [phrase("{}", "model.name")],
         "Threat": [
             _threat_text(run.recipe),
-            say(f"trained with {{}} steps of {fraction_text(step)}", "threat.num_steps") if attacked and step else "",
+            phrase(f"trained with {{}} steps of {fraction_text(step)}", "threat.num_steps")
+            if attacked and step
+            else "",
         ],
-        "Label noise": [say("{}", "data.real.noise.kind"), say("rate {}", "data.real.noise.rate")],
+        "Label noise": [phrase("{}", "data.real.noise.kind"), phrase("rate {}", "data.real.noise.rate")],
         "Data": _shares(run.recipe),
         "Training": [
             _epochs_text(run),
-            say("{} images each", "data.epoch_samples"),
-            say("batch {}", "data.batch_size"),
-            say("learning rate {}", "optim.lr"),
-            say("{}", "precision"),
+            phrase("{} images each", "data.epoch_samples"),
+            phrase("batch {}", "data.batch_size"),
+            phrase("learning rate {}", "optim.lr"),
+            phrase("{}", "precision"),
         ],
-        "Weights": [say("EMA {}", "ema.decay"), say("AWP γ = {}", "awp.gamma")],
+        "Weights": [phrase("EMA {}", "ema.decay"), phrase("AWP γ = {}", "awp.gamma")],
         "Seed": [str(value_at(run.recipe, "seed", ""))],
     }
     return {title: ", ".join(filter(None, phrases)) for title, phrases in facts.items() if any(phrases)}
@@ -187,7 +189,7 @@ def _noise(run: Run) -> dict[str, Any] | None:
 
 
 def _validation_text(run: Run) -> str:
-    """The accuracies of the best and the last epoch, for the caption of the curves and for those who cannot see them."""
+    """The accuracies of the best and the last epoch: caption and alternative text of the curves."""
     if not run.validation:
         return "There is no validation yet."
     last = run.validation[-1]
