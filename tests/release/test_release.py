@@ -29,8 +29,8 @@ from tests.support.run_folders import write_run
 ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 16}), 10, 1, (0.3,), (0.3,))
 SCRIPT = """
 import sys, json
-import nrat_scale.remote.hub
-nrat_scale.remote.hub._FIRST_PAUSE_SECONDS = 0.05
+import nrat_scale.remote.transfer
+nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.05
 from nrat_scale.core.errors import run_cli
 from nrat_scale.release import __main__ as release
 import nrat_scale, torch
