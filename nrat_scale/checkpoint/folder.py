@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint, remove_checkpoint
-from nrat_scale.checkpoint.state import RESUMED, Required, is_count
+from nrat_scale.checkpoint.state import RESUMED, is_count
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
 from nrat_scale.core.run_folder import RunFolder
@@ -34,11 +34,8 @@ def set_aside(run: Path, after: int) -> None:
     fsync_folder(RunFolder(run).checkpoints)
 
 
-def newest_checkpoint(run: Path, required: Required = RESUMED) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that training can resume from, and one sentence for each newer one that it cannot.
-
-    Args:
-        required: as in `open_checkpoint`.
 
     Raises:
         UserError: the run has checkpoints, but training can resume from none of them.
@@ -46,7 +43,7 @@ def newest_checkpoint(run: Path, required: Required = RESUMED) -> tuple[Checkpoi
     refused: list[str] = []
     for folder in checkpoint_folders(run):
         try:
-            return open_checkpoint(folder, required), refused
+            return open_checkpoint(folder, RESUMED), refused
         except UserError as error:
             refused.append(str(error))
     if refused:
