@@ -7,12 +7,11 @@ import uuid
 from pathlib import Path
 
 from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint, remove_checkpoint
-from nrat_scale.checkpoint.state import RESUMED, Required, is_count
+from nrat_scale.checkpoint.state import RESUMED, is_count
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
 from nrat_scale.core.run_folder import RunFolder
 
-POINTERS = ("best", "last")
 _TEMPORARY = re.compile(r"\.(step-[0-9]{8}|(best|last)\.json)\.[0-9a-f]{12}\.tmp")
 _REPLACED = re.compile(r"\.(step-[0-9]{8})\.replaced-[0-9a-f]{8}")
 
@@ -35,11 +34,8 @@ def set_aside(run: Path, after: int) -> None:
     fsync_folder(RunFolder(run).checkpoints)
 
 
-def newest_checkpoint(run: Path, required: Required = RESUMED) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that training can resume from, and one sentence for each newer one that it cannot.
-
-    Args:
-        required: as in `open_checkpoint`.
 
     Raises:
         UserError: the run has checkpoints, but training can resume from none of them.
@@ -47,7 +43,7 @@ def newest_checkpoint(run: Path, required: Required = RESUMED) -> tuple[Checkpoi
     refused: list[str] = []
     for folder in checkpoint_folders(run):
         try:
-            return open_checkpoint(folder, required), refused
+            return open_checkpoint(folder, RESUMED), refused
         except UserError as error:
             refused.append(str(error))
     if refused:
@@ -118,13 +114,12 @@ def _read_pointer(run: Path, name: str) -> tuple[Path, int]:
     """
     path = RunFolder(run).pointer(name)
     pointer = read_json(path, f"pointer to the {name} checkpoint")
-    step = pointer.get("step")
     if (
         not {"step", "epoch", "folder"} <= pointer.keys() <= {"step", "epoch", "folder", "selected"}
         or not all(is_count(pointer[key]) for key in ("step", "epoch"))
-        or pointer["folder"]
-        != f"step-{step:08d}"  # redundant on purpose: a flipped digit must not name another checkpoint
         or not isinstance(pointer.get("selected", False), bool)
+        # redundant on purpose: with a flipped digit it must not name another checkpoint
+        or pointer["folder"] != RunFolder(run).checkpoint(pointer["step"]).name
     ):
         raise UserError(f"The pointer {path} is damaged: it does not name one step, its epoch and its folder.")
     return RunFolder(run).checkpoint(pointer["step"]), pointer["epoch"]
@@ -161,7 +156,7 @@ def prune(run: Path, keep: int) -> list[str]:
         UserError: an old checkpoint cannot be removed.
     """
     named, damaged = {}, []
-    for name in POINTERS:
+    for name in ("best", "last"):
         if RunFolder(run).pointer(name).exists():
             try:
                 named[name] = _read_pointer(run, name)[0].name

@@ -20,19 +20,11 @@ def is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def rows_of_ranks(width: int | None = None) -> Callable[[object], bool]:
-    """A check for one list of numbers per rank, each of `width` numbers (None: of any number)."""
+def _is_row_per_rank(value: object) -> bool:
+    def is_row(row: object) -> bool:
+        return isinstance(row, list) and all(type(number) in (int, float) for number in row)
 
-    def fits(value: object) -> bool:
-        return isinstance(value, list) and len(value) > 0 and all(_is_row(row, width) for row in value)
-
-    return fits
-
-
-def _is_row(row: object, width: int | None) -> bool:
-    if not isinstance(row, list) or (width is not None and len(row) != width):
-        return False
-    return all(type(number) in (int, float) for number in row)
+    return isinstance(value, list) and len(value) > 0 and all(is_row(row) for row in value)
 
 
 def _is_best(value: object) -> bool:
@@ -50,9 +42,9 @@ RESUMED: Required = NAMED | {
     "best": _is_best,  # row of the best validation so far, None before the first
     "validation_due": lambda value: isinstance(value, bool),  # the run stopped between an epoch and its validation
     "metrics_lines": is_count,  # of metrics.jsonl
-    "sums": rows_of_ranks(),  # over the epoch so far
+    "sums": _is_row_per_rank,  # over the epoch so far
     "guard": lambda value: isinstance(value, dict),
-    "guard_sums": rows_of_ranks(),
+    "guard_sums": _is_row_per_rank,
     "scaler": lambda value: value is None or isinstance(value, dict),  # of fp16
 }
 

@@ -64,11 +64,10 @@ class KeyedPermutation:
     def __init__(self, n: int, seed: int, *names: str | int) -> None:
         assert n >= 1, n
         self.n = n
-        self._forward: np.ndarray | None = None
-        self._inverse: np.ndarray | None = None
+        self._tables: dict[int, np.ndarray] = {}  # direction -> table
         key = derive(seed, "permutation", *names)
         if n <= _TABLE_LIMIT:
-            self._forward = np.argsort(hash64(key, np.arange(n)), kind="stable")
+            self._tables[1] = np.argsort(hash64(key, np.arange(n)), kind="stable")
             return
         self._a = int(np.ceil(np.sqrt(n)))
         self._b = -(-n // self._a)
@@ -76,27 +75,19 @@ class KeyedPermutation:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The elements (int64 [m]) at `positions` (integers [m] in [0, n))."""
-        positions = self._checked(positions)
-        if self._forward is not None:
-            return np.asarray(self._forward[positions])
-        return self._walk(positions, 1)
+        return self._apply(positions, 1)
 
     def inverse(self, elements: np.ndarray) -> np.ndarray:
         """The positions (int64 [m]) of `elements` (integers [m] in [0, n))."""
-        elements = self._checked(elements)
-        if self._forward is not None:
-            if self._inverse is None:
-                self._inverse = np.empty(self.n, np.int64)
-                self._inverse[self._forward] = np.arange(self.n)
-            return np.asarray(self._inverse[elements])
-        return self._walk(elements, -1)
+        if self._tables and -1 not in self._tables:
+            self._tables[-1] = np.argsort(self._tables[1])
+        return self._apply(elements, -1)
 
-    def _checked(self, values: np.ndarray) -> np.ndarray:
+    def _apply(self, values: np.ndarray, direction: int) -> np.ndarray:
         values = np.asarray(values, dtype=np.int64)
         assert values.size == 0 or (values.min() >= 0 and values.max() < self.n), "out of range"
-        return values
-
-    def _walk(self, values: np.ndarray, direction: int) -> np.ndarray:
+        if self._tables:
+            return np.asarray(self._tables[direction][values])
         # a * b exceeds n by less than a, so hardly any value leaves the range and needs another pass.
         out = self._feistel(values, direction)
         while (outside := out >= self.n).any():

@@ -10,7 +10,7 @@ from torch import nn
 from faults.checkpoints import state_of
 from nrat_scale.checkpoint.folder import named_checkpoint, newest_checkpoint
 from nrat_scale.checkpoint.format import open_checkpoint, save_checkpoint
-from nrat_scale.checkpoint.state import RESUMED, load_optimizer_tensors, optimizer_tensors, rows_of_ranks
+from nrat_scale.checkpoint.state import load_optimizer_tensors, optimizer_tensors
 from nrat_scale.core.errors import UserError
 from tests.support.checkpoints import rewrite_state, save
 
@@ -46,14 +46,6 @@ def test_a_newer_schema_is_refused(tmp_path: Path, schema: Any) -> None:
     assert "cannot be resumed" in str(caught.value) and "another run_dir" in str(caught.value)
     with pytest.raises(UserError, match="the version of nrat_scale that wrote it"):
         open_checkpoint(checkpoint.folder)
-
-
-def test_sums_of_another_table_are_refused(tmp_path: Path) -> None:
-    """The caller can require the number of sums: a checkpoint with other metrics ends in a sentence, not a shape error."""
-    save(tmp_path, 10)
-    assert newest_checkpoint(tmp_path, RESUMED | {"sums": rows_of_ranks(1)})[0] is not None
-    with pytest.raises(UserError, match="'sums' in its state is"):
-        newest_checkpoint(tmp_path, RESUMED | {"sums": rows_of_ranks(2)})
 
 
 def test_checkpoints_of_the_first_version_open() -> None:

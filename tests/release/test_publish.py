@@ -17,8 +17,8 @@ from tests.support.run_folders import folder_contents
 
 SCRIPT = """
 import sys, json
-import nrat_scale.remote.hub
-nrat_scale.remote.hub._FIRST_PAUSE_SECONDS = 0.05
+import nrat_scale.remote.transfer
+nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.05
 from nrat_scale.core.errors import UserError, run_cli
 from nrat_scale.release import __main__ as release
 import nrat_scale, torch
