@@ -8,6 +8,7 @@ pin      if there is a GPU
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,59 +24,47 @@ from nrat_scale.data.spec import GENERATED
 
 
 @dataclass(frozen=True)
-class Partners:
-    """The CutMix partners of a batch: images as in `Batch`, labels int64 [b], places in the global batch int64 [b]."""
-
-    images: Tensor
-    labels: Tensor
-    places: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
-    """This rank's part of global batch `step`; `first` is its first place in the global batch.
+    """This rank's part of global batch `step`.
 
     Attributes:
+        places: int64 [b] in the global batch; consecutive, but for `partners`.
         images: uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident.
         labels: int64 [b], as given.
         clean_labels: int64 [b], `UNKNOWN_LABEL` if unknown.
         generated: bool [b].
         ids: int64 [b], source ids.
-        partners: None without CutMix.
+        partners: the images that CutMix mixes in; None without CutMix.
     """
 
     step: int
-    first: int
+    places: Tensor
     images: Tensor
     labels: Tensor
     clean_labels: Tensor
     generated: Tensor
     ids: Tensor
-    partners: Partners | None = None
+    partners: "Batch | None" = None
 
     @property
-    def places(self) -> Tensor:
-        """int64 [b]: places in the global batch."""
-        return torch.arange(self.first, self.first + len(self.labels))
+    def first(self) -> int:
+        """The first place in the global batch."""
+        return int(self.places[0])
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The samples `start` .. `stop` - 1 of the batch."""
+        return self._mapped(lambda column: column[start:stop])
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory, from which a GPU copies asynchronously; unchanged without a GPU."""
         if not torch.cuda.is_available():
             return self
-        partners = self.partners
-        if partners is not None:
-            partners = replace(partners, images=_pinned(partners.images), labels=_pinned(partners.labels))
-        return replace(
-            self,
-            images=_pinned(self.images),
-            labels=_pinned(self.labels),
-            clean_labels=_pinned(self.clean_labels),
-            partners=partners,
-        )
+        pinned = self._mapped(lambda column: column if column.is_cuda else column.pin_memory())
+        return replace(pinned, partners=self.partners.pinned() if self.partners is not None else None)
 
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        columns: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **columns)
 
 
 def to_nchw(images: np.ndarray) -> Tensor:
@@ -119,14 +108,10 @@ class PlannedBatches:
         own = np.arange(self.rank * size, (self.rank + 1) * size)
         if self.cutmix_seed is None:
             return self._gathered(step, own, numbers[own], samples[own])
-        # Partners are gathered together with the batch: one pass over the memory maps.
-        partners = cutmix_partners(len(numbers), self.cutmix_seed, step)[own]
-        places = np.concatenate([own, partners])
+        # Partners are gathered together with the batch, in one pass over the memory maps.
+        places = np.concatenate([own, cutmix_partners(len(numbers), self.cutmix_seed, step)[own]])
         both = self._gathered(step, places, numbers[places], samples[places])
-        halves = {name: getattr(both, name)[:size] for name in ("images", "labels", "clean_labels", "generated", "ids")}
-        return replace(
-            both, **halves, partners=Partners(both.images[size:], both.labels[size:], torch.from_numpy(partners))
-        )
+        return replace(both.rows(0, size), partners=both.rows(size, 2 * size))
 
     def _gathered(self, step: int, places: np.ndarray, numbers: np.ndarray, samples: np.ndarray) -> Batch:
         given, clean, ids, rows = (np.empty(len(places), np.int64) for _ in range(4))
@@ -143,8 +128,8 @@ class PlannedBatches:
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
         images = self._copied(pixels, numbers) if self.resident is None else self.resident.gather(rows)
-        labels, clean_labels, is_generated, source_ids = map(torch.from_numpy, (given, clean, generated, ids))
-        return Batch(step, int(places[0]), images, labels, clean_labels, is_generated, source_ids)
+        columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
+        return Batch(step, torch.from_numpy(places), images, *columns)
 
     def _copied(self, pixels: list[Iterator[memoryview]], numbers: np.ndarray) -> Tensor:
         """uint8 [m, C, H, W]: one copy out of the memory maps; each source's images come in the order of their places."""

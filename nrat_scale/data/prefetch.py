@@ -5,7 +5,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nrat_scale.data.shards import ShardSet, ShardUnusable
@@ -65,23 +64,16 @@ class ShardPrefetcher:
                 continue  # kept in `unusable`; reading a sample of the shard raises it
 
 
-@dataclass
-class _Raised:
-    error: BaseException
-
-
-_END: Any = object()
-
-
 def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> Iterator[T]:
     """The items of `items()`, computed up to `depth` ahead in a thread that ends with this generator."""
-    waiting: queue.Queue[Any] = queue.Queue(depth)
+    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
+    end = object()
 
-    def put(item: Any) -> bool:
+    def put(item: Any, error: BaseException | None = None) -> bool:
         while not closed.is_set():
             try:
-                waiting.put(item, timeout=0.1)
+                waiting.put((item, error), timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -93,9 +85,9 @@ def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> It
             for item in iterator:
                 if not put(item):
                     return
-            put(_END)
+            put(end)
         except BaseException as error:  # re-raised by the consumer
-            put(_Raised(error))
+            put(end, error)
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()
@@ -103,9 +95,12 @@ def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> It
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Raised):
-                raise item.error
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
             yield item
     finally:
         closed.set()

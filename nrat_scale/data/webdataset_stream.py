@@ -45,9 +45,9 @@ class WebDatasetBatches:
             order = KeyedPermutation(len(rows), self.seed, "positions", step)(np.arange(len(rows)))
             numbers, images, given, clean, ids = zip(*(rows[i] for i in order), strict=True)
             generated = [self.sources[number].kind == GENERATED for number in numbers]
-            labels, clean_labels, is_generated, source_ids = map(torch.tensor, (given, clean, generated, ids))
-            first, pixels = self.rank * len(rows), to_nchw(np.stack(images))
-            yield Batch(step, first, pixels, labels, clean_labels, is_generated, source_ids).pinned()
+            places = torch.arange(self.rank * len(rows), (self.rank + 1) * len(rows))
+            columns: Any = map(torch.tensor, (given, clean, generated, ids))
+            yield Batch(step, places, to_nchw(np.stack(images)), *columns).pinned()
 
     def _samples(self, source: TrainingSource, start: int) -> Iterator[Sample]:
         """The samples of one source, pass after pass."""

@@ -16,7 +16,7 @@ from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any, NamedTuple
 
 from nrat_scale.core.errors import UserError, printable
-from nrat_scale.remote.address import parse_hub, scheme_of
+from nrat_scale.remote.address import parse_hub
 
 STALL_SECONDS = 30.0  # without a byte
 _URL_SAFE = "%/:?&=#~+!$,;'@()*[]"  # already quoted, or has a meaning in an address
@@ -61,10 +61,10 @@ def open_at(url: str, start: int) -> AbstractContextManager[RemoteFile]:
         UserError: unknown scheme.
         TransientError, PermanentError: also while the chunks are read.
     """
-    opener = OPENERS.get(scheme_of(url))
-    if opener is None:
-        raise UserError(f"{url} cannot be read: the scheme '{scheme_of(url)}' is not one of {', '.join(OPENERS)}.")
-    return opener(url, start)
+    scheme = url.partition("://")[0]
+    if scheme not in OPENERS:
+        raise UserError(f"{url} cannot be read: the scheme '{scheme}' is not one of {', '.join(OPENERS)}.")
+    return OPENERS[scheme](url, start)
 
 
 # ---- https ----------------------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
         ),
         (lambda entry: entry.update(bytes=entry["bytes"] + 512), "bytes there instead of"),
         (lambda entry: entry.update(bytes=entry["bytes"] - 512), "bytes there instead of"),
-        (lambda entry: entry.update(sha256="none"), "states no sha256"),
+        (lambda entry: entry.update(sha256="none"), "has no valid sha256"),
         (lambda entry: entry.update(name="shard-00009.tar"), "HTTP 404"),
     ],
     ids=["sha256", "too short", "too long", "no sha256", "missing"],

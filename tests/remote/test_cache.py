@@ -240,7 +240,7 @@ def test_an_unusable_folder_is_a_user_error(many, tmp_path):
 @pytest.mark.parametrize("sha256", ["", "abc", "../../etc/passwd", "A" * 64])
 def test_a_malformed_sha256_is_refused(cache, sha256):
     """The file name in the cache comes from the index, which is not trusted."""
-    with pytest.raises(UserError, match="no sha256"):
+    with pytest.raises(UserError, match="no valid sha256"):
         cache.fetch("http://127.0.0.1:9/a.tar", 1, sha256)
     assert not cache.folder.exists()
 
