@@ -118,13 +118,15 @@ class PlannedBatches:
         generated = np.zeros(len(places), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
-            here = np.flatnonzero(numbers == number)
+            here, near = np.flatnonzero(numbers == number), self._near(number, step)
             if self.resident is None:
-                positions, views, given[here] = source.read(samples[here], self._near(number, step))
+                positions, (views, stored) = source.read(samples[here], source.shards.rows, near)
                 pixels.append(iter(views))
             else:
-                positions, given[here] = source.locate(samples[here], self._near(number, step))
+                # Reads the labels even if `given` replaces them: the same shards are found unusable as without.
+                positions, stored = source.read(samples[here], source.shards.labels, near)
                 rows[here] = self.resident.first_rows[number] + positions
+            given[here] = stored if source.given is None else source.given[positions]
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
         images = self._copied(pixels, numbers) if self.resident is None else self.resident.gather(rows)

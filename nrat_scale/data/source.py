@@ -127,40 +127,28 @@ class TrainingSource:
     # ---- reading, around shards that cannot be used ----
 
     def read(
-        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None = None
-    ) -> tuple[np.ndarray, list[memoryview], np.ndarray]:
-        """(positions [m], pixels of each, given labels int64 [m]) of the samples numbered [m].
+        self, samples: np.ndarray, take: Callable[[np.ndarray], T], near: Callable[[], np.ndarray] | None = None
+    ) -> tuple[np.ndarray, T]:
+        """(positions [m], `take` of these positions) of the samples numbered [m].
 
         If the recipe allows it, a sample in an unusable shard is replaced by another one: a function of its position and
         of the skipped shards. The substitute comes from the shards that `near` returns (those of the same window), or
         from any shard if `near` is None or all of those are skipped.
 
+        Args:
+            take: a method of the shards that reads, such as `shards.labels`.
+
         Raises:
             ShardUnusable: a shard is unusable and no (further) one may be skipped.
         """
-        positions, (pixels, labels) = self._usable_rows(samples, near, self.shards.rows)
-        return positions, pixels, labels if self.given is None else self.given[positions]
-
-    def locate(
-        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(positions [m], given labels int64 [m]): as `read`, without the pixels."""
-        # Stored labels are read even if `given` replaces them, so that the same shards as in `read` are found unusable.
-        positions, labels = self._usable_rows(samples, near, self.shards.labels)
-        return positions, labels if self.given is None else self.given[positions]
-
-    def _usable_rows(
-        self, samples: np.ndarray, near: Callable[[], np.ndarray] | None, read: Callable[[np.ndarray], T]
-    ) -> tuple[np.ndarray, T]:
-        """(positions [m] in usable shards, the result of `read` for them)."""
         positions = self.positions(samples)
         if self.log.entries:
             positions = self._substituted(positions, near)
         try:
-            return positions, read(positions)
+            return positions, take(positions)
         except ShardUnusable:
             positions = self._substituted(positions, near)
-            return positions, read(positions)
+            return positions, take(positions)
 
     def _substituted(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None) -> np.ndarray:
         """`positions`, with substitutes for those in unusable shards; opens the shards that are needed."""

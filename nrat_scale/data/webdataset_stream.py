@@ -8,6 +8,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -59,42 +60,36 @@ class WebDatasetBatches:
             )
         for number in itertools.count():
             seed = derive(self.seed, "webdataset", source.kind, start, number)
-            reader = _ShardReader(source)
+            first: dict[str, int] = {}  # file -> position of the first image of its next block
             yield from webdataset.DataPipeline(
                 webdataset.SimpleShardList(shards),
                 webdataset.shuffle(len(shards), rng=random.Random(seed)),
                 webdataset.split_by_node,
-                reader.located,
+                partial(_located, source, first),
                 webdataset.tarfile_to_samples(),
-                reader.unpacked,
+                partial(_unpacked, source, first),
                 webdataset.shuffle(_SHUFFLE_BUFFER, rng=random.Random(seed + 1)),
             )
 
 
-class _ShardReader:
-    """Our two stages in one pass of the webdataset pipeline."""
+def _located(
+    source: TrainingSource, first: dict[str, int], shards: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Shard numbers -> verified local files."""
+    for shard in shards:
+        number = int(shard["url"])
+        path = str(source.shards.fetch(number))
+        first[path] = int(source.shards.shard_starts[number])
+        yield {"url": path}
 
-    def __init__(self, source: TrainingSource) -> None:
-        self._source = source
-        self._next: dict[str, int] = {}  # file -> position of the first image of its next block
 
-    def located(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Shard numbers -> verified local files."""
-        for shard in shards:
-            number = int(shard["url"])
-            path = str(self._source.shards.fetch(number))
-            self._next[path] = int(self._source.shards.shard_starts[number])
-            yield {"url": path}
-
-    def unpacked(self, blocks: Iterator[dict[str, Any]]) -> Iterator[Sample]:
-        """Blocks -> the samples that are trained on."""
-        source = self._source
-        for block in blocks:
-            images = np.load(BytesIO(block["images.npy"]), allow_pickle=False)
-            first = self._next[block["__url__"]]
-            self._next[block["__url__"]] = first + len(images)
-            positions = np.arange(first, first + len(images))
-            given, clean = source.given_labels(positions), source.clean_labels(positions)
-            ids = source.shards.source_ids(positions)
-            for row in np.flatnonzero(~np.isin(positions, source.untrained)):
-                yield images[row], int(given[row]), int(clean[row]), int(ids[row])
+def _unpacked(source: TrainingSource, first: dict[str, int], blocks: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+    """Blocks -> the samples that are trained on."""
+    for block in blocks:
+        images = np.load(BytesIO(block["images.npy"]), allow_pickle=False)
+        positions = first[block["__url__"]] + np.arange(len(images))
+        first[block["__url__"]] += len(images)
+        given, clean = source.given_labels(positions), source.clean_labels(positions)
+        ids = source.shards.source_ids(positions)
+        for row in np.flatnonzero(~np.isin(positions, source.untrained)):
+            yield images[row], int(given[row]), int(clean[row]), int(ids[row])

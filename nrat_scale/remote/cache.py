@@ -76,7 +76,7 @@ class Cache:
         lock = FileLock(self.folder / f"{name}.lock")
         while True:
             try:
-                lock.acquire(timeout=1.0, poll_interval=0.05)
+                lock.acquire(timeout=0.2, poll_interval=0.05)
                 break
             except Timeout:
                 if stopped():

@@ -36,7 +36,7 @@ def get(server, tmp_path) -> Callable[[], bytes]:
 
 
 def _refused(server: FaultyServer, folder: Path, words: str) -> str:
-    """Why /a.tar cannot be had: one sentence or two with its address, and nothing at its place."""
+    """The message of a failed download of /a.tar: it has the address, and no file is left."""
     content = server.files.get("/a.tar", b"x")
     with pytest.raises(UserError, match=words) as caught:
         download(f"{server.url}/a.tar", folder / "a.tar", len(content), sha256_hex(content))
