@@ -38,13 +38,6 @@ class RealSpec:
     exclude: str | None = None
     prepare: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.noise.kind == "none" and self.noise.rate:
-            raise UserError(
-                f"data.real.noise.rate is {self.noise.rate}, but data.real.noise.kind is 'none'. "
-                "Name a kind, such as symmetric."
-            )
-
 
 @dataclass(frozen=True)
 class GeneratedSpec:

@@ -8,7 +8,6 @@ import pytest
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.augment import AugmentSpec
 from nrat_scale.data.spec import DataSpec, GeneratedSpec, RealSpec, RemoteSpec, ValidationSpec
-from nrat_scale.labels import NoiseSpec
 
 SPEC = DataSpec(real=RealSpec("x"), generated=GeneratedSpec("y"))
 WRONG: list[tuple[Callable[[], object], str]] = [
@@ -26,7 +25,6 @@ WRONG: list[tuple[Callable[[], object], str]] = [
         "does not support data.augment.cutmix",
     ),
     (lambda: replace(SPEC, loader="webdataset", resident="always"), "does not support data.resident always"),
-    (lambda: RealSpec("x", NoiseSpec("none", 0.2)), "data.real.noise.kind is 'none'"),
     (lambda: GeneratedSpec("x", 0.0), "data.generated.fraction is 0.0"),
     (lambda: ValidationSpec(size=0), "data.validation.size is 0"),
     (lambda: ValidationSpec(source="reel"), "data.validation.source is 'reel'. Did you mean 'real'"),
