@@ -3,6 +3,8 @@
 import gc
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -106,6 +108,12 @@ def test_a_shard_that_vanishes_after_verification_is_named(folder):
     assert len(shards.images(np.arange(64))) == 64
     with pytest.raises(UserError, match=r"shard-00002\.tar"):
         shards.images(np.array([69]))
+
+
+def test_reading_shards_needs_no_torch():
+    """Data preparation imports these modules and must start in a fraction of a second."""
+    script = "import sys, nrat_scale.data.shards; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 # ---- verification ---------------------------------------------------------------------------------------------------
