@@ -15,7 +15,8 @@ import numpy as np
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json, write_json
 from nrat_scale.core.seeds import derive, hash64
-from nrat_scale.data.shards import INDEX, ShardSet, open_shards
+from nrat_scale.data.index import INDEX
+from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.prepare.info import label_chunks
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.data.shards import INDEX, open_shards
+from nrat_scale.data.index import INDEX
+from nrat_scale.data.shards import open_shards
 from nrat_scale.remote.hub import HubRepository, names_of
 
 _ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/?", re.ASCII)

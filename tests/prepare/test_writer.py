@@ -130,7 +130,7 @@ def test_given_ids_are_stored_and_found(num_images, block_size, seed, spare):
         folder = _write(Path(name) / "out", source, block_size=block_size, ids=ids, num_ids=num_ids)
         shards = open_shards(folder)
         positions = np.arange(num_images)
-        assert shards.parts[0].seed is None and shards.num_ids == int(ids.max()) + 1 + spare
+        assert shards.segments[0].seed is None and shards.num_ids == int(ids.max()) + 1 + spare
         assert np.array_equal(shards.images(positions), source.images)
         assert np.array_equal(shards.labels(positions), source.labels)
         assert np.array_equal(shards.source_ids(positions), ids)

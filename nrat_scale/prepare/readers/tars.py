@@ -19,7 +19,7 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.data.shards import TAR_BLOCK
+from nrat_scale.data.index import TAR_BLOCK
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers.arrays import COPY_AGAIN, MAX_CLASSES, facts_of, labelled_arrays, npy_array, reading
