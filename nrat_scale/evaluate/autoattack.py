@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.attacks import ThreatSpec, in_space, inside_ball
+from nrat_scale.attacks import AUTOATTACK_NORMS, ThreatSpec, in_space, inside_ball
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 COMPONENTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-_NORMS = {"linf": "Linf", "l2": "L2"}
 # How far its own projections (float32, several roundings) leave the ball: nothing that a prediction could hang on.
 _BALL_SLACK = 1e-6
 
@@ -51,7 +50,12 @@ def autoattack(
     package = autoattack_package()
     module = importlib.import_module(package)
     space_model, encode, decode = in_space(model, threat.space)
-    options: dict[str, Any] = {"eps": threat.eps, "norm": _NORMS[threat.norm], "seed": seed, "device": x.device}
+    options: dict[str, Any] = {
+        "eps": threat.eps,
+        "norm": AUTOATTACK_NORMS[threat.norm],
+        "seed": seed,
+        "device": x.device,
+    }
     if package == "autoattack":
         options["verbose"] = False
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _listening(running, warn), torch.no_grad():

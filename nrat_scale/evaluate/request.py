@@ -1,7 +1,6 @@
 """What an evaluation is asked for: attacks, threat, images, seeds."""
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.seeds import KeyedPermutation
@@ -101,14 +100,10 @@ def requested_threat(arguments: argparse.Namespace, trained: ThreatSpec | None) 
 
 
 def _number(name: str, text: str) -> float:
-    parts = text.split("/")
     try:
-        value = float(parts[0]) / (float(parts[1]) if len(parts) == 2 else 1.0)
-    except (ValueError, ZeroDivisionError, IndexError):
-        value = math.nan
-    if len(parts) > 2 or not math.isfinite(value):
-        raise UserError(f"--{name} '{text}' is not a number; write 8/255 or 0.03.")
-    return value
+        return parse_fraction(text)
+    except ValueError as error:
+        raise UserError(f"--{name} {error}") from None
 
 
 def parse_numbers(name: str, text: str | None) -> list[float] | None:
