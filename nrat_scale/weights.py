@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import attack_mode
 
 # ---- EMA ------------------------------------------------------------------------------------------------------------
@@ -27,6 +28,10 @@ class EmaSpec:
 
     decay: float = 0.0
     warmup_fraction: float = 0.025
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0 or not 0.0 <= self.warmup_fraction < 1.0:
+            raise UserError("ema.decay and ema.warmup_fraction must be in [0, 1).")
 
 
 class Ema(ModelEmaV3):
@@ -89,6 +94,10 @@ class AwpSpec:
 
     gamma: float = 0.0
     warmup_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1 or self.warmup_epochs < 0:
+            raise UserError("awp.gamma must be in [0, 1) and awp.warmup_epochs 0 or more.")
 
 
 def perturbable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

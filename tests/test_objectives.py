@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nrat_scale.attacks import ThreatSpec, pgd
 from nrat_scale.core.errors import UserError
-from nrat_scale.losses import DIVERGENCES, LOSSES
-from nrat_scale.objectives import FAMILIES, INNERS, OBJECTIVES, build
+from nrat_scale.objectives import DIVERGENCES, FAMILIES, LOSSES, OBJECTIVES, Objective, ObjectiveSpec, build
+from nrat_scale.recipe import load_recipe
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=25)
 CASES = {
@@ -385,11 +386,10 @@ def test_preset_is_the_published_one(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_presets_name_things_that_exist(name):
-    """A preset line with a mistyped loss, divergence or inner loss fails here, not in the first training step."""
+def test_presets_are_named_after_their_key_and_frozen(name):
+    """A preset is an `ObjectiveSpec`; its constructor has checked family, loss, divergence and inner loss."""
     preset = OBJECTIVES[name]
-    assert preset.family in FAMILIES and preset.loss in LOSSES and preset.inner in INNERS
-    assert (preset.divergence in DIVERGENCES) == (preset.family == "trades")
+    assert preset.name == name and preset.family in FAMILIES
     assert preset.init in ("normal", "uniform") and preset.bn in ("eval", "batch")
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset.lam = 1.0
@@ -484,23 +484,73 @@ def test_smoothing_touches_only_the_classification_loss():
     _close(smoothed.inner(None, labels)(logits_adv), LOSSES["ce"](logits_adv, labels))
 
 
-@pytest.mark.parametrize("name", INNERS)
+def test_names_of_inner_losses_are_unambiguous():
+    """`objective.inner` is looked up in both tables, so that no name may be in both."""
+    assert not set(LOSSES) & set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *DIVERGENCES])
 def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
-    """What the attack maximises, image by image; no gradient enters the natural pass."""
+    """The attack maximises the named loss or divergence of each image; no gradient reaches the natural logits."""
     z, z_adv, y = _logits(0, 10, 2.0)
     logits, logits_adv = (tensor.requires_grad_() for tensor in _tensors(z, z_adv))
     objective = build("nrat", inner=name)
     inner = objective.inner(logits, torch.from_numpy(y))(logits_adv)
-    by_hand = {
-        "ce": lambda a, b, j: BY_HAND["ce"](b, j),
-        "nce_rce": lambda a, b, j: BY_HAND["nce_rce"](b, j),
-        "kl": lambda a, b, j: _kl(a, b),
-        "sym_kl": lambda a, b, j: (_kl(a, b) + _kl(b, a)) / 2,
-    }[name]
-    _close(inner, [by_hand(_softmax(a), _softmax(b), j) for a, b, j in zip(z, z_adv, y, strict=True)])
+    if name in LOSSES:
+        expected = [BY_HAND[name](_softmax(b), j) for b, j in zip(z_adv, y, strict=True)]
+    elif name == "ikl":
+        expected = DIVERGENCES["ikl"](logits, logits_adv, torch.from_numpy(y)).detach().numpy()
+    else:
+        by_hand = {
+            "kl": _kl,
+            "sym_kl": lambda p, q: (_kl(p, q) + _kl(q, p)) / 2,
+            "lse": lambda p, q: ((p - q) ** 2).sum(),
+        }
+        expected = [by_hand[name](_softmax(a), _softmax(b)) for a, b in zip(z, z_adv, strict=True)]
+    _close(inner, expected)
     natural, adversarial = torch.autograd.grad(inner.sum(), [logits, logits_adv], allow_unused=True)
     assert natural is None and adversarial.abs().max() > 0
-    assert objective.inner_needs_natural == (name in ("kl", "sym_kl"))
+    assert objective.inner_needs_natural == (name in DIVERGENCES)
+
+
+# ---- additions from outside -----------------------------------------------------------------------------------------
+
+
+def _total_variation(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
+    return 0.5 * (logits.softmax(1) - logits_adv.softmax(1)).abs().sum(1)
+
+
+def _margin(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+    return others - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def test_an_added_divergence_is_an_outer_and_an_inner_loss(monkeypatch):
+    """One entry in `DIVERGENCES` is enough for both, also in a recipe."""
+    monkeypatch.setitem(DIVERGENCES, "tv", _total_variation)
+    monkeypatch.setitem(OBJECTIVES, "tv_at", ObjectiveSpec("tv_at", "trades", "ce", "tv", lam=2.0, inner="tv"))
+    z, z_adv, y = _logits(0, 10, 2.0)
+    logits, logits_adv, labels = _tensors(z, z_adv, y)
+    objective, distance = build("tv_at"), _total_variation(logits, logits_adv)
+    _close(objective.inner(logits, labels)(logits_adv), distance)
+    _close(objective.per_sample(logits, logits_adv, labels), LOSSES["ce"](logits, labels) + 2 * distance)
+    recipe = load_recipe("recipes/quickstart.yaml", ["objective.name=mart", "objective.inner=tv"])
+    _close(Objective(recipe.objective).inner(logits, labels)(logits_adv), distance)
+
+
+def test_an_added_loss_trains(monkeypatch, make_net):
+    """One entry in `LOSSES` serves as classification loss and as inner loss: a training step lowers it."""
+    monkeypatch.setitem(LOSSES, "margin", _margin)
+    monkeypatch.setitem(OBJECTIVES, "margin_at", ObjectiveSpec("margin_at", "at", "margin", inner="margin"))
+    objective, net = build("margin_at"), make_net()
+    x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.arange(8) % 5
+    x_adv = pgd(net, x, objective.inner(None, y), ThreatSpec(0.1, 0.05, 3, init="zero"))
+    assert _margin(net.eval()(x_adv), y).mean() > _margin(net(x), y).mean()
+    before = objective.loss(None, net(x_adv), y)
+    before.backward()
+    torch.optim.SGD(net.parameters(), lr=0.01).step()
+    assert objective.loss(None, net(x_adv), y) < before
 
 
 # ---- what cannot be built -------------------------------------------------------------------------------------------
@@ -513,22 +563,39 @@ def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
         ({"name": "no such thing"}, "Known: dm_at, "),
         ({"name": "nrat", "inner": "symkl"}, "Did you mean 'sym_kl'"),
         ({"name": "pgd_at", "inner": "kl"}, "use ce"),
+        ({"name": "natural", "inner": "lse"}, "use ce"),
         ({"name": "nrat", "smoothing": 1.0}, r"must be in \[0, 1\)"),
         ({"name": "nrat", "smoothing": -0.1}, r"must be in \[0, 1\)"),
         ({"name": "nrat", "smoothing": math.nan}, r"must be in \[0, 1\)"),
         ({"name": "nrat", "smoothing_mode": "plug"}, "Did you mean 'plugin'"),
+        ({"name": "nrat", "smoothing": 0.1, "smoothing_mode": "off"}, "Choose mixed or plugin"),
         ({"name": "trades", "smoothing": 0.1, "smoothing_mode": "plugin"}, "use mixed"),
-        ({"name": "nrat", "lam": -1.0}, "must be 0 or more"),
-        ({"name": "nrat", "lam": math.nan}, "must be 0 or more"),
-        ({"name": "nrat", "lam": math.inf}, "must be 0 or more"),
-        ({"name": "nrat", "a": -1.0}, "must be 0 or more"),
-        ({"name": "nrat", "b": math.nan}, "must be 0 or more"),
+        ({"name": "nrat", "lam": -1.0}, "0 or more"),
+        ({"name": "nrat", "lam": math.nan}, "0 or more"),
+        ({"name": "nrat", "lam": math.inf}, "0 or more"),
+        ({"name": "nrat", "a": -1.0}, "0 or more"),
+        ({"name": "nrat", "b": math.nan}, "0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):
     """Unknown names and impossible constants end with a sentence that names the way out."""
     with pytest.raises(UserError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x", "trade", "ce"), "objective.family is 'trade'. Did you mean 'trades'"),
+        (("x", "at", "cee"), "objective.loss is 'cee'. Did you mean 'ce'"),
+        (("x", "trades", "ce"), "objective.divergence is ''. Known: ikl, kl"),
+        (("x", "at", "ce", "kl"), "objective.divergence is 'kl', but the family 'at' has none"),
+    ],
+)
+def test_a_spec_checks_itself(arguments, message):
+    """A new preset with a mistyped name fails when it is defined."""
+    with pytest.raises(UserError, match=message):
+        ObjectiveSpec(*arguments)
 
 
 def test_constants_default_to_the_preset_and_can_be_replaced():

@@ -24,8 +24,9 @@ from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.source import SKIPPED
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer
-from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
+from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningState, check_batchnorm, convert
 from nrat_scale.train.nonfinite import StepChecks
@@ -141,7 +142,7 @@ def _build(
         # torch deprecates `broadcast_buffers`, and Accelerate has no other word for it yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = build_objective(recipe.objective, data.shards.num_classes).to(device)
+    objective = Objective(recipe.objective, data.shards.num_classes).to(device)
     guard = Guard.build(recipe.guard, data.shards.num_classes, device)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     running = RunningState(
