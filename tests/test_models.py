@@ -181,6 +181,25 @@ def test_what_cannot_be_built_is_refused(name, arguments, message):
         create(name, arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bn": "group"}, r"model\.bn is 'group'\. Did you mean 'groups'"),
+        ({"bn": "groups"}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn_group_size": 4}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn": "sync", "bn_group_size": 4}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn": "groups", "bn_group_size": 1}, "bn_group_size is 1; it must be at least 2"),
+        ({"bn": "groups", "bn_group_size": -4}, "bn_group_size is -4; it must be at least 2"),
+        ({"bn_momentum": 1.5}, r"model\.bn_momentum is 1\.5; it must be in \[0, 1\]"),
+        ({"std": [0.2, 0.0, 0.2]}, "std of the normalisation must be positive"),
+    ],
+)
+def test_a_spec_checks_itself(arguments, message):
+    """A recipe with unknown or contradicting model settings fails before any data are read."""
+    with pytest.raises(UserError, match=message):
+        ModelSpec(**arguments)
+
+
 # ---- releases -------------------------------------------------------------------------------------------------------
 
 

@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import batchnorms
-
-BN_STATISTICS = ("local", "groups", "sync")
 
 
 class GroupedBatchNorm(_BatchNorm):
@@ -89,21 +87,17 @@ def check_batchnorm(statistics: str, group_size: int | None, held: int, device: 
     Raises:
         UserError: it cannot.
     """
-    if statistics not in BN_STATISTICS:
-        raise UserError(f"model.bn is '{statistics}'. {did_you_mean(statistics, BN_STATISTICS)}")
     if statistics == "sync" and device.type == "cpu":
         raise UserError("model.bn is 'sync', which needs GPUs. Use groups, which works anywhere, or local.")
-    if (statistics == "groups") != (group_size is not None):
-        raise UserError("model.bn groups and model.bn_group_size go together: give both, or neither.")
-    if group_size is not None and (group_size < 2 or held % group_size):
+    if group_size is not None and held % group_size:
         raise UserError(
-            f"model.bn_group_size is {group_size}; it must be at least 2 and divide the {held} images that each process holds "
+            f"model.bn_group_size is {group_size}; it must divide the {held} images that each process holds "
             "at a time (data.batch_size over processes and accumulation steps)."
         )
 
 
 def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Module:
-    """`model` with the BatchNorm layers that `statistics` (one of BN_STATISTICS) asks for; parameters are shared.
+    """`model` with the BatchNorm layers that `statistics` (one of `models.BN_STATISTICS`) asks for; parameters are shared.
 
     Raises:
         UserError: `groups` for a layer that does more than BatchNorm.
