@@ -229,10 +229,6 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
     Raises:
         UserError: the noise cannot be put on these labels.
     """
-    if noise.kind == "none" and noise.rate:
-        raise UserError(
-            f"data.real.noise.rate is {noise.rate} but data.real.noise.kind is 'none'. Name a kind, such as symmetric."
-        )
     class_map = noise.class_map
     if class_map is None and noise.kind.startswith("asymmetric"):
         known = DATASETS.get(shards.dataset)
