@@ -63,15 +63,6 @@ class ModelSpec:
             raise UserError(f"model.bn_group_size is {self.bn_group_size}; it must be at least 2.")
         if self.bn_momentum is not None and not 0.0 <= self.bn_momentum <= 1.0:
             raise UserError(f"model.bn_momentum is {self.bn_momentum}; it must be in [0, 1].")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            _check_constants(name, values or [])
-
-
-def _check_constants(name: str, values: Sequence[float]) -> None:
-    """Raise `UserError` if a mean is not finite, or a std not finite and positive."""
-    if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
-        wanted = "finite" if name == "mean" else "positive"
-        raise UserError(f"The {name} of the normalisation must be {wanted}, not {list(values)}.")
 
 
 class Normalised(nn.Module):
@@ -102,7 +93,9 @@ class Normalised(nn.Module):
                     f"The model has {in_chans} input channels but {len(values)} values of {name}: {list(values)}."
                 )
             values = [float(value) for value in values] * (in_chans if len(values) == 1 else 1)
-            _check_constants(name, values)
+            if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
+                wanted = "finite" if name == "mean" else "positive"
+                raise UserError(f"The {name} of the normalisation must be {wanted}, not {values}.")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def get_classifier(self) -> nn.Module:
@@ -372,8 +365,8 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         UserError: timm does not know the name, or the model does not take the arguments.
     """
     if not timm.is_model(name):
-        ours = [tag.split(".")[0] for tag in default_cfgs]
-        raise UserError(f"Unknown model '{name}' (model.name). {did_you_mean(name, ours)} Any timm model can be used.")
+        known = did_you_mean(name, default_cfgs)
+        raise UserError(f"Unknown model '{name}' (model.name). {known} Any timm model can be used.")
     try:
         return timm.create_model(name, **arguments)
     except UserError:

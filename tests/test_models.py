@@ -191,7 +191,6 @@ def test_what_cannot_be_built_is_refused(name, arguments, message):
         ({"bn": "groups", "bn_group_size": 1}, "bn_group_size is 1; it must be at least 2"),
         ({"bn": "groups", "bn_group_size": -4}, "bn_group_size is -4; it must be at least 2"),
         ({"bn_momentum": 1.5}, r"model\.bn_momentum is 1\.5; it must be in \[0, 1\]"),
-        ({"std": [0.2, 0.0, 0.2]}, "std of the normalisation must be positive"),
     ],
 )
 def test_a_spec_checks_itself(arguments, message):

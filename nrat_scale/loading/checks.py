@@ -75,7 +75,7 @@ def _check_argument(key: str, value: Any) -> None:
 
 
 def our_architectures() -> list[str]:
-    return [tag.split(".")[0] for tag in models.default_cfgs]
+    return list(models.default_cfgs)
 
 
 def is_ours(arch: str) -> bool:
