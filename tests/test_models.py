@@ -23,7 +23,7 @@ def _images(count: int, channels: int, size: int, dtype: torch.dtype = torch.flo
 
 
 def _small(family: str, **arguments: Any) -> nn.Module:
-    """A model of each class that a CPU runs at once."""
+    """A model of each class that is fast on a CPU."""
     if family == "wide":
         return WideResNet(10, 1, **arguments)
     if family == "resnet18":
@@ -47,8 +47,8 @@ def test_wide_resnet_from_timm_has_the_names_of_robustbench():
         assert kinds == {activation}
 
 
-def test_wide_resnet_pads_and_averages_as_the_recipe_does():
-    """Asymmetric padding where the stride is 2, BatchNorm momentum 0.01 everywhere."""
+def test_wide_resnet_padding_and_momentum():
+    """Padding is asymmetric with stride 2; the momentum of every BatchNorm is 0.01."""
     model = WideResNet(16, 1)
     blocks = [block for stage in model.layer for block in stage.block]
     assert [block.padding for block in blocks] == [(1, 1, 1, 1)] * 2 + [(0, 1, 0, 1), (1, 1, 1, 1)] * 2
@@ -76,7 +76,7 @@ def test_resnet18_has_the_usual_names_and_loads_a_public_checkpoint():
 
 @pytest.mark.parametrize("name", OURS)
 def test_registered_with_timm(name):
-    """`timm.create_model(name, num_classes=, in_chans=, mean=, std=)` builds what was asked for."""
+    """`timm.create_model(name, num_classes=, in_chans=, mean=, std=)` respects its arguments."""
     assert timm.is_model(name)
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7, in_chans=2, mean=(0.1, 0.2), std=(0.3, 0.4))
@@ -85,7 +85,7 @@ def test_registered_with_timm(name):
     assert (model.num_classes, model.in_chans) == (7, 2)
     assert model.get_classifier().out_features == 7
     assert model.get_classifier().in_features == model.num_features
-    # What timm's tools read: layers by name, and data that they must not normalise a second time.
+    # timm's tools read these: names of layers, and constants that prevent a second normalisation.
     cfg = model.pretrained_cfg
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
     assert model.get_submodule(cfg["first_conv"]).in_channels == 2
@@ -93,14 +93,14 @@ def test_registered_with_timm(name):
 
 
 def test_create_is_timms_create_model():
-    """`create` adds only sentences for mistakes; models of timm's own can be used too."""
+    """`create` adds only error sentences; timm's own models can be used too."""
     ours = create("cnn4", {"num_classes": 3, "in_chans": 1, "width": 4, "mean": [0.3], "std": [0.2]})
     assert isinstance(ours, Cnn4) and ours.mean.item() == pytest.approx(0.3) and ours.features[0].out_channels == 4
     assert create("resnet10t", {"num_classes": 3}).num_classes == 3
 
 
 def test_model_arguments_rebuild_the_model():
-    """What a release stores: the spec's constants where it has some, else the data set's, and its kwargs."""
+    """A release stores the kwargs of the spec and its mean and std, or else those of the data set."""
     spec = ModelSpec("cnn4", kwargs={"width": 4})
     arguments = model_arguments(spec, 10, 3, MEAN, STD)
     assert arguments == {"width": 4, "num_classes": 10, "in_chans": 3, "mean": list(MEAN), "std": list(STD)}
@@ -115,7 +115,7 @@ def test_model_arguments_rebuild_the_model():
 @pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalisation_is_inside(family, dtype):
-    """model(x) with mean and std is the model without them on (x - mean) / std; also in float64."""
+    """model(x) equals the model with mean 0 and std 1 on (x - mean) / std, also in float64."""
     model = _small(family, mean=MEAN, std=STD).to(dtype).eval()
     identity = _small(family, mean=(0.0,), std=(1.0,)).to(dtype).eval()
     identity.load_state_dict(model.state_dict())
@@ -130,7 +130,7 @@ def test_normalisation_is_inside(family, dtype):
 
 @pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
 def test_constants_are_not_weights(family):
-    """mean and std belong to the configuration: in no state dict, no parameter, but moved and cast with the model."""
+    """mean and std are in no state dict and no parameter, but they are moved and cast with the model."""
     model = _small(family, mean=MEAN, std=STD)
     assert not {name for name in model.state_dict() if name.endswith(("mean", "std")) and "running" not in name}
     assert {name for name, _ in model.named_buffers()} >= {"mean", "std"}
@@ -139,7 +139,7 @@ def test_constants_are_not_weights(family):
 
 
 def test_one_value_serves_all_channels():
-    """A single mean or std is repeated, as timm's `create_model` users expect of grey constants."""
+    """A single mean or std is repeated for all channels."""
     model = _small("cnn4", mean=[0.5], std=[0.25])
     assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.25] * 3
 
@@ -172,8 +172,8 @@ def test_cnn4_takes_any_image_size(size):
         ("hf-hub:somebody/model", {}, "Unknown model"),
     ],
 )
-def test_what_cannot_be_built_is_refused(name, arguments, message):
-    """A wrong constant, argument or name ends with a sentence, not inside torch."""
+def test_wrong_arguments_are_refused(name, arguments, message):
+    """A wrong constant, argument or name raises a sentence instead of an error of torch."""
     with pytest.raises(UserError, match=message):
         create(name, arguments)
 

@@ -107,7 +107,7 @@ def _mart(z: np.ndarray, z_adv: np.ndarray, j: int, lam: float, *, margin: bool)
 
 
 def test_every_loss_and_divergence_has_a_second_derivation():
-    """A loss added to the table without a check of its formula fails here."""
+    """A loss without a second derivation in this file fails here."""
     assert set(LOSSES) == set(BY_HAND)
     assert set(DIVERGENCES) == {"kl", "sym_kl", "lse", "ikl"}
 
@@ -116,7 +116,7 @@ def test_every_loss_and_divergence_has_a_second_derivation():
 @REPEATABLE
 @given(smoothing=st.sampled_from([0.0, 0.1, 0.6]), **CASES)
 def test_loss_of_hard_soft_and_smoothed_labels(name, smoothing, seed, num_classes, scale):
-    """L(z, y) by definition; a soft label means the mixture of the labels' losses, smoothing the mixture with uniform."""
+    """L(z, y) by definition; a soft label mixes the losses of the labels, smoothing mixes in the uniform label."""
     z, _, y = _logits(seed, num_classes, scale)
     q = _soft_labels(seed, len(z), num_classes)
     logits, labels, soft = _tensors(z, y, q)
@@ -148,7 +148,7 @@ def test_smoothing_under_a_symmetric_loss_is_vacuous(smoothing, seed, num_classe
 @REPEATABLE
 @given(**CASES)
 def test_rce_is_9_21_times_the_missing_probability(seed, num_classes, scale):
-    """RCE = -log(1e-4) (1 - p_y), but for the clamp of tiny probabilities."""
+    """RCE = -log(1e-4) (1 - p_y), except for the clamp of tiny probabilities."""
     z, _, y = _logits(seed, num_classes, scale)
     p_y = np.array([_softmax(row)[j] for row, j in zip(z, y, strict=True)])
     rce = LOSSES["rce"](*_tensors(z, y)).numpy()
@@ -158,7 +158,7 @@ def test_rce_is_9_21_times_the_missing_probability(seed, num_classes, scale):
 @REPEATABLE
 @given(a=st.sampled_from([1.0, 0.5]), b=st.sampled_from([1.0, 10.0]), **CASES)
 def test_weights_of_nce_and_rce(a, b, seed, num_classes, scale):
-    """a NCE + b RCE, as the APL authors use (1, 10) on MNIST, also as the attack's objective and when smoothed."""
+    """a NCE + b RCE (the APL authors use 1, 10 on MNIST), also as inner loss and with smoothing."""
     z, _, y = _logits(seed, num_classes, scale)
     logits, labels = _tensors(z, y)
     parts = [np.array([part(_softmax(row), j) for row, j in zip(z, y, strict=True)]) for part in (_nce, _rce)]
@@ -173,7 +173,7 @@ def test_weights_of_nce_and_rce(a, b, seed, num_classes, scale):
 @REPEATABLE
 @given(a=st.sampled_from([1.0, 0.5]), b=st.sampled_from([1.0, 10.0]), soft=st.booleans(), **CASES)
 def test_plugin_smoothing_is_inside_the_logarithm(a, b, soft, seed, num_classes, scale):
-    """-sum_k p_k log q_k with q the smoothed label, and NCE smoothed as always."""
+    """RCE becomes -sum_k p_k log q_k with q the smoothed label; NCE is smoothed as in `mixed`."""
     s = 0.1
     z, _, y = _logits(seed, num_classes, scale)
     label = _soft_labels(seed, len(z), num_classes) if soft else np.eye(num_classes)[y]
@@ -241,7 +241,7 @@ def _gradients(function: Callable[[Tensor, Tensor], Tensor], z: np.ndarray, z_ad
 
 @REPEATABLE
 @given(**CASES)
-def test_ikl_has_the_gradients_of_kl_but_for_the_broken_asymmetry(seed, num_classes, scale):
+def test_ikl_has_the_gradients_of_kl_and_a_symmetric_mse(seed, num_classes, scale):
     """Decoupling theorem (Cui et al. 2024): weighted MSE has KL's gradient in z, cross-entropy KL's gradient in z'.
 
     IKL lets the weighted MSE reach z' as well, where by symmetry its gradient is minus that in z.
@@ -282,7 +282,7 @@ def test_ikl_weights_are_the_mean_prediction_of_the_class(soft, seed, num_classe
 
 
 def test_ikl_does_not_cancel_in_float32():
-    """Nearly one-hot predictions of large logits: the spread is a variance and must not drown in its mean."""
+    """For nearly one-hot predictions of large logits the variance is far smaller than the squared mean."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 10, generator=generator, dtype=torch.float64) * 5 + 1000
     logits_adv = torch.randn(64, 10, generator=generator, dtype=torch.float64) * 5
@@ -319,7 +319,7 @@ def test_losses_stay_finite_for_extreme_logits(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_stay_finite_for_extreme_logits(name):
-    """The same for the whole outer loss (and so for every divergence) and for what the attack maximises."""
+    """The same for the outer loss (and so for every divergence) and for the inner loss."""
     z, z_adv, y = _extreme()
     objective = build(name)
     leaves = [z.clone().requires_grad_(), z_adv.clone().requires_grad_()]
@@ -335,7 +335,7 @@ def test_objectives_stay_finite_for_extreme_logits(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_at_least_float32_whatever_the_logits(name, dtype, autocast):
-    """In bf16 MART's 1.0001 rounds to 1 and its logarithm explodes; so everything is computed in float32 or better."""
+    """Everything is computed in float32 or better: in bf16 MART's 1.0001 rounds to 1 and its logarithm explodes."""
     generator = torch.Generator().manual_seed(2)
     z = (4 * torch.randn(32, 10, generator=generator)).to(dtype)
     z_adv = (4 * torch.randn(32, 10, generator=generator)).to(dtype)
@@ -441,7 +441,7 @@ def test_a_family_uses_only_the_logits_it_needs():
 
 @pytest.mark.parametrize("name", ["trades", "nrat", "mart", "dm_at", "nrat_ikl", "score"])
 def test_gradients_flow_through_both_logits(name):
-    """Neither argument of the divergence is detached in the outer loss: it depends on z' alone with C switched off."""
+    """In the outer loss neither argument of the divergence is detached."""
     z, z_adv, y = _logits(0, 10, 2.0)
     leaves = [tensor.requires_grad_() for tensor in _tensors(z, z_adv)]
     objective, without = build(name), build(name, lam=0.0)
@@ -452,7 +452,7 @@ def test_gradients_flow_through_both_logits(name):
 
 
 def test_mart_refuses_soft_labels():
-    """MART's margin and weight name one class; a mixture has no meaning there."""
+    """MART's margin and weight name one class, so that a mixture of labels is an error."""
     z, z_adv, _ = _logits(0, 10, 2.0)
     soft = torch.from_numpy(_soft_labels(0, len(z), 10))
     for name in ("mart", "mart_apl"):
@@ -472,7 +472,7 @@ def test_soft_labels_train_everything_else(name):
 
 
 def test_smoothing_touches_only_the_classification_loss():
-    """In the trades family lam * D stays as it is, whatever the smoothing; and the attack never sees it."""
+    """Smoothing changes neither lam * D nor the inner loss."""
     z, z_adv, y = _logits(0, 10, 2.0)
     logits, logits_adv, labels = _tensors(z, z_adv, y)
     for name, loss in (("trades", "ce"), ("nrat", "nce_rce")):
@@ -577,8 +577,8 @@ def test_an_added_loss_trains(monkeypatch, make_net):
         ({"name": "nrat", "b": math.nan}, "0 or more"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message):
-    """Unknown names and impossible constants end with a sentence that names the way out."""
+def test_wrong_arguments_are_refused(arguments, message):
+    """Unknown names and impossible constants raise a sentence that names the way out."""
     with pytest.raises(UserError, match=message):
         build(**arguments)
 
@@ -612,14 +612,14 @@ def test_constants_default_to_the_preset_and_can_be_replaced():
 
 @pytest.mark.parametrize("name", ["trades_ikl", "nrat_ikl"])
 def test_class_means_are_buffers_that_update_and_are_used(name):
-    """Means are exponential (0.99 per step), belong in checkpoints, and weigh IKL once every class was seen."""
+    """Means are exponential (0.99 per step), are saved, and weigh IKL after every class was seen."""
     z, z_adv, y = _logits(0, 4, 2.0, batch=16)
     y = np.arange(16) % 4
     logits, logits_adv, labels = _tensors(z, z_adv, y)
     objective = build(name, num_classes=4)
     assert set(objective.state_dict()) == {"class_sums", "class_counts"}
     assert not list(objective.parameters())
-    # Before any update: the means of this batch, as an objective without buffers always has them.
+    # Before any update, the means of this batch, as for an objective without buffers.
     _close(objective.per_sample(logits, logits_adv, labels), build(name).per_sample(logits, logits_adv, labels))
     one_hot = np.eye(4)[y]
     first, second = (np.array([_softmax(row) for row in rows]) for rows in (z, z_adv))
@@ -642,7 +642,7 @@ def test_class_means_are_buffers_that_update_and_are_used(name):
 
 @pytest.mark.parametrize("name", ["nrat", "mart", "pgd_at", "natural"])
 def test_other_objectives_keep_no_state(name):
-    """Only IKL has class means; elsewhere a checkpoint holds nothing of the objective, and `update` does nothing."""
+    """Only IKL has class means; other objectives save nothing, and `update` does nothing."""
     z, _, y = _logits(0, 4, 2.0)
     objective = build(name, num_classes=4)
     objective.update(*_tensors(z, y))
@@ -651,7 +651,7 @@ def test_other_objectives_keep_no_state(name):
 
 
 def test_unseen_classes_keep_the_means_of_the_batch():
-    """While a class has never been seen there is no mean to divide by, and nothing becomes NaN."""
+    """Until every class has been seen IKL uses the means of the batch, and nothing becomes NaN."""
     z, z_adv, _ = _logits(0, 4, 2.0)
     logits, logits_adv = _tensors(z, z_adv)
     objective = build("nrat_ikl", num_classes=4)
