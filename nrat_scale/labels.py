@@ -106,7 +106,7 @@ def corrupt(
     labels = _checked(labels, num_classes, "labels")
     _check_kind_and_rate(kind, rate)
     noise = NOISES[kind]
-    # Rate 0 is no noise also for instance_dependent, although its truncated normal around 0 would flip some labels.
+    # At rate 0 the truncated normal of instance_dependent would still flip labels.
     if rate == 0.0 and noise is not _human:
         return labels.copy()
     extra = {"class_map": class_map, "images": images, "human_labels": human_labels}

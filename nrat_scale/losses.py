@@ -1,6 +1,7 @@
 """Classification losses C and divergences D, each formula once. To add one, add an entry to `LOSSES` or `DIVERGENCES`.
 
-Everything is computed in at least float32 whatever the autocast type: float64 logits stay float64, others become float32.
+Everything is computed in float32, or in float64 if the logits are, whatever the autocast type: in bf16 MART's 1.0001
+rounds to 1 and its logarithm explodes.
 """
 
 import math
@@ -175,7 +176,7 @@ def label_sums(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean_predictions(sums: Tensor, counts: Tensor) -> Tensor:
     """[K, K] by label, from `label_sums`; the row of a label without images is zero."""
-    # Not clamp_min(1): with soft labels the count of a class may be below 1.
+    # Not clamp_min(1): with soft labels a class may count less than 1.
     return sums / counts[:, None].clamp_min(torch.finfo(sums.dtype).tiny)
 
 

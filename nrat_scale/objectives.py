@@ -24,13 +24,13 @@ from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, label_sums, mean_predict
 
 FAMILIES = ("natural", "at", "trades", "mart")
 SMOOTHING_MODES = ("off", "mixed", "plugin")
-# Fields of an `ObjectiveSpec` that follow from its name: no recipe keys, and not written into recipe.yaml.
+# Fields of `ObjectiveSpec` that only a preset sets: they are not recipe keys, and recipe.yaml does not hold them.
 PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """One objective as data. `OBJECTIVES` holds the published ones; a recipe changes the constants of one of them.
+    """One objective as data; `OBJECTIVES` holds the published ones, and a recipe may change their constants.
 
     Attributes:
         name: key of `OBJECTIVES`.
@@ -92,11 +92,9 @@ class ObjectiveSpec:
             raise UserError(
                 f"objective.smoothing_mode 'plugin' is for NCE+RCE; {self.name} trains with {self.loss}: use mixed."
             )
-        for names, weights in (("lam", [self.lam]), ("a and objective.b", [self.a, self.b])):
-            if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-                raise UserError(
-                    f"objective.{names} must be finite and 0 or more, not {' and '.join(map(str, weights))}."
-                )
+        for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"objective.{name} is {weight}; it must be finite and 0 or more.")
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -245,7 +243,7 @@ class Objective(nn.Module):
         self.class_counts.mul_(0.99).add_(reduce(counts))
 
     def _diverge(self, name: str, logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
-        """D; IKL with the class means if this objective keeps them."""
+        """D, for IKL with the class means if this objective keeps them."""
         if name != "ikl" or self.class_sums is None or self.class_counts is None:
             return DIVERGENCES[name](logits, logits_adv, y)
         # Until every class has been seen, use the means of this batch. torch.where avoids a CPU-GPU sync.

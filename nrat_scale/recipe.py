@@ -31,11 +31,11 @@ from nrat_scale.weights import AwpSpec, EmaSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 RESUMES = ("auto", "never")
-# Retired keys, which stored recipes may hold: key -> (old default, why the key went). They never belonged to the identity.
+# Retired keys that stored recipes may hold: key -> (old default, dropped silently; reason). None was part of the identity.
 RETIRED: dict[str, tuple[Any, str]] = {
     "data.workers": (0, "a thread of the training process gathers batches faster than loader processes did"),
 }
-# Keys that may differ when a run is resumed: they decide where and how fast it runs, not what it computes.
+# Keys that may change when a run is resumed: they decide where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
     "run_dir",
     "resume",
