@@ -640,6 +640,17 @@ def test_class_means_are_buffers_that_update_and_are_used(name):
     _close(restored.loss(logits, logits_adv, labels), objective.loss(logits, logits_adv, labels).item())
 
 
+def test_ikl_as_inner_loss_uses_the_class_means():
+    """The attack's IKL has the same class weights as the outer one, also in an objective with another divergence."""
+    z, z_adv, _ = _logits(0, 4, 2.0, batch=16)
+    logits, logits_adv, labels = *_tensors(z, z_adv), torch.arange(16) % 4
+    outer, inner = build("trades_ikl", num_classes=4), build("trades", inner="ikl", num_classes=4)
+    for objective in (outer, inner):
+        objective.update(logits_adv, labels)
+    plain = build("trades_ikl", lam=0.0).per_sample(logits, logits_adv, labels)
+    _close(6 * inner.inner(logits, labels)(logits_adv), outer.per_sample(logits, logits_adv, labels) - plain, rtol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["nrat", "mart", "pgd_at", "natural"])
 def test_other_objectives_keep_no_state(name):
     """Only IKL has class means; other objectives save nothing, and `update` does nothing."""
