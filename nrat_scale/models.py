@@ -58,7 +58,7 @@ class ModelSpec:
         if self.bn not in BN_STATISTICS:
             raise UserError(f"model.bn is '{self.bn}'. {did_you_mean(self.bn, BN_STATISTICS)}")
         if (self.bn == "groups") != (self.bn_group_size is not None):
-            raise UserError("model.bn groups and model.bn_group_size go together: give both, or neither.")
+            raise UserError("model.bn groups and model.bn_group_size go together: set both or neither.")
         if self.bn_group_size is not None and self.bn_group_size < 2:
             raise UserError(f"model.bn_group_size is {self.bn_group_size}; it must be at least 2.")
         if self.bn_momentum is not None and not 0.0 <= self.bn_momentum <= 1.0:

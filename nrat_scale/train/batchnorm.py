@@ -88,7 +88,7 @@ def check_batchnorm(statistics: str, group_size: int | None, held: int, device: 
         UserError: it cannot.
     """
     if statistics == "sync" and device.type == "cpu":
-        raise UserError("model.bn is 'sync', which needs GPUs. Use groups, which works anywhere, or local.")
+        raise UserError("model.bn is 'sync', which needs GPUs. Use groups or local, which work on any device.")
     if group_size is not None and held % group_size:
         raise UserError(
             f"model.bn_group_size is {group_size}; it must divide the {held} images that each process holds "
