@@ -109,6 +109,8 @@ def corrupt(
     # At rate 0 the truncated normal of instance_dependent would still flip labels.
     if rate == 0.0 and noise is not _human:
         return labels.copy()
+    if num_classes < 2:
+        raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
     extra = {"class_map": class_map, "images": images, "human_labels": human_labels}
     return noise(labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
 
@@ -142,8 +144,6 @@ def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
 
 
 def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int, **_: Any) -> np.ndarray:
-    if num_classes < 2:
-        raise UserError(f"Symmetric label noise needs at least 2 classes, not {num_classes}.")
     noisy = labels.copy()
     for label in range(num_classes):
         chosen = _pick(np.flatnonzero(labels == label), rate, derive(seed, "symmetric", "pick"))
@@ -203,8 +203,6 @@ def _instance_dependent(
     """Part-dependent noise as in Xia et al. 2020, algorithm 2: flip rates q_i ~ TruncNormal(rate, 0.1^2; [0, 1])."""
     if images is None or len(images) != len(labels):
         raise UserError("Label noise 'instance_dependent' needs one image for each label.")
-    if num_classes < 2:
-        raise UserError(f"Instance-dependent label noise needs at least 2 classes, not {num_classes}.")
     generator = np.random.Generator(np.random.Philox(derive(seed, "instance_dependent")))
     ids = np.arange(len(labels))
     flip_rate = generator.normal(rate, 0.1, len(labels))
