@@ -11,18 +11,20 @@ from nrat_scale.train.nonfinite import Rollback
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import micro_batches
 
+AUTO_DEVICES = ("cuda",)  # on which `train.compile: auto` compiles
+
 
 def compile_models(state: TrainState) -> None:
     """Compile forward and backward pass of the attack model and of the trained model, as `train.compile` says.
 
-    `auto` compiles on CUDA only, and runs eager with a warning if that fails on any rank. Compiled arithmetic differs from
+    `auto` compiles on AUTO_DEVICES only, and runs eager with a warning if that fails on any rank. Compiled arithmetic differs from
     eager by rounding.
 
     Raises:
         UserError: `train.compile` is true and the model cannot be compiled.
     """
     wanted, device = state.recipe.train.compile, state.accelerator.device
-    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+    if wanted is False or (wanted == "auto" and device.type not in AUTO_DEVICES):
         return
     reason = ""
     try:

@@ -56,7 +56,7 @@ def test_mixed_precision_starts_in_float32(recipe_path: Path, tmp_path: Path) ->
 def test_a_step_that_overflows_under_loss_scaling_changes_nothing(wide_path: Path, tmp_path: Path) -> None:
     """As under fp16: the first step overflows and is skipped. Weights, momentum, BatchNorm and sums stay as they were, the
     step is no error, and the second one is applied."""
-    state = start(load_recipe(wide_path, [f"run_dir={tmp_path / 'run'}"]))
+    state = start(load_recipe(wide_path, ["objective.lam=1e4", f"run_dir={tmp_path / 'run'}"]))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
     state.accelerator.scaler = scaler
     state.optimizer = AcceleratedOptimizer(state.optimizer.optimizer, scaler=scaler)
