@@ -158,10 +158,9 @@ def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
     if verdict is not None and not verdict.wrong:
         verdict = state.checks.read(everything=True) or verdict  # the state is about to be saved
     if verdict is not None and verdict.wrong:
-        (recent,) = [recent for recent in state.recent if recent.batch.step + 1 == verdict.step]
-        raise FloatingPointError(
-            report_bad_step(verdict, recent, state.base, state.run, state.accelerator.process_index)
-        )
+        ((batch, parts),) = [recent for recent in state.recent if recent[0].step + 1 == verdict.step]
+        rank = state.accelerator.process_index
+        raise FloatingPointError(report_bad_step(verdict, batch, parts, state.base, state.run, rank))
     return verdict.signum if verdict is not None else 0
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import write_atomically
 from nrat_scale.objectives import FAMILIES
-from nrat_scale.train.state import Outcome, TrainState
+from nrat_scale.train.state import MicroBatch, TrainState
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
-# What a metric can be averaged over -> its members in an `Outcome`, bool [b]. Clean and noisy: images whose label is known
+# What a metric can be averaged over -> its members in a `MicroBatch`, bool [b]. Clean and noisy: images whose label is known
 # to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
 POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
-    "images": lambda outcome: torch.ones_like(outcome.label, dtype=torch.bool),
-    "clean": lambda outcome: (outcome.clean >= 0) & outcome.clean.eq(outcome.label),
-    "noisy": lambda outcome: (outcome.clean >= 0) & outcome.clean.ne(outcome.label),
+    "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),
+    "clean": lambda part: (part.clean >= 0) & part.clean.eq(part.label),
+    "noisy": lambda part: (part.clean >= 0) & part.clean.ne(part.label),
     "steps": lambda grad_norm: torch.ones_like(grad_norm, dtype=torch.bool),
 }
 
@@ -36,7 +36,7 @@ class Metric:
 
     Attributes:
         over: key of `POPULATIONS`.
-        value: maps an `Outcome` (for `steps` a gradient norm) to one value per image [b], or to their mean, a scalar.
+        value: maps a `MicroBatch` after its forwards (for `steps` a gradient norm) to one value per image [b], or to their mean, a scalar.
         families: the objectives that have it; null in metrics.jsonl for the others.
         progress: its name in the line of progress; empty: not shown there.
         summary: its name in the line that ends an epoch; empty: not shown there.
@@ -51,29 +51,24 @@ class Metric:
     show: Callable[[float], str] = percent
 
 
+_NATURAL, _ADVERSARIAL = ("natural", "trades", "mart"), ("at", "trades", "mart")
+
+
+def _fitted(part: MicroBatch) -> Tensor:
+    return part.reference_logits.argmax(1).eq(part.label)
+
+
 METRICS: dict[str, Metric] = {
-    "loss": Metric("images", lambda outcome: outcome.loss, progress="loss", show="{:.3f}".format),
+    "loss": Metric("images", lambda part: part.loss, progress="loss", show="{:.3f}".format),
     "natural_accuracy": Metric(
-        "images",
-        lambda outcome: outcome.logits.argmax(1).eq(outcome.label),
-        families=("natural", "trades", "mart"),
-        progress="natural",
-        summary="natural",
+        "images", lambda part: part.logits.argmax(1).eq(part.label), _NATURAL, "natural", "natural"
     ),
     "robust_accuracy": Metric(
-        "images",
-        lambda outcome: outcome.logits_adv.argmax(1).eq(outcome.label),
-        families=("at", "trades", "mart"),
-        progress="robust",
-        summary="robust",
+        "images", lambda part: part.logits_adv.argmax(1).eq(part.label), _ADVERSARIAL, "robust", "robust"
     ),
-    "clean_accuracy": Metric(
-        "clean", lambda outcome: outcome.predicted.eq(outcome.label), summary="clean labels fitted"
-    ),
-    "noisy_memorised": Metric(
-        "noisy", lambda outcome: outcome.predicted.eq(outcome.label), summary="noisy labels memorised"
-    ),
-    "noisy_corrected": Metric("noisy", lambda outcome: outcome.predicted.eq(outcome.clean)),
+    "clean_accuracy": Metric("clean", _fitted, summary="clean labels fitted"),
+    "noisy_memorised": Metric("noisy", _fitted, summary="noisy labels memorised"),
+    "noisy_corrected": Metric("noisy", lambda part: part.reference_logits.argmax(1).eq(part.clean)),
     "grad_norm": Metric("steps", lambda grad_norm: grad_norm, progress="gradient", show="{:.3g}".format),
 }
 
@@ -92,11 +87,12 @@ def sum_names() -> tuple[str, ...]:
 # ---- sums on the device ---------------------------------------------------------------------------------------------
 
 
-def record_outcome(state: TrainState, outcome: Outcome) -> None:
-    """Add a micro-batch to the epoch's sums."""
-    state.checks.note("loss", ~outcome.loss.isfinite())
-    state.guard.record(outcome.reference_logits, outcome.label)
-    _add(state, outcome, [name for name in POPULATIONS if name != "steps"])
+def record_micro_batch(state: TrainState, part: MicroBatch) -> None:
+    """Add a micro-batch, after its forwards, to the checks and sums."""
+    assert part.loss is not None
+    state.checks.note("loss", ~part.loss.isfinite())
+    state.guard.record(part.reference_logits, part.label)
+    _add(state, part, [name for name in POPULATIONS if name != "steps"])
 
 
 def record_step(state: TrainState, grad_norm: Tensor) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from nrat_scale.core.files import write_atomically
 from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.data.batches import Batch
 from nrat_scale.train.signals import SIGNALS
 
 if TYPE_CHECKING:
-    from nrat_scale.train.state import RecentStep
+    from nrat_scale.train.state import MicroBatch
 
 WRONG = {
     "attack": "the loss or gradient of the attack is not finite",
@@ -158,7 +159,9 @@ class Rollback:
 # ---- the report of a bad step ---------------------------------------------------------------------------------------
 
 
-def report_bad_step(verdict: Verdict, recent: "RecentStep", model: nn.Module, run: RunFolder, rank: int) -> str:
+def report_bad_step(
+    verdict: Verdict, batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int
+) -> str:
     """Save the images and weights of a bad step; the error message, the same on all ranks. All ranks must call it.
 
     Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether an
@@ -167,7 +170,7 @@ def report_bad_step(verdict: Verdict, recent: "RecentStep", model: nn.Module, ru
     """
     # The averaged gradient is the same on all ranks: it does not say on which one something went wrong.
     causes = [kind for kind in verdict.wrong if kind != "gradient"] or ["gradient"]
-    places = [_save_step(recent, model, run, rank)] if set(causes) & set(verdict.here) else []
+    places = [_save_step(batch, parts, model, run, rank)] if set(causes) & set(verdict.here) else []
     where = "; ".join(gather_object(places))
     return (
         f"Step {verdict.step} was not applied: {' and '.join(WRONG[kind] for kind in causes)} ({where}). No checkpoint "
@@ -175,25 +178,22 @@ def report_bad_step(verdict: Verdict, recent: "RecentStep", model: nn.Module, ru
     )
 
 
-def images_not_finite(recent: "RecentStep") -> Tensor:
+def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
     """bool [b]: the first images that were not finite: adversarial pixels, else natural logits, else adversarial logits.
 
     In the training forwards BatchNorm's batch statistics spread one NaN over the batch. The attack runs before them, with
     `threat.bn: eval` each image by itself, so its images come first.
     """
-    attacked = [part.x_adv for part in recent.parts if part.x_adv is not None]
-    natural = [outcome.logits for outcome in recent.outcomes if outcome.logits is not None]
-    adversarial = [outcome.logits_adv for outcome in recent.outcomes if outcome.logits_adv is not None]
-    bad = torch.zeros(len(recent.batch.ids), dtype=torch.bool)
-    for tensors in (attacked, natural, adversarial):
+    bad = torch.zeros(sum(len(part.x) for part in parts), dtype=torch.bool)
+    for name in ("x_adv", "logits", "logits_adv"):
+        tensors = [getattr(part, name) for part in parts if getattr(part, name) is not None]
         if tensors and not bad.any():
             bad = ~torch.cat(tensors).flatten(1).isfinite().all(1).cpu()
     return bad
 
 
-def _save_step(recent: "RecentStep", model: nn.Module, run: RunFolder, rank: int) -> str:
+def _save_step(batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int) -> str:
     """Write the file of this rank; its clause of the error message."""
-    batch, parts = recent.batch, recent.parts
     tensors = {
         "x": torch.cat([part.x for part in parts]),
         "y": torch.cat([part.y for part in parts]),
@@ -209,6 +209,6 @@ def _save_step(recent: "RecentStep", model: nn.Module, run: RunFolder, rank: int
     write_atomically(path, save(plain, metadata={"format": "pt"}))
     sources = ["generated" if generated else "real" for generated in batch.generated.tolist()]
     ids = [f"{source} {number}" for source, number in zip(sources, batch.ids.tolist(), strict=True)]
-    named = [name for name, bad in zip(ids, images_not_finite(recent).tolist(), strict=True) if bad] or ids
+    named = [name for name, bad in zip(ids, images_not_finite(parts).tolist(), strict=True) if bad] or ids
     more = f" and {len(named) - _NAMED_IDS} more" if len(named) > _NAMED_IDS else ""
     return f"rank {rank}, images {', '.join(named[:_NAMED_IDS])}{more}, saved with the weights in {path}"

@@ -82,23 +82,18 @@ def start(recipe: RecipeSpec) -> TrainState:
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
     """Create the run folder, or check that it holds a run of this recipe."""
-    path = run.path
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; run_dir must be a folder. Choose another with run_dir=PATH.")
+    path, problem = run.path, ""
     used = path.is_dir() and any(path.iterdir())
-    if used and recipe.resume == "never":
-        raise UserError(
-            f"The run directory {path} is not empty and resume is 'never'. Choose another with run_dir=PATH."
-        )
-    if used and not run.recipe.is_file():
-        raise UserError(
-            f"{path} holds something that is not a run; nothing in it was touched. Choose another with run_dir=PATH."
-        )
-    if used and load_recipe(run.recipe).identity != recipe.identity:
-        raise UserError(
-            f"{path} holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)}). "
-            "Choose another directory with run_dir=PATH."
-        )
+    if path.exists() and not path.is_dir():
+        problem = "is a file; run_dir must be a folder"
+    elif used and recipe.resume == "never":
+        problem = "is not empty and resume is 'never'"
+    elif used and not run.recipe.is_file():
+        problem = "holds something that is not a run; nothing in it was touched"
+    elif used and load_recipe(run.recipe).identity != recipe.identity:
+        problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
+    if problem:
+        raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
     if not used:
         make_folder(path)
         write_atomically(run.recipe, to_yaml(recipe))  # first: an interrupted start can then be resumed

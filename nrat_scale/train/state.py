@@ -24,14 +24,16 @@ from nrat_scale.train.signals import StopSignals
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of this rank's batch on the device.
+    """A part of this rank's batch on the device; the attack and the training forwards add what they compute.
 
     Attributes:
         x: [b, C, H, W] in [0, 1].
-        y: labels trained on, int64 [b], or probabilities [b, K].
-        clean: clean labels int64 [b], negative if unknown.
+        y: labels trained on, int64 [b], or with CutMix probabilities [b, K].
+        clean: clean labels int64 [b], negative if unknown, as with CutMix.
         noise: unit noise for the start of the attack, shaped like x.
-        x_adv: shaped like x; None before the attack and for objectives without one.
+        x_adv: shaped like x; None for objectives without an attack.
+        loss: scalar, the mean over the images.
+        logits, logits_adv: [b, K] without gradient, None if the objective has no such forward.
     """
 
     x: Tensor
@@ -39,45 +41,21 @@ class MicroBatch:
     clean: Tensor
     noise: Tensor
     x_adv: Tensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    logits_adv: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the training forwards of a micro-batch gave, without gradients.
-
-    Attributes:
-        loss: scalar, the mean over the images.
-        label: int64 [b], the (most probable) label trained on.
-        clean: int64 [b], negative if unknown.
-        logits, logits_adv: [b, K], None if the objective has no such forward.
-    """
-
-    loss: Tensor
-    label: Tensor
-    clean: Tensor
-    logits: Tensor | None
-    logits_adv: Tensor | None
+    @property
+    def label(self) -> Tensor:
+        """int64 [b]: `y`, or its most probable class."""
+        return self.y if self.y.ndim == 1 else self.y.argmax(1)
 
     @property
     def reference_logits(self) -> Tensor:
         """Natural logits, adversarial ones if the objective has no others."""
         logits = self.logits if self.logits is not None else self.logits_adv
-        assert logits is not None
+        assert logits is not None, "the forwards come first"
         return logits
-
-    @property
-    def predicted(self) -> Tensor:
-        """The predictions int64 [b] of `reference_logits`."""
-        return self.reference_logits.argmax(1)
-
-
-@dataclass
-class RecentStep:
-    """The tensors of a step, kept until the host has read its checks."""
-
-    batch: Batch
-    parts: list[MicroBatch] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
 
 
 @dataclass
@@ -108,7 +86,7 @@ class TrainState:
         validation_due: the epoch that ends at `step` is trained and logged, but a signal interrupted its validation.
         metrics: the lines of metrics.jsonl.
         signals: the signal that this process has received.
-        recent: the last steps, whose checks the host may not have read yet.
+        recent: the batches and tensors of the last steps, whose checks the host may not have read yet.
         saver: writes checkpoints; on the main process only.
     """
 
@@ -134,7 +112,7 @@ class TrainState:
     validation_due: bool = False
     metrics: list[str] = field(default_factory=list)
     signals: StopSignals = field(default_factory=StopSignals)
-    recent: deque[RecentStep] = field(default_factory=lambda: deque(maxlen=2))
+    recent: deque[tuple[Batch, list[MicroBatch]]] = field(default_factory=lambda: deque(maxlen=2))
     saver: Saver | None = None
 
     @property

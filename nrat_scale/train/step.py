@@ -25,15 +25,15 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.losses import LOSSES
 from nrat_scale.optim import align_gradients
-from nrat_scale.train.metrics import record_outcome, record_step
-from nrat_scale.train.state import MicroBatch, Outcome, RecentStep, TrainState
+from nrat_scale.train.metrics import record_micro_batch, record_step
+from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
 
 def train_step(state: TrainState, batch: Batch) -> None:
     """Algorithm 1 for one global batch; `batch` is this rank's part of it."""
-    recent = RecentStep(batch)
-    state.recent.append(recent)
+    done: list[MicroBatch] = []
+    state.recent.append((batch, done))
     state.checks.begin(state.signals.received)
     if state.rollback is not None:
         state.rollback.begin()
@@ -57,9 +57,9 @@ def train_step(state: TrainState, batch: Batch) -> None:
                     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
                     loss = state.objective.loss(logits, logits_adv, part.y)
                     state.accelerator.backward(loss / len(parts))
-            recent.parts.append(part)
-            recent.outcomes.append(_outcome(part, loss, logits, logits_adv))
-            record_outcome(state, recent.outcomes[-1])
+            natural, adversarial = (z.detach() if z is not None else None for z in (logits, logits_adv))
+            done.append(replace(part, loss=loss.detach(), logits=natural, logits_adv=adversarial))
+            record_micro_batch(state, done[-1])
             state.objective.update(logits, part.y, lambda value: state.accelerator.reduce(value, "sum"))
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
@@ -86,6 +86,8 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
+    if y.ndim == 2:  # CutMix: an image no longer has one clean label
+        clean = torch.full_like(clean, UNKNOWN_LABEL)
     pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
     yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
 
@@ -165,17 +167,6 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     losses = [loss_of(part) for part in parts]
     return awp(
         state.base, losses, state.recipe.awp.gamma, reduce=lambda gradient: state.accelerator.reduce(gradient, "mean")
-    )
-
-
-def _outcome(part: MicroBatch, loss: Tensor, logits: Tensor | None, logits_adv: Tensor | None) -> Outcome:
-    soft = part.y.ndim == 2  # CutMix: an image no longer has one clean label
-    return Outcome(
-        loss.detach(),
-        part.y.argmax(1) if soft else part.y,
-        torch.full_like(part.clean, UNKNOWN_LABEL) if soft else part.clean,
-        logits.detach() if logits is not None else None,
-        logits_adv.detach() if logits_adv is not None else None,
     )
 
 

@@ -17,7 +17,7 @@ def test_a_metric_is_one_entry(
 ) -> None:
     """Added from outside: it is in metrics.jsonl, in the lines of a run and in checkpoints, and it resumes."""
     confidence = Metric(
-        "images", lambda outcome: outcome.logits.softmax(1).amax(1), progress="confidence", summary="mean confidence"
+        "images", lambda part: part.logits.softmax(1).amax(1), progress="confidence", summary="mean confidence"
     )
     monkeypatch.setitem(METRICS, "confidence", confidence)
     run = tmp_path / "run"
