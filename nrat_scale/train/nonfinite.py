@@ -209,6 +209,8 @@ def _save_step(batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: R
     write_atomically(path, save(plain, metadata={"format": "pt"}))
     sources = ["generated" if generated else "real" for generated in batch.generated.tolist()]
     ids = [f"{source} {number}" for source, number in zip(sources, batch.ids.tolist(), strict=True)]
-    named = [name for name, bad in zip(ids, images_not_finite(parts).tolist(), strict=True) if bad] or ids
+    bad = images_not_finite(parts).tolist()
+    named = [name for name, is_bad in zip(ids, bad, strict=True) if is_bad] or ids
     more = f" and {len(named) - _NAMED_IDS} more" if len(named) > _NAMED_IDS else ""
-    return f"rank {rank}, images {', '.join(named[:_NAMED_IDS])}{more}, saved with the weights in {path}"
+    whole = " (the whole batch)" if len(named) == len(ids) else ""
+    return f"rank {rank}, images {', '.join(named[:_NAMED_IDS])}{more}{whole}, saved with the weights in {path}"

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nrat_scale.train.nonfinite import WRONG, Rollback, StepChecks, Verdict
+from nrat_scale.train.nonfinite import WRONG, Rollback, StepChecks, Verdict, images_not_finite
 from nrat_scale.train.signals import SIGNALS
+from nrat_scale.train.state import MicroBatch
 
 CPU = torch.device("cpu")
 LOCAL = ("attack", "ball", "loss")  # the gradient is the same on all ranks
@@ -256,6 +257,20 @@ def test_a_gpu_is_read_one_step_later():
         checks.post(step)
         assert checks.read() == (Verdict(2, ("loss",), ("loss",), 0) if step == 3 else None)
     assert checks.read(everything=True) == Verdict(3, ("loss",), ("loss",), 0)
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_whose_attack_failed_is_named():
+    """Although BatchNorm spread its NaN over the logits of the batch; without an attack the natural logits count."""
+    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    x_adv, logits, spread = x.clone(), torch.zeros(3, 2), torch.full((3, 2), torch.nan)
+    x_adv[1], logits[2] = torch.nan, torch.inf
+    first, second = MicroBatch(x, y, y, x, x_adv, None, spread, spread), MicroBatch(x, y, y, x, x, None, spread, spread)
+    assert images_not_finite([first, second]).tolist() == [False, True, False, False, False, False]
+    assert images_not_finite([MicroBatch(x, y, y, x, None, None, logits)]).tolist() == [False, False, True]
+    assert not images_not_finite([MicroBatch(x, y, y, x, x, None, x.flatten(1))]).any()
 
 
 # ---- rollback -------------------------------------------------------------------------------------------------------
