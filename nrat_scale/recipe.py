@@ -56,24 +56,24 @@ _NOT_IDENTITY = (
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Length and rhythm of a run.
+    """Length of a run, and how often it validates and saves.
 
     Attributes:
         epochs: length of the schedule.
-        max_steps: stop after so many optimizer steps in all; the schedule stays that of `epochs`.
-        accumulate: micro-batches whose gradients are added up for one step; each process holds
+        max_steps: stop after this many optimizer steps in all; the schedule remains that of `epochs`.
+        accumulate: micro-batches per step, whose gradients are averaged; each process holds
             batch_size / (processes * accumulate) images at a time.
         max_grad_norm: clip the gradient to this norm.
         validate_every: epochs between validations.
         validation_attack: `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps.
         save_every: epochs between checkpoints.
-        keep: newest checkpoints to keep beside the best.
-        log_every: steps between two lines of progress.
-        channels_last: keep images and weights in channels-last memory, which convolutions are fastest with.
+        keep: how many of the newest checkpoints to keep besides the best.
+        log_every: steps between lines of progress.
+        channels_last: channels-last memory format for images and weights, in which convolutions are fastest.
         fold_batchnorm: fold BatchNorm into convolutions while attacking with `threat.bn: eval`.
-        compile: let torch.compile try attack and training; what is not faster here stays eager.
-        timeout_minutes: how long processes wait for one that does not answer before the run ends; longer than the main
-            one takes to verify the data.
+        compile: torch.compile for attack and training: `auto` (on CUDA, and eager if it fails), `true` or `false`.
+        timeout_minutes: the run ends if a process does not answer the others for this long; it must exceed the time
+            that the main process takes to verify the data.
     """
 
     epochs: int = 1
@@ -87,7 +87,7 @@ class TrainSpec:
     log_every: int = 50
     channels_last: bool = True
     fold_batchnorm: bool = True
-    compile: bool = False
+    compile: bool | str = "auto"
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
@@ -102,6 +102,8 @@ class TrainSpec:
             raise UserError(f"train.max_grad_norm is {self.max_grad_norm}; it must be greater than 0.")
         if not re.fullmatch(r"(pgd|cw)[1-9][0-9]*", self.validation_attack):
             raise UserError(f"train.validation_attack is '{self.validation_attack}'; write pgd10, cw40 or the like.")
+        if self.compile not in ("auto", True, False):
+            raise UserError(f"train.compile is '{self.compile}'; it must be auto, true or false.")
 
 
 @dataclass(frozen=True)

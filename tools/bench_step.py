@@ -191,7 +191,7 @@ def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, f
     natural = None
     if ours.t.recipe.threat.bn == "batch":
         with torch.no_grad():
-            natural = ours.t.twin.forward(part.x)
+            natural = ours.t.attack_model.forward(part.x)
     x_adv = attacked(ours.t, part, natural).x_adv
     expected, loss = textbook.step(x, part.y, part.noise.contiguous())
     ours.step()

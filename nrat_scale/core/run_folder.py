@@ -133,8 +133,10 @@ class RunFolder:
             raise UserError(f"{self.metrics} cannot be read ({error.strerror}). Restore it.") from error
         rows = []
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line.decode()) if line.strip() else {}
+                row = json.loads(line.decode())
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
