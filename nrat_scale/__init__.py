@@ -1,6 +1,7 @@
 """nrat_scale: adversarially robust image classifiers from generated data and noisy labels, at scale.
 
-Importing the package is cheap: torch and timm are imported when an attribute or a submodule that needs them is first used.
+Importing the package is cheap: it imports torch and timm only when an attribute or a submodule that needs them is used.
+`import nrat_scale.models` registers our architectures with timm.
 """
 
 import importlib
@@ -13,14 +14,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "register_robustbench"]
 
-_LAZY = {"load": "nrat_scale.loading.load", "register_robustbench": "nrat_scale.loading.robustbench"}
-_PUBLIC = ("attacks", "labels", "loading", "losses", "models", "objectives", "recipe", "weights")
+_FUNCTIONS = {"load": "loading.load", "register_robustbench": "loading.robustbench"}
+_MODULES = ("attacks", "datasets", "labels", "loading", "losses", "models", "objectives", "optim", "recipe", "weights")
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions and modules, imported when they are first used."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _PUBLIC:
+    """Import a public function or module when it is first used."""
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"nrat_scale.{_FUNCTIONS[name]}"), name)
+    if name in _MODULES:
         return importlib.import_module(f"nrat_scale.{name}")
     raise AttributeError(f"module 'nrat_scale' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FUNCTIONS, *_MODULES})

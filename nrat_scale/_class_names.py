@@ -1,9 +1,9 @@
-"""Class names that would make `datasets.py` unreadable, as text tables."""
+"""Long lists of class names for `datasets.py`, as text tables."""
 
-# CIFAR-100: one line for each superclass, in the order of its coarse labels; the five classes of a line in the order of
-# their fine labels. Fine labels number all hundred names alphabetically. Source: the class table of
-# https://www.cs.toronto.edu/~kriz/cifar.html with the spelling of `fine_label_names` in the data set's file `meta`;
-# compared with the array of coarse labels that continual-learning libraries carry (fine label -> coarse label).
+# CIFAR-100: one superclass per line, in the order of the coarse labels; the five classes of a line in the order of their
+# fine labels, which number all hundred names alphabetically. Source: the class table of
+# https://www.cs.toronto.edu/~kriz/cifar.html, spelled as `fine_label_names` in the data set's file `meta`; compared with
+# the array fine label -> coarse label of continual-learning libraries.
 _CIFAR100 = """
 beaver dolphin otter seal whale
 aquarium_fish flatfish ray shark trout
@@ -31,9 +31,9 @@ CIFAR100_SUPERCLASSES: tuple[tuple[str, ...], ...] = tuple(
 )
 CIFAR100: tuple[str, ...] = tuple(sorted(name for names in CIFAR100_SUPERCLASSES for name in names))
 
-# Tiny ImageNet: WordNet ids, ascending, which is the label order of everybody who reads the folders by name. Source:
-# the listing of http://cs231n.stanford.edu/tiny-imagenet-200.zip; a second list, in the order of its wnids.txt, has the
-# same 200. (Another list is in circulation with n02666347 and without n01855672: it is not that of the archive.)
+# Tiny ImageNet: WordNet ids in ascending order, the label order of readers that sort the folders by name. Source: the
+# listing of http://cs231n.stanford.edu/tiny-imagenet-200.zip; its wnids.txt has the same 200 ids in another order.
+# (A list with n02666347 instead of n01855672 is also in circulation; it does not match the archive.)
 _TINY_IMAGENET = """
 n01443537 n01629819 n01641577 n01644900 n01698640 n01742172 n01768244 n01770393 n01774384 n01774750 n01784675
 n01855672 n01882714 n01910747 n01917289 n01944390 n01945685 n01950731 n01983481 n01984695 n02002724 n02056570

@@ -1,17 +1,17 @@
-"""The collapse guard: noise-robust losses can collapse to one class under too large a learning rate.
+"""The collapse guard: noise-robust losses can collapse to one class if the learning rate is too large.
 
-The NRAT paper (section 4) sees it as vanishing gradients and single-class predictions, and cures it with learning rates of 0.05 or
-0.01 instead of 0.1. The guard looks at windows of training steps: the share of the most frequent prediction, accuracy on
-the labels trained on, the gradient's norm and the spread of the logits. All sums are kept on the device and read once a window.
+The NRAT paper (section 4) reports vanishing gradients and single-class predictions, and lowers the learning rate from 0.1 to 0.05
+or 0.01. The guard measures windows of training steps: the share of the most frequent prediction, accuracy on the labels
+trained on, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, did_you_mean, quoted
 
 ACTIONS = ("warn", "stop", "rewind", "none")
 ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 where training collapses"
@@ -22,15 +22,15 @@ class GuardSpec:
     """What to do when training collapses.
 
     Attributes:
-        action: `warn`; `stop` with advice; `rewind` to the last checkpoint from before and go on with a smaller learning
+        action: `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse and reduce the learning
             rate; `none`.
-        window: steps that are looked at together.
-        patience: consecutive bad windows before anything is done; a network starts with one class, too.
-        top_share: a window is bad where so much of the predictions name one class, and accuracy is at most twice chance.
-        min_grad_norm: or where the mean norm of the gradient is smaller.
-        max_logit_scale: or where the logits of an image spread wider (standard deviation, mean over images).
-        lr_factor: by which `rewind` multiplies the learning rate.
-        max_rewinds: after so many it stops.
+        window: steps per window.
+        patience: consecutive bad windows before the action; an untrained network predicts one class, too.
+        top_share: a window is bad if this share of the predictions is one class and accuracy is at most twice chance.
+        min_grad_norm: it is also bad if the mean gradient norm is smaller than this.
+        max_logit_scale: it is also bad if the logits spread wider (standard deviation per image, mean over images).
+        lr_factor: `rewind` multiplies the learning rate by it.
+        max_rewinds: rewinds before the run stops.
     """
 
     action: str = "warn"
@@ -55,7 +55,7 @@ class GuardSpec:
 
 @dataclass(frozen=True)
 class WindowStats:
-    """What one window of steps showed."""
+    """Means over one window of steps."""
 
     top_share: float
     accuracy: float
@@ -70,14 +70,15 @@ class WindowStats:
 
 @dataclass
 class Guard:
-    """The sums of the running window, and how many windows in a row were bad.
+    """The sums of the current window, and the count of consecutive bad windows.
 
     Attributes:
-        sums: float64 [K + 4]: predictions by class, right ones, spread of logits, gradient norms, steps; on the device.
-        bad_windows: in a row.
-        healthy_step: the last step that ended a good window; checkpoints up to it are good.
-        rewinds: how often training was rewound.
-        lr_scale: factor of the learning rate by now.
+        sums: float64 [K + 4] on the device: predictions by class, correct ones, spread of logits, gradient norms, steps.
+        bad_windows: consecutive bad windows.
+        healthy_step: the last step of the last good window; checkpoints up to it are good.
+        rewinds: rewinds so far.
+        lr_scale: factor of the learning rate, from the rewinds so far.
+        warned: this collapse was already reported.
     """
 
     spec: GuardSpec
@@ -87,7 +88,7 @@ class Guard:
     healthy_step: int = 0
     rewinds: int = 0
     lr_scale: float = 1.0
-    warned: bool = field(default=False)
+    warned: bool = False
 
     @classmethod
     def build(cls, spec: GuardSpec, num_classes: int, device: torch.device) -> "Guard":
@@ -98,7 +99,9 @@ class Guard:
     def record(self, logits: Tensor, y: Tensor) -> None:
         """Add the predictions of a micro-batch: logits [b, K], y int64 [b]."""
         predicted = logits.argmax(1)
-        self.sums[: self.num_classes] += torch.bincount(predicted, minlength=self.num_classes)
+        # Not bincount, which makes the host wait for a GPU. Integer counts add up exactly in any order.
+        counts = torch.zeros(self.num_classes, dtype=torch.int64, device=predicted.device)
+        self.sums[: self.num_classes] += counts.scatter_add_(0, predicted, torch.ones_like(predicted))
         self.sums[self.num_classes] += predicted.eq(y).sum()
         self.sums[self.num_classes + 1] += logits.double().std(1).sum()
 
@@ -109,7 +112,7 @@ class Guard:
         self.sums[self.num_classes + 3] += 1
 
     def close(self, sums: Tensor, step: int) -> WindowStats:
-        """End the window at `step`, given its sums over all ranks, and begin another."""
+        """End the window at `step`, given its sums over all ranks, and start the next."""
         counts, (right, spread, norms, steps) = sums[: self.num_classes], sums[self.num_classes :].tolist()
         n = max(float(counts.sum()), 1.0)
         window = WindowStats(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
@@ -122,15 +125,33 @@ class Guard:
 
     @property
     def collapsed(self) -> bool:
-        """Whether it is time to act."""
+        """Whether `patience` windows in a row were bad."""
         return self.bad_windows >= self.spec.patience
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps (without the sums)."""
-        names = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")
-        return {name: getattr(self, name) for name in names}
+        """The entry of a checkpoint, without the sums."""
+        return {name: getattr(self, name) for name in _SAVED}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
-        for name, value in state.items():
-            setattr(self, name, value)
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restore `state`.
+
+        Raises:
+            UserError: an entry is missing, unknown or of another type.
+        """
+        if saved.keys() != _SAVED.keys() or not all(type(saved[name]) in kinds for name, kinds in _SAVED.items()):
+            raise UserError(
+                f"the state of the collapse guard is {quoted(saved)}; this version expects {', '.join(_SAVED)}. Resume with "
+                "the version that wrote it, or start anew with run_dir=PATH."
+            )
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+
+
+# What a checkpoint keeps of a `Guard`, and the JSON types it may have.
+_SAVED: dict[str, tuple[type, ...]] = {
+    "bad_windows": (int,),
+    "healthy_step": (int,),
+    "rewinds": (int,),
+    "lr_scale": (int, float),
+    "warned": (bool,),
+}

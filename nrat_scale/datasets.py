@@ -1,4 +1,4 @@
-"""What is known about each data set: class names, normalisation, the noise map that its literature uses."""
+"""Facts about each data set: class names, normalisation, and the asymmetric noise map of its literature."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ class Dataset:
     Attributes:
         class_names: in label order.
         mean, std: per channel, of [0, 1] pixels.
-        asymmetric_map: label -> the label it is confused with (empty where nobody published one).
+        asymmetric_map: label -> the label it is confused with; empty if no map is published.
     """
 
     class_names: tuple[str, ...]
@@ -24,13 +24,13 @@ class Dataset:
 _DIGITS = tuple("0123456789")
 
 # NRAT's map for CIFAR-10: truck->automobile, bird->airplane, deer->horse, cat<->dog; for MNIST: 7->1, 2->7, 5<->6, 3->8.
-# The order of CIFAR-10's entries is the one in which the released code applies them (`asymmetric_released`).
+# The released code applies CIFAR-10's entries in this order (`asymmetric_released` depends on it).
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 MNIST_MAP = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
 
 
 def _next_in_superclass() -> dict[int, int]:
-    """CIFAR-100's map (Patrini et al. 2017): every class to the next one of its superclass, the last one to the first."""
+    """CIFAR-100's map (Patrini et al. 2017): each class to the next of its superclass, the last to the first."""
     label = {name: number for number, name in enumerate(_class_names.CIFAR100)}
     pairs = [
         pair for names in _class_names.CIFAR100_SUPERCLASSES for pair in zip(names, names[1:] + names[:1], strict=True)
@@ -48,8 +48,8 @@ DATASETS: dict[str, Dataset] = {
         CIFAR10_MAP,
     ),
     "cifar100": Dataset(_class_names.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
-    # Nobody published a noise map for SVHN, Tiny ImageNet and Fashion-MNIST. The statistics are those of the training
-    # images, as the literature rounds them.
+    # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST. mean and std are of the training images, rounded
+    # as in the literature.
     "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "tiny_imagenet": Dataset(_class_names.TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP),

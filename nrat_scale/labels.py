@@ -1,22 +1,38 @@
-"""Label noise: a pure function of (clean labels, kind, rate, seed).
+"""Label noise: a pure function of (clean labels, kind, rate, seed). `NOISES` lists the kinds.
 
-Noise is drawn over a whole data set in *source order*, before any split, so that it does not depend on how shards were
-permuted or which images are held out. Every draw is a hash of (seed, image number): no generator state, no dependence
-on library versions (`instance_dependent` excepted, which needs normal variates from NumPy).
+Noise is drawn over a whole data set in *source order*, before any split, so that it depends neither on the permutation of
+the shards nor on the held-out images. Every draw is a hash of (seed, image number), independent of generator state and of
+library versions; `instance_dependent` is the exception, because it needs normal variates from NumPy.
 """
 
 import hashlib
 import math
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, did_you_mean, first_line
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP
+
+# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image; `aggre`
+# is their majority, `worse` a wrong one of their labels if there is any.
+HUMAN_SETS = {
+    "aggre": "aggre_label",
+    "worse": "worse_label",
+    "random1": "random_label1",
+    "random2": "random_label2",
+    "random3": "random_label3",
+}
+_NO_HUMAN_LABELS = (
+    "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, the .npz that "
+    "tools/shard_dataset.py cifar10n writes, or an .npy file."
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +40,16 @@ class NoiseSpec:
     """Label noise of the real training data.
 
     Attributes:
-        kind: one of `NOISES`.
+        kind: key of `NOISES`.
         rate: fraction of labels to corrupt, in [0, 1] (not used by `cifar10n`).
         seed: of the noise alone; runs with different training seeds can share one noise.
-        class_map: label -> label for the asymmetric kinds; by default the data set's published one.
+        class_map: label -> label for the asymmetric kinds; by default the published map of the data set.
         human_labels: for `cifar10n`, the .npz that `shard_dataset.py cifar10n` writes, or an .npy file of int64 [n] in
             source order.
-        human_set: which labels of the .npz: one of `HUMAN_SETS`. An .npy file has only one.
+        human_set: the labels of the .npz to use, key of `HUMAN_SETS`; an .npy file has only one set.
+
+    Raises:
+        UserError: a value is unknown, out of range, or contradicts another.
     """
 
     kind: str = "none"
@@ -39,6 +58,20 @@ class NoiseSpec:
     class_map: dict[int, int] | None = None
     human_labels: str | None = None
     human_set: str = "worse"
+
+    def __post_init__(self) -> None:
+        _check_kind_and_rate(self.kind, self.rate)
+        if self.kind == "none" and self.rate:
+            raise UserError(
+                f"data.real.noise.rate is {self.rate} but data.real.noise.kind is 'none'. "
+                "Name a kind, such as symmetric."
+            )
+        if self.kind == "cifar10n" and self.human_labels is None:
+            raise UserError(_NO_HUMAN_LABELS)
+        if self.human_set not in HUMAN_SETS:
+            raise UserError(
+                f"data.real.noise.human_set is '{self.human_set}'. {did_you_mean(self.human_set, HUMAN_SETS)}"
+            )
 
 
 def corrupt(
@@ -56,37 +89,37 @@ def corrupt(
 
     Args:
         labels: int [n], clean, in source order, each in [0, num_classes).
-        kind: `none`, `symmetric`, `asymmetric`, `asymmetric_released`, `asymmetric_bidirectional`, `cifar10n`,
-            `instance_dependent` (section 8 of docs/objectives.md).
+        kind: key of `NOISES` (section 8 of docs/objectives.md).
         rate: fraction in [0, 1].
         seed: of the draws.
         num_classes: K.
-        class_map: source label -> target label of the asymmetric kinds; CIFAR-10's published map where None and K = 10.
+        class_map: source label -> target label of the asymmetric kinds; by default, if K = 10, CIFAR-10's published map.
         images: uint8 [n, ...], needed by `instance_dependent` only.
         human_labels: int [n], needed by `cifar10n` only.
 
     Returns:
-        int64 [n]; `labels` itself is never changed.
+        int64 [n], a new array.
 
     Raises:
         UserError: unknown kind, rate outside [0, 1], labels out of range, a missing or unusable extra argument.
     """
     labels = _checked(labels, num_classes, "labels")
+    _check_kind_and_rate(kind, rate)
+    noise = NOISES[kind]
+    # At rate 0 the truncated normal of instance_dependent would still flip labels.
+    if rate == 0.0 and noise is not _human:
+        return labels.copy()
+    if num_classes < 2:
+        raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
+    extra = {"class_map": class_map, "images": images, "human_labels": human_labels}
+    return noise(labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
+
+
+def _check_kind_and_rate(kind: str, rate: float) -> None:
     if kind not in NOISES:
         raise UserError(f"Unknown label noise '{kind}'. {did_you_mean(kind, NOISES)}")
     if not 0.0 <= rate <= 1.0:
         raise UserError(f"The label noise rate is {rate}; it is a fraction of the labels and must be in [0, 1].")
-    if kind == "cifar10n":
-        return _human(labels, human_labels, num_classes)
-    if rate == 0.0:  # also for instance_dependent, whose truncated normal around 0 would still flip some labels
-        return labels.copy()
-    if kind == "instance_dependent":
-        return _instance_dependent(labels, rate, seed, num_classes, images)
-    if kind.startswith("asymmetric"):
-        return _asymmetric(labels, kind, rate, seed, num_classes, class_map)
-    if kind == "symmetric":
-        return _symmetric(labels, rate, seed, num_classes)
-    return labels.copy()
 
 
 def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
@@ -95,10 +128,13 @@ def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
         raise UserError(f"The {what} must be integers of shape [n], not {labels.dtype} of shape {list(labels.shape)}.")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         raise UserError(
-            f"The {what} range from {labels.min()} to {labels.max()}, but with {num_classes} classes they must lie "
+            f"The {what} range from {labels.min()} to {labels.max()}, but with {num_classes} classes they must be "
             f"in 0..{num_classes - 1}."
         )
     return labels.astype(np.int64)
+
+
+# ---- the kinds ------------------------------------------------------------------------------------------------------
 
 
 def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
@@ -107,9 +143,7 @@ def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
     return np.asarray(members[order[: int(rate * len(members))]])
 
 
-def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int) -> np.ndarray:
-    if num_classes < 2:
-        raise UserError(f"Symmetric label noise needs at least 2 classes, not {num_classes}.")
+def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int, **_: Any) -> np.ndarray:
     noisy = labels.copy()
     for label in range(num_classes):
         chosen = _pick(np.flatnonzero(labels == label), rate, derive(seed, "symmetric", "pick"))
@@ -119,8 +153,16 @@ def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int) -> 
 
 
 def _asymmetric(
-    labels: np.ndarray, kind: str, rate: float, seed: int, num_classes: int, class_map: dict[int, int] | None
+    labels: np.ndarray,
+    rate: float,
+    seed: int,
+    num_classes: int,
+    class_map: dict[int, int] | None,
+    both_ways: bool = False,
+    from_noisy: bool = False,
+    **_: Any,
 ) -> np.ndarray:
+    """Flip `rate` of each source class to its target: of the clean labels, or (`from_noisy`) of those flipped so far."""
     if class_map is None:
         if num_classes != 10:
             raise UserError(
@@ -134,25 +176,21 @@ def _asymmetric(
             raise UserError(
                 f"The asymmetric map entry {source} -> {target} must name two different classes in 0..{num_classes - 1}."
             )
-    if kind == "asymmetric_bidirectional":
+    if both_ways:
         pairs = sorted({pair for source, target in pairs for pair in ((source, target), (target, source))})
         if len({source for source, _ in pairs}) != len(pairs):
             raise UserError("A bidirectional asymmetric map may name each class in one pair only.")
     noisy = labels.copy()
     for source, target in pairs:
-        # The released code looks at the labels as they are by now, so some of the flipped ones flip back.
-        seen = noisy if kind == "asymmetric_released" else labels
+        seen = noisy if from_noisy else labels
         chosen = _pick(np.flatnonzero(seen == source), rate, derive(seed, "asymmetric", source))
         noisy[chosen] = target
     return noisy
 
 
-def _human(labels: np.ndarray, human_labels: np.ndarray | None, num_classes: int) -> np.ndarray:
+def _human(labels: np.ndarray, num_classes: int, human_labels: np.ndarray | None, **_: Any) -> np.ndarray:
     if human_labels is None:
-        raise UserError(
-            "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, the .npz "
-            "that tools/shard_dataset.py cifar10n writes, or an .npy file."
-        )
+        raise UserError(_NO_HUMAN_LABELS)
     human = _checked(human_labels, num_classes, "human labels")
     if len(human) != len(labels):
         raise UserError(f"There are {len(human)} human labels for {len(labels)} images; they must be the same number.")
@@ -160,13 +198,11 @@ def _human(labels: np.ndarray, human_labels: np.ndarray | None, num_classes: int
 
 
 def _instance_dependent(
-    labels: np.ndarray, rate: float, seed: int, num_classes: int, images: np.ndarray | None
+    labels: np.ndarray, rate: float, seed: int, num_classes: int, images: np.ndarray | None, **_: Any
 ) -> np.ndarray:
     """Part-dependent noise as in Xia et al. 2020, algorithm 2: flip rates q_i ~ TruncNormal(rate, 0.1^2; [0, 1])."""
     if images is None or len(images) != len(labels):
         raise UserError("Label noise 'instance_dependent' needs one image for each label.")
-    if num_classes < 2:
-        raise UserError(f"Instance-dependent label noise needs at least 2 classes, not {num_classes}.")
     generator = np.random.Generator(np.random.Philox(derive(seed, "instance_dependent")))
     ids = np.arange(len(labels))
     flip_rate = generator.normal(rate, 0.1, len(labels))
@@ -185,31 +221,24 @@ def _instance_dependent(
             probability = flip_rate[members, None] * direction
             probability[:, label] = 1.0 - flip_rate[members]
             chosen = (draws[members, None] >= np.cumsum(probability, axis=1)).sum(axis=1)
-            # The cumulated sum may end one rounding error below 1: such a draw keeps its label.
+            # The cumulative sum may end one rounding error below 1; a draw above it keeps its label.
             noisy[members] = np.where(chosen < num_classes, chosen, label)
     return noisy
 
 
-NOISES = (
-    "none",
-    "symmetric",
-    "asymmetric",
-    "asymmetric_released",
-    "asymmetric_bidirectional",
-    "cifar10n",
-    "instance_dependent",
-)
-
-
-# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Every image was labelled by three people;
-# `aggre` is their majority, `worse` one of the wrong labels where there is any.
-HUMAN_SETS = {
-    "aggre": "aggre_label",
-    "worse": "worse_label",
-    "random1": "random_label1",
-    "random2": "random_label2",
-    "random3": "random_label3",
+NOISES: dict[str, Callable[..., np.ndarray]] = {
+    "none": lambda labels, **_: labels.copy(),
+    "symmetric": _symmetric,
+    "asymmetric": _asymmetric,
+    "asymmetric_released": partial(_asymmetric, from_noisy=True),  # the released code: some flipped labels flip back
+    "asymmetric_bidirectional": partial(_asymmetric, both_ways=True),
+    "cifar10n": _human,
+    "instance_dependent": _instance_dependent,
 }
+
+
+# ---- files of human labels ------------------------------------------------------------------------------------------
+
 _MAX_LABEL_BYTES = 1 << 30
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, NotImplementedError, RuntimeError)
 
@@ -218,16 +247,13 @@ def load_human_labels(path: str, which: str) -> np.ndarray:
     """int [n] from an .npy file, or the labels `which` (a key of `HUMAN_SETS`) of an .npz; never unpickled.
 
     Raises:
-        UserError: an unknown name, a missing file, or not such an array.
+        UserError: a missing file, or not such an array.
     """
-    if which not in HUMAN_SETS:
-        raise UserError(
-            f"Unknown human labels '{which}' (data.real.noise.human_set). {did_you_mean(which, HUMAN_SETS)}"
-        )
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"PK\x03\x04":
-                return _npz_labels(file, HUMAN_SETS[which])
+                with zipfile.ZipFile(file) as archive, archive.open(f"{HUMAN_SETS[which]}.npy") as member:
+                    return _npy_labels(member, archive.getinfo(member.name).file_size)
             size = file.seek(0, 2)
             file.seek(0)
             return _npy_labels(file, size)
@@ -236,41 +262,30 @@ def load_human_labels(path: str, which: str) -> np.ndarray:
     except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"The human labels {path} cannot be read as an .npy array of integers, nor as the .npz that "
-            f"tools/shard_dataset.py cifar10n writes ({error})."
+            f"tools/shard_dataset.py cifar10n writes ({first_line(error)})."
         ) from error
 
 
-def _npz_labels(file: BinaryIO, key: str) -> np.ndarray:
-    with zipfile.ZipFile(file) as archive:
-        if f"{key}.npy" not in archive.namelist():
-            raise ValueError(f"it has no `{key}`")
-        info = archive.getinfo(f"{key}.npy")
-        with archive.open(info) as member:
-            return _npy_labels(member, info.file_size)
-
-
 def _npy_labels(stream: Any, size: int) -> np.ndarray:
-    """int [n] of the .npy file of `size` bytes in `stream`; what its header claims is checked before it is believed."""
+    """int [n] of the .npy file of `size` bytes in `stream`; its header is checked before anything is allocated."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)
     needed = math.prod(shape) * dtype.itemsize
-    if dtype.kind not in "iu" or len(shape) != 1 or min(shape) < 0 or not needed < size <= _MAX_LABEL_BYTES:
+    whole = stream.tell() + needed == size <= _MAX_LABEL_BYTES
+    if not whole or dtype.kind not in "iu" or len(shape) != 1 or shape[0] < 0:
         raise ValueError(f"it holds {dtype} {list(shape)} in {size} bytes")
-    data = stream.read(needed + 1)
-    if len(data) != needed:
-        raise ValueError(f"{needed} bytes of labels are stated, but there are {len(data)} or more")
-    return np.frombuffer(data, dtype).astype(np.int64)
+    return np.frombuffer(stream.read(needed), dtype, shape[0]).astype(np.int64)
 
 
 def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [K, K]: how many images of clean class i carry label j."""
+    """int64 [K, K]: the number of images of clean class i with given label j."""
     counts = np.bincount(clean * num_classes + given, minlength=num_classes * num_classes)
     return np.asarray(counts.reshape(num_classes, num_classes))
 
 
 def describe(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
-    """What a run stores about its noise: counts, realised rate, transition matrix and a hash of the given labels."""
+    """The noise as a run stores it: counts, realised rate, transition matrix and a hash of the given labels."""
     return {
         "kind": spec.kind,
         "rate": spec.rate,

@@ -1,4 +1,8 @@
-"""Classification losses and divergences, each formula once."""
+"""Classification losses C and divergences D, each formula once. To add one, add an entry to `LOSSES` or `DIVERGENCES`.
+
+Everything is computed in float32, or in float64 if the logits are, whatever the autocast type: in bf16 MART's 1.0001
+rounds to 1 and its logarithm explodes.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,7 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# ---- classification losses: a matrix [B, K] whose entry (i, j) is the loss of logits i under label j ----------------
+Loss = Callable[..., Tensor]
+Divergence = Callable[..., Tensor]
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """`logits` in float32, or in float64 if they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+# ---- classification losses ------------------------------------------------------------------------------------------
+# Each term is a matrix [B, K] whose entry (i, j) is the loss of logits i under label j.
 
 _LOG_ZERO = math.log(1e-4)  # RCE clamps the one-hot label at 1e-4 before its logarithm (Wang et al. 2019)
 
@@ -41,7 +55,7 @@ def _mae(logits: Tensor) -> Tensor:
 def _nfl(logits: Tensor, gamma: float = 0.5) -> Tensor:
     """Normalised focal loss (Ma et al. 2020): -(1 - p_j)^gamma log p_j over its sum over labels."""
     log_p = logits.log_softmax(1)
-    # The floor keeps the power's gradient finite where p_j rounds to 1; the logarithm is 0 there.
+    # The floor keeps the gradient of the power finite if p_j rounds to 1; log p_j is 0 there.
     focal = -((1 - log_p.exp()).clamp_min(torch.finfo(logits.dtype).tiny) ** gamma) * log_p
     return focal / focal.sum(1, keepdim=True)
 
@@ -51,66 +65,62 @@ def _agce(logits: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
     return ((a + 1) ** q - (a + logits.softmax(1)) ** q) / q
 
 
-# name -> [(weight, label matrix)]: sums such as NCE+RCE are sums of terms.
-_TERMS: dict[str, list[tuple[float, Callable[[Tensor], Tensor]]]] = {
-    "ce": [(1.0, _ce)],
-    "nce": [(1.0, _nce)],
-    "rce": [(1.0, _rce)],
-    "nce_rce": [(1.0, _nce), (1.0, _rce)],
-    "gce": [(1.0, _gce)],
-    "sce": [(0.1, _ce), (1.0, _rce)],
-    "nfl_rce": [(1.0, _nfl), (1.0, _rce)],
-    "mae": [(1.0, _mae)],
-    "agce": [(1.0, _agce)],
-}
-
-Loss = Callable[..., Tensor]
-
-
-def upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _select(matrix: Tensor, y: Tensor, smoothing: float) -> Tensor:
-    """[B] from [B, K]: the entry of each label, or the mixture that a soft label q means: sum_j q_j L(z, j)."""
+    """[B] from [B, K]: the entry of each label; sum_j q_j L(z, j) for a soft or smoothed label q."""
     soft = y.ndim == 2
     chosen = (matrix * y.to(matrix.dtype)).sum(1) if soft else matrix.gather(1, y[:, None]).squeeze(1)
     return chosen if smoothing == 0.0 else (1 - smoothing) * chosen + smoothing * matrix.mean(1)
 
 
-def _loss(name: str) -> Loss:
+def _weighted(*terms: tuple[float, Callable[[Tensor], Tensor]]) -> Loss:
+    """The loss that is a weighted sum of label matrices.
+
+    It maps logits [B, K] and labels y (int64 [B], or probabilities [B, K]) to [B]. With `smoothing` s the label becomes
+    (1 - s) onehot + s / K, and the losses of the labels are mixed.
+    """
+
     def loss(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
         logits = upcast(logits)
-        matrix = sum(weight * term(logits) for weight, term in _TERMS[name])
+        matrix = sum(weight * term(logits) for weight, term in terms)
         assert isinstance(matrix, Tensor)
         return _select(matrix, y, smoothing)
 
-    loss.__name__ = loss.__qualname__ = name
-    loss.__doc__ = f"""`{name}` of logits [B, K] and labels y (int64 [B], or probabilities [B, K]): [B].
-
-        With `smoothing` s the label becomes (1 - s) onehot + s / K, and the losses of the labels are mixed."""
     return loss
 
 
-LOSSES: dict[str, Loss] = {name: _loss(name) for name in _TERMS}
+# name -> f(logits [B, K], y, smoothing = 0) -> [B]
+LOSSES: dict[str, Loss] = {
+    "ce": _weighted((1.0, _ce)),
+    "nce": _weighted((1.0, _nce)),
+    "rce": _weighted((1.0, _rce)),
+    "nce_rce": _weighted((1.0, _nce), (1.0, _rce)),
+    "gce": _weighted((1.0, _gce)),
+    "sce": _weighted((0.1, _ce), (1.0, _rce)),
+    "nfl_rce": _weighted((1.0, _nfl), (1.0, _rce)),
+    "mae": _weighted((1.0, _mae)),
+    "agce": _weighted((1.0, _agce)),
+}
 
 
 def plugin_smoothed(logits: Tensor, y: Tensor, smoothing: float, a: float, b: float) -> Tensor:
-    """NCE+RCE with the smoothed label *inside* RCE's logarithm: -sum_k p_k log q_k, q = (1 - s) onehot + s / K.
+    """a NCE + b RCE with the smoothed label *inside* RCE's logarithm: -sum_k p_k log q_k, q = (1 - s) onehot + s / K.
 
-    NCE is linear in the label, so its part equals the mixture. Between label and others RCE's slope is log(q_y / q_k),
-    4.511 at s = 0.1 and K = 10 instead of 9.21.
+    NCE is linear in the label, so its smoothed value is the mixture. The slope of RCE between the label and another
+    class is log(q_y / q_k): 4.511 at s = 0.1 and K = 10, instead of 9.21.
     """
     logits = upcast(logits)
-    num_classes = logits.shape[1]
-    label = y.to(logits.dtype) if y.ndim == 2 else nn.functional.one_hot(y, num_classes).to(logits.dtype)
-    q = (1 - smoothing) * label + smoothing / num_classes
+    q = (1 - smoothing) * _probabilities(y, logits) + smoothing / logits.shape[1]
     p = logits.softmax(1).clamp(1e-7, 1.0)
     rce = -(p * q.clamp(1e-4, 1.0).log()).sum(1)
     return a * _select(_nce(logits), y, smoothing) + b * rce
 
 
-# ---- divergences between natural and adversarial predictions: [B] --------------------------------------------------
+def _probabilities(y: Tensor, like: Tensor) -> Tensor:
+    """Labels as probabilities [B, K], in shape and type of `like`."""
+    return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
+
+
+# ---- divergences between natural and adversarial predictions --------------------------------------------------------
 
 
 def _kl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
@@ -133,9 +143,12 @@ def _lse(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
 def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means: Tensor | None = None) -> Tensor:
     """Improved KL (Cui et al., NeurIPS 2024), alpha = beta = 1.
 
-    1/4 sum_jk w_j w_k ((z_j - z_k) - (z'_j - z'_k))^2 - sum_k sg(p_k) log p'_k, where w is the mean prediction of the
-    image's class (`class_means` [K, K] by label; of this batch where not given; the image's own p without labels), and
-    gradients reach both logits through the first term.
+    1/4 sum_jk w_j w_k ((z_j - z_k) - (z'_j - z'_k))^2 - sum_k sg(p_k) log p'_k; gradients reach both logits through the
+    first term. w is the mean prediction of the image's class.
+
+    Args:
+        y: labels; without them w is the image's own p.
+        class_means: [K, K], mean predictions by label; by default those of this batch.
     """
     logits, logits_adv = upcast(logits), upcast(logits_adv)
     p = logits.detach().softmax(1)
@@ -147,7 +160,7 @@ def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means
         means = class_means.to(p.dtype)
         weight = (y.to(p.dtype)[:, :, None] * means).sum(1) if y.ndim == 2 else means[y]
     difference = logits - logits_adv
-    # sum_jk w_j w_k (d_j - d_k)^2 = 2 sum_j w_j * sum_j w_j (d_j - mean of d under w)^2: nothing cancels.
+    # sum_jk w_j w_k (d_j - d_k)^2 = 2 sum_j w_j * sum_j w_j (d_j - mean of d under w)^2: no cancellation in float32.
     total = weight.sum(1, keepdim=True)
     centred = difference - (weight * difference).sum(1, keepdim=True) / total
     spread = 2 * total.squeeze(1) * (weight * centred.square()).sum(1)
@@ -155,16 +168,17 @@ def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means
 
 
 def label_sums(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [K, K] and counts [K] of the predictions p [B, K] of the images of each label."""
-    label = y.to(p.dtype) if y.ndim == 2 else nn.functional.one_hot(y, p.shape[1]).to(p.dtype)
+    """For each label, the sum [K, K] of the predictions p [B, K] of its images, and their number [K]."""
+    label = _probabilities(y, p)
     with torch.autocast(p.device.type, enabled=False):
         return label.T @ p, label.sum(0)
 
 
 def mean_predictions(sums: Tensor, counts: Tensor) -> Tensor:
-    # Under soft labels a class may have less than one image; a row without any stays zero and is not used.
+    """[K, K] by label, from `label_sums`; the row of a label without images is zero."""
+    # Not clamp_min(1): with soft labels a class may count less than 1.
     return sums / counts[:, None].clamp_min(torch.finfo(sums.dtype).tiny)
 
 
-Divergence = Callable[..., Tensor]
+# name -> f(natural logits [B, K], adversarial logits [B, K], y) -> [B]; also the attack's objective (`objective.inner`)
 DIVERGENCES: dict[str, Divergence] = {"kl": _kl, "sym_kl": _sym_kl, "lse": _lse, "ikl": ikl}

@@ -1,11 +1,12 @@
-"""Classifiers with the normalisation inside, registered with timm.
+"""Classifiers with the normalisation inside; importing this module registers them with timm.
 
-Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` are buffers that are not saved with
-the weights (they are part of the configuration), so state dicts carry exactly the names that RobustBench and the usual
-CIFAR repositories use: their checkpoints load here and ours load there.
+Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` belong to the configuration: they are
+buffers, but not in the state dict. State dicts therefore have exactly the names of RobustBench and of the usual CIFAR
+repositories, and checkpoints can be exchanged with both.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from nrat_scale.datasets import DATASETS
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 CIFAR10_MEAN, CIFAR10_STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
 WIDE_BN_MOMENTUM = 0.01  # of the generated-data recipe; torch's default is 0.1
+BN_STATISTICS = ("local", "groups", "sync")
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class ModelSpec:
         name: a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`.
         mean, std: per channel, of [0, 1] pixels; by default those of the data set.
         kwargs: further keyword arguments of the model, for instance {width: 64} for `cnn4`.
-        bn_momentum: momentum of the running statistics (weight of the new batch); None leaves the model's own.
-        bn: whose statistics BatchNorm trains with, where several processes do: `local`, those of each process at a time, as
-            the published code; `groups` of `bn_group_size` consecutive images of the global batch, the same for any number
-            of processes; `sync`, the global batch's (GPUs only).
+        bn_momentum: weight of the new batch in the running statistics; None keeps the model's own.
+        bn_first_step: after the very first step the running statistics are those of its batch alone, as in DM_AT.
+        bn: the statistics that BatchNorm trains with on several processes: `local`, those of the images that each process
+            holds at a time, as in the published code; `groups`, those of `bn_group_size` consecutive images of the global
+            batch, the same for any number of processes; `sync`, those of the global batch (GPUs only).
         bn_group_size: for `groups`; each process must hold whole groups.
-        bn_first_step: in the very first step take the statistics of that batch alone, as DM_AT does.
+
+    Raises:
+        UserError: a value is unknown or out of range.
     """
 
     name: str = "resnet18_cifar"
@@ -49,21 +54,32 @@ class ModelSpec:
     bn: str = "local"
     bn_group_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.bn not in BN_STATISTICS:
+            raise UserError(f"model.bn is '{self.bn}'. {did_you_mean(self.bn, BN_STATISTICS)}")
+        if (self.bn == "groups") != (self.bn_group_size is not None):
+            raise UserError("model.bn groups and model.bn_group_size go together: set both or neither.")
+        if self.bn_group_size is not None and self.bn_group_size < 2:
+            raise UserError(f"model.bn_group_size is {self.bn_group_size}; it must be at least 2.")
+        if self.bn_momentum is not None and not 0.0 <= self.bn_momentum <= 1.0:
+            raise UserError(f"model.bn_momentum is {self.bn_momentum}; it must be in [0, 1].")
+
 
 class Normalised(nn.Module):
-    """What all models share: constants, `normalise`, and the attributes that timm expects of a classifier.
+    """Base of our models: normalisation, and the attributes that timm expects of a classifier.
 
     Args:
         num_classes: K.
         in_chans: C.
-        mean, std: one value for each channel, or one for all; None means CIFAR-10's where C = 3, else 0.5.
+        mean, std: one value for each channel, or one for all; None means CIFAR-10's if C = 3, else 0.5.
 
     Raises:
-        UserError: their number does not fit, one is not finite, or a std is not positive.
+        UserError: mean or std does not fit C, is not finite, or std is not positive.
     """
 
     mean: Tensor
     std: Tensor
+    last_layer: str
 
     def __init__(
         self, num_classes: int, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
@@ -82,6 +98,10 @@ class Normalised(nn.Module):
                 raise UserError(f"The {name} of the normalisation must be {wanted}, not {values}.")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
+    def get_classifier(self) -> nn.Module:
+        """The last layer, under timm's name."""
+        return self.get_submodule(self.last_layer)
+
     def normalise(self, x: Tensor) -> Tensor:
         """(x - mean) / std."""
         return (x - self.mean) / self.std
@@ -91,7 +111,7 @@ class Normalised(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block; its first convolution pads like TensorFlow's SAME: (0, 1, 0, 1) where the stride is 2."""
+    """Pre-activation block. With stride 2 its first convolution pads (0, 1, 0, 1), like TensorFlow's SAME."""
 
     def __init__(self, in_planes: int, planes: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
@@ -110,25 +130,10 @@ class WideBlock(nn.Module):
         return residual + self.conv_1(self.activation(self.batchnorm_1(out)))
 
 
-class WideStage(nn.Module):
-    """`num_blocks` blocks, the first with the stride."""
-
-    def __init__(self, num_blocks: int, in_planes: int, planes: int, stride: int, activation: type[nn.Module]) -> None:
-        super().__init__()
-        self.block = nn.Sequential(
-            *(
-                WideBlock(in_planes if i == 0 else planes, planes, stride if i == 0 else 1, activation)
-                for i in range(num_blocks)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-
 class WideResNet(Normalised):
-    """WideResNet (Zagoruyko and Komodakis 2016) as trained by Gowal et al. 2020 and DM_AT, with the state-dict names of
-    RobustBench's `DMWideResNet`.
+    """WideResNet (Zagoruyko and Komodakis 2016) as in Gowal et al. 2020 and DM_AT.
+
+    The state-dict names are those of RobustBench's `DMWideResNet`.
 
     Args:
         depth: 6 n + 4 layers.
@@ -138,6 +143,8 @@ class WideResNet(Normalised):
         mean, std: normalisation, see `Normalised`.
         in_chans: C.
     """
+
+    last_layer = "logits"
 
     def __init__(
         self,
@@ -160,9 +167,12 @@ class WideResNet(Normalised):
         planes = [16, 16 * width, 32 * width, 64 * width]
         self.num_features = planes[3]
         self.init_conv = nn.Conv2d(in_chans, planes[0], 3, padding=1, bias=False)
-        self.layer = nn.Sequential(
-            *(WideStage(blocks, planes[i], planes[i + 1], 1 if i == 0 else 2, act) for i in range(3))
-        )
+        stages = []
+        for before, after, stride in zip(planes, planes[1:], (1, 2, 2), strict=False):
+            first = WideBlock(before, after, stride, act)
+            rest = (WideBlock(after, after, 1, act) for _ in range(blocks - 1))
+            stages.append(nn.Sequential(OrderedDict(block=nn.Sequential(first, *rest))))  # named layer.i.block.j
+        self.layer = nn.Sequential(*stages)
         self.batchnorm = nn.BatchNorm2d(planes[3], momentum=WIDE_BN_MOMENTUM)
         self.activation = act()
         self.logits = nn.Linear(planes[3], num_classes)
@@ -171,10 +181,6 @@ class WideResNet(Normalised):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         nn.init.zeros_(self.logits.bias)
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer (timm's name for it)."""
-        return self.logits
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(self.init_conv(self.normalise(x)))
@@ -205,11 +211,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(Normalised):
-    """ResNet-18 (He et al. 2016) with a 3 x 3 stem and no pooling before the stages, the usual one for CIFAR.
+    """ResNet-18 (He et al. 2016) for CIFAR: a 3 x 3 stem and no pooling before the stages.
 
     Args:
         num_classes, in_chans, mean, std: as for `WideResNet`.
     """
+
+    last_layer = "linear"
 
     def __init__(
         self,
@@ -228,10 +236,6 @@ class ResNet18(Normalised):
         self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
         self.linear = nn.Linear(512, num_classes)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer (timm's name for it)."""
-        return self.linear
-
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(self.normalise(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
@@ -242,15 +246,17 @@ class ResNet18(Normalised):
 
 
 class Cnn4(Normalised):
-    """Two convolutions, two more at half the resolution, a hidden and an output layer: for digits and Fashion-MNIST.
+    """Four convolutions, a hidden and an output layer, for digits and Fashion-MNIST; no BatchNorm.
 
-    Four pixels by four remain whatever the image size, and there is no BatchNorm.
+    The features are pooled to 4 x 4, so that any image size fits.
 
     Args:
         num_classes, in_chans, mean, std: as for `WideResNet`.
         width: channels of the first two convolutions; the others have twice as many.
         hidden: units of the hidden layer.
     """
+
+    last_layer = "classifier"
 
     def __init__(
         self,
@@ -278,10 +284,6 @@ class Cnn4(Normalised):
             nn.ReLU(),
         )
         self.classifier = nn.Linear(hidden, num_classes)
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer (timm's name for it)."""
-        return self.classifier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(self.normalise(x)))
@@ -314,40 +316,38 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(model: type[nn.Module], name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    return build_model_with_cfg(model, name, pretrained, **kwargs)
-
-
 @register_model
 def wrn28_10_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """WideResNet-28-10 with SiLU: the generated-data recipe's model."""
-    return _build(WideResNet, "wrn28_10_silu", pretrained, {"depth": 28, "width": 10, "activation": "silu", **kwargs})
+    """WideResNet-28-10 with SiLU, the model of the generated-data recipe."""
+    kwargs = {"depth": 28, "width": 10, "activation": "silu", **kwargs}
+    return build_model_with_cfg(WideResNet, "wrn28_10_silu", pretrained, **kwargs)
 
 
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WideResNet-28-10 with ReLU, otherwise as `wrn28_10_silu`."""
-    return _build(WideResNet, "wrn28_10", pretrained, {"depth": 28, "width": 10, "activation": "relu", **kwargs})
+    kwargs = {"depth": 28, "width": 10, "activation": "relu", **kwargs}
+    return build_model_with_cfg(WideResNet, "wrn28_10", pretrained, **kwargs)
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 for 32 x 32 images."""
-    return _build(ResNet18, "resnet18_cifar", pretrained, kwargs)
+    return build_model_with_cfg(ResNet18, "resnet18_cifar", pretrained, **kwargs)
 
 
 @register_model
 def cnn4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Four convolutions for 16 x 16 or 28 x 28 grey images; `width=32`."""
-    return _build(Cnn4, "cnn4", pretrained, kwargs)
+    return build_model_with_cfg(Cnn4, "cnn4", pretrained, **kwargs)
 
 
 def model_arguments(
     spec: ModelSpec, num_classes: int, in_chans: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """The keyword arguments that rebuild this model: what a release stores as timm's `model_args`.
+    """The keyword arguments that rebuild this model; a release stores them as timm's `model_args`.
 
-    `mean` and `std` are the data set's, used where the spec has none of its own.
+    `mean` and `std` are those of the data set, for a spec without its own.
     """
     return {
         **spec.kwargs,
@@ -365,14 +365,14 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         UserError: timm does not know the name, or the model does not take the arguments.
     """
     if not timm.is_model(name):
-        ours = [tag.split(".")[0] for tag in default_cfgs]
-        raise UserError(f"Unknown model '{name}' (model.name). {did_you_mean(name, ours)} Any timm model can be used.")
+        known = did_you_mean(name, default_cfgs)
+        raise UserError(f"Unknown model '{name}' (model.name). {known} Any timm model can be used.")
     try:
         return timm.create_model(name, **arguments)
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-        # What a constructor raises for arguments it did not expect is its own choice.
+        # Constructors raise any of these for arguments that they do not expect.
         raise UserError(
             f"The model '{name}' does not take these arguments (model.kwargs): {first_line(error).rstrip('.')}."
         ) from error

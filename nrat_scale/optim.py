@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and learning rate and momentum as a table over epochs or steps."""
+"""The optimizer, its parameter groups, and the table of learning rate and momentum by epoch or step."""
 
 import math
 import warnings
@@ -26,17 +26,17 @@ class OptimSpec:
     """The optimizer and its schedule.
 
     Attributes:
-        name: `sgd`, as all published recipes have it, or `adamw`, which small models without BatchNorm start better with.
+        name: `sgd`, as in all published recipes, or `adamw`, with which small models without BatchNorm start better.
         lr: (peak) learning rate.
-        momentum: of SGD, and AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95 as torch's default does.
+        momentum: of SGD, or AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95, torch's default.
         weight_decay: L2 penalty (decoupled for AdamW).
-        decay_norms: whether the parameters of norm layers (BatchNorm, GroupNorm, LayerNorm, ...) are decayed too (DM_AT:
-            no; the paper's ResNet-18 tables: yes).
-        decay_biases: whether the biases of all other layers are decayed too (DM_AT: yes).
+        decay_norms: decay the parameters of norm layers (BatchNorm, GroupNorm, LayerNorm, ...) too (DM_AT: no; the
+            paper's ResNet-18 tables: yes).
+        decay_biases: decay the biases of all other layers too (DM_AT: yes).
         nesterov: Nesterov's momentum.
-        schedule: `constant`, `multistep` (times `gamma` at each of `milestones`, epochs) or `onecycle` (cosine, peak
-            after `pct_start` of the run), or `cosine` (from `lr` to 0 at the end of the last epoch).
-        per: `epoch` or `step`, how often `onecycle` and `cosine` change. The others change between epochs in either case.
+        schedule: `constant`; `multistep` (times `gamma` at each of `milestones`, in epochs); `onecycle` (cosine with its
+            peak after `pct_start` of the run); `cosine` (from `lr` to 0 at the end of the last epoch).
+        per: `epoch` or `step`, how often `onecycle` and `cosine` change; the others always change between epochs.
     """
 
     name: str = "sgd"
@@ -72,10 +72,10 @@ class OptimSpec:
 
 
 def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of `model`, in one group with weight decay and one without where the spec has both.
+    """The optimizer of all parameters of `model`, in groups with and without weight decay if the spec has both.
 
-    It is fused where torch supports that (floating point on a CPU or CUDA): a step with `optimizer.found_inf` set to a
-    tensor of shape [] that holds 1 then changes neither parameters nor state. Call it once the model is on its device.
+    It is fused if torch supports that (floating point on a CPU or CUDA). A fused step changes neither parameters nor state
+    while `optimizer.found_inf` is a tensor of shape [] that holds 1. Call this after the model is on its device.
     """
     undecayed = _undecayed(model, spec)
     groups: list[dict[str, Any]] = [
@@ -87,7 +87,7 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
     if spec.name == "adamw":
         betas = (spec.momentum, 0.999)
         return torch.optim.AdamW(groups, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay, fused=fused)
-    optimizer = torch.optim.SGD(
+    return torch.optim.SGD(
         groups,
         lr=spec.lr,
         momentum=spec.momentum,
@@ -95,13 +95,10 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
         nesterov=spec.nesterov,
         fused=fused,
     )
-    if fused:
-        _start_momentum(optimizer)
-    return optimizer
 
 
 def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
-    """The parameters that the spec does not decay; one that several layers share counts if any of them says so."""
+    """The parameters without weight decay; a parameter shared by several layers has none if any of them has none."""
     found: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, NORMS):
@@ -112,40 +109,37 @@ def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
 
 
 def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The biases of one layer: what Linear, convolutions and their like call `bias`, and those within attention."""
+    """The biases of one layer: `bias` of Linear, convolutions and the like, and the three of attention."""
     own = dict(module.named_parameters(recurse=False))
     several = ("in_proj_bias", "bias_k", "bias_v") if isinstance(module, nn.MultiheadAttention) else ("bias",)
     return (own[name] for name in several if name in own)
 
 
-def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give every parameter a momentum of 0, from which the first step comes out as from none.
+def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of SGD a momentum of 0, so that its first step may be skipped; other optimizers need nothing.
 
-    Fused SGD allocates the buffers in its first step and leaves them unwritten where `found_inf` masks that step.
+    Fused SGD allocates the buffers in its first step and leaves them uninitialised if `found_inf` skips that step. A first
+    step from 0 equals one without a buffer.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def schedule_table(spec: OptimSpec, epochs: int) -> list[tuple[float, float]]:
-    """(learning rate, momentum) of each epoch, as torch's own schedulers give them: resuming needs no state."""
-    return _scheduled(spec, epochs)
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rates(spec: OptimSpec, epochs: int, steps_per_epoch: int) -> list[tuple[float, float]]:
-    """(learning rate, momentum) of each of the `epochs * steps_per_epoch` steps: resuming needs no state."""
+    """(learning rate, momentum) of each of the `epochs * steps_per_epoch` steps; resuming needs no scheduler state."""
     if spec.per == "step" and spec.schedule in ("onecycle", "cosine"):
-        return _scheduled(spec, epochs * steps_per_epoch)
+        return schedule_table(spec, epochs * steps_per_epoch)
     return [row for row in schedule_table(spec, epochs) for _ in range(steps_per_epoch)]
 
 
-def _scheduled(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
-    """(learning rate, momentum) of `count` epochs, or of as many steps."""
+def schedule_table(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
+    """(learning rate, momentum) of `count` epochs, or of as many steps, from torch's schedulers."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=spec.lr, momentum=spec.momentum)
     scheduler: MultiStepLR | OneCycleLR | CosineAnnealingLR
     if spec.schedule == "onecycle" and count > 1:
-        # Where the warm-up is exactly the first entry torch divides by its length, 0: a trifle less starts at the peak.
+        # torch divides by 0 if the warm-up is exactly one entry long; a slightly shorter one starts at the peak.
         pct_start = spec.pct_start * (1 - 1e-9) if spec.pct_start * count == 1 else spec.pct_start
         scheduler = OneCycleLR(optimizer, max_lr=spec.lr, total_steps=count, pct_start=pct_start)
     elif spec.schedule == "cosine":
@@ -155,7 +149,7 @@ def _scheduled(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
         scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)
     table = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "optimizer.step() before": there is nothing to step
+        warnings.simplefilter("ignore")  # "optimizer.step() before": this optimizer never steps
         for number in range(count):
             table.append((float(optimizer.param_groups[0]["lr"]), float(optimizer.param_groups[0]["momentum"])))
             if number + 1 < count:
@@ -164,7 +158,7 @@ def _scheduled(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
-    """Give all groups this learning rate and momentum."""
+    """Set learning rate and momentum of all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if "betas" in group:
@@ -177,8 +171,8 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> N
 def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every gradient the memory format of its parameter.
 
-    torch's fused optimizers walk through both as they lie in memory: with one of them channels-last and the other not, as
-    DistributedDataParallel leaves them, they silently compute something else (torch 2.14).
+    torch's fused optimizers iterate over both in memory order. If only one of them is channels-last, as after
+    DistributedDataParallel, they silently compute a wrong update (torch 2.14).
     """
     for parameter in parameters:
         gradient = parameter.grad

@@ -1,8 +1,8 @@
-"""Averaged and perturbed weights: EMA with the warm-up of the generated-data recipe, and AWP."""
+"""Averaged and perturbed weights: EMA with the warm-up of DM_AT, and AWP."""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import attack_mode
 
 # ---- EMA ------------------------------------------------------------------------------------------------------------
@@ -22,48 +23,27 @@ class EmaSpec:
 
     Attributes:
         decay: final decay; 0 switches the EMA off.
-        warmup_fraction: part of all steps during which the decay is 0; then it is min(decay, (1 + t) / (10 + t)).
+        warmup_fraction: fraction of all steps with decay 0; then the decay is min(decay, (1 + t) / (10 + t)).
     """
 
     decay: float = 0.0
     warmup_fraction: float = 0.025
 
-
-class Ema(ModelEmaV3):
-    """timm's ModelEmaV3, whose update can be undone on the device."""
-
-    @torch.no_grad()
-    def update_where(self, good: Tensor, model: nn.Module, step: int) -> None:
-        """`update` where `good` (bool scalar on the device) is true, else nothing; the host need not know which.
-
-        Args:
-            step: number of updates so far.
-        """
-        for averages, values in _by_dtype(self.module.parameters(), model.parameters()):
-            weight = good.to(averages[0].dtype) * (1.0 - self.get_decay(step))
-            torch._foreach_lerp_(averages, values, [weight] * len(values))
-        for buffer, value in zip(self.module.buffers(), model.buffers(), strict=True):
-            buffer.copy_(torch.where(good, value, buffer))
+    def __post_init__(self) -> None:
+        for name in ("decay", "warmup_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"ema.{name} is {getattr(self, name)}; it must be in [0, 1).")
 
 
-def _by_dtype(*models: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The tensors of models of one structure, in groups of one type: `foreach` is fast only then."""
-    groups: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(*models, strict=True):
-        groups.setdefault(tensors[0].dtype, []).append(tensors)
-    for group in groups.values():
-        yield tuple(list(column) for column in zip(*group, strict=True))
+def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
+    """timm's ModelEmaV3 with the decay of DM_AT; call `ema.update(model, step=number of updates so far)`.
 
-
-def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> Ema:
-    """timm's ModelEmaV3 set to the rule of DM_AT; call `ema.update(model, step=number of updates so far)`.
-
-    BatchNorm buffers are copied, not averaged. timm's warm-up is 1 - (1 + s / gamma)^-power for s = step -
-    update_after_step - 1; gamma 9 and power 1 make that (1 + t) / (10 + t) with t = s - 1, so t counts from the end of
-    the warm-up.
+    BatchNorm buffers are copied, not averaged. timm's warm-up is 1 - (1 + s / gamma)^-power with s = step -
+    update_after_step - 1; gamma 9 and power 1 make that (1 + t) / (10 + t) with t = s - 1, counted from the end of the
+    warm-up.
     """
     warmup_steps = math.ceil(spec.warmup_fraction * total_steps)
-    return Ema(
+    return ModelEmaV3(
         model,
         decay=spec.decay,
         update_after_step=warmup_steps - 2,
@@ -82,17 +62,23 @@ class AwpSpec:
     """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18).
 
     Attributes:
-        gamma: size of the perturbation relative to each weight's norm; 0 switches it off. 0.005 for TRADES and NRAT,
+        gamma: norm of the perturbation relative to each weight's norm; 0 switches it off. 0.005 for TRADES and NRAT,
             0.01 for PGD-AT.
-        warmup_epochs: epochs without it (10 for TRADES and NRAT, 0 for PGD-AT).
+        warmup_epochs: epochs before the first perturbation (10 for TRADES and NRAT, 0 for PGD-AT).
     """
 
     gamma: float = 0.0
     warmup_epochs: int = 10
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma < 1.0:
+            raise UserError(f"awp.gamma is {self.gamma}; it must be in [0, 1).")
+        if self.warmup_epochs < 0:
+            raise UserError(f"awp.warmup_epochs is {self.warmup_epochs}; it must be 0 or more.")
+
 
 def perturbable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that AWP moves: more than one dimension and a name that ends in `weight`."""
+    """The parameters that AWP perturbs: more than one dimension and a name that ends in `weight`."""
     return [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -108,17 +94,17 @@ def awp(
     *,
     reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Iterator[None]:
-    """Inside, every perturbable weight w is w + v, v = gamma * ||w|| * g / (||g|| + 1e-20), g the gradient of the loss.
+    """Perturb weights inside the block: w + v with v = gamma * ||w|| * g / (||g|| + 1e-20), g the gradient of the loss.
 
-    Do forward, backward and the optimizer's step inside; on exit v is subtracted (not a copy restored), so weight decay
-    acts on w + v as in the reference code and the weights stay equal on all ranks.
+    Do forward, backward and the optimizer's step inside. On exit v is subtracted, so weight decay acts on w + v as in the
+    reference code, and the weights stay equal on all ranks.
 
     Args:
-        model: the bare module (not its DDP wrapper). Gradients of its parameters (`.grad`) are not touched.
-        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. A
-            sequence means accumulated micro-batches: their mean is the loss.
-        gamma: relative size.
-        reduce: averages a gradient over ranks, before its norm is taken.
+        model: the bare module (not its DDP wrapper). The `.grad` of its parameters is not touched.
+        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. The
+            mean of a sequence is the loss over accumulated micro-batches.
+        gamma: see `AwpSpec`.
+        reduce: averages a gradient over ranks before its norm is taken.
     """
     names_and_weights = perturbable(model)
     weights = [weight for _, weight in names_and_weights]
@@ -135,7 +121,8 @@ def awp(
             gradient = reduce(gradient)
             size = gradient.norm()
             shift = gamma * weight.norm() * gradient / (size + 1e-20)
-            # Without a finite gradient nothing is moved: NaN could not be taken back. The step's own gradient tells.
+            # Skip the perturbation if the gradient is not finite: adding NaN cannot be undone. The step's own gradient
+            # check reports it.
             shifts.append(torch.where(size.isfinite(), shift, 0.0))
             weight.add_(shifts[-1])
     try:
@@ -147,7 +134,7 @@ def awp(
 
 
 def _call(function: Callable[..., Any], model: nn.Module) -> Tensor:
-    # A default, as in `lambda x=x: ...`, binds a loop's variable and is not a place for the model.
+    # A parameter with a default, as in `lambda x=x: ...`, binds a loop variable and does not take the model.
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     result = function(model) if needed else function()
     assert isinstance(result, Tensor) and result.ndim == 0, "the loss function must return a scalar"

@@ -1,4 +1,4 @@
-"""The facts about data sets: long tables without a slip, maps with the properties that their papers state."""
+"""Facts about data sets: tables without typing errors, noise maps with the properties that their papers state."""
 
 import numpy as np
 import pytest
@@ -31,20 +31,20 @@ def test_every_entry_is_consistent(name):
 
 
 def test_numbers_of_classes():
-    """The data sets are the published ones."""
+    """The numbers of classes are the published ones."""
     sizes = {name: len(known.class_names) for name, known in DATASETS.items()}
     assert (sizes["cifar100"], sizes["tiny_imagenet"], sizes["svhn"]) == (100, 200, 10)
 
 
 def test_cifar100_superclasses_are_the_coarse_labels():
-    """Our table of superclasses and the coarse label of every fine label, from another source, say the same."""
+    """Our table of superclasses agrees with the coarse labels from another source."""
     assert len(CIFAR100_SUPERCLASSES) == 20 and coarse_labels.shape == (100,)
     for coarse, names in enumerate(CIFAR100_SUPERCLASSES):
         assert [CIFAR100[fine] for fine in np.flatnonzero(coarse_labels == coarse)] == list(names)
 
 
-def test_cifar100_map_goes_round_in_every_superclass():
-    """Patrini et al. 2017: to the next class of the superclass, circularly: a permutation of twenty cycles of five."""
+def test_cifar100_map_is_a_cycle_in_every_superclass():
+    """Patrini et al. 2017: each class goes to the next of its superclass, circularly; twenty cycles of five."""
     mapped = DATASETS["cifar100"].asymmetric_map
     assert list(mapped) == list(range(100)) and sorted(mapped.values()) == list(range(100))
     for fine, target in mapped.items():
@@ -56,7 +56,7 @@ def test_cifar100_map_goes_round_in_every_superclass():
 
 
 def test_asymmetric_noise_on_cifar100():
-    """The map reaches the noise: of every class exactly the given share, all of it within the superclass."""
+    """`corrupt` follows the map: exactly the given share of each class flips, to a class of the same superclass."""
     clean = np.tile(np.arange(100), 500)
     noisy = corrupt(clean, "asymmetric", 0.4, 0, 100, class_map=DATASETS["cifar100"].asymmetric_map)
     counts = transition_matrix(clean, noisy, 100)
@@ -65,7 +65,7 @@ def test_asymmetric_noise_on_cifar100():
 
 
 def test_tiny_imagenet_classes_are_sorted_classes_of_imagenet():
-    """Sorted WordNet ids, each one of ImageNet's thousand: a slip of the pen would name no class."""
+    """Sorted WordNet ids, each among ImageNet's thousand, so that a mistyped id is noticed."""
     assert list(TINY_IMAGENET) == sorted(set(TINY_IMAGENET)) and len(TINY_IMAGENET) == 200
     thousand = set(ImageNetInfo("imagenet-1k").label_names())
     assert set(TINY_IMAGENET) <= thousand
@@ -73,5 +73,5 @@ def test_tiny_imagenet_classes_are_sorted_classes_of_imagenet():
 
 
 def test_data_sets_without_a_published_map_have_none():
-    """Nothing is made up: asymmetric noise on these needs data.real.noise.class_map."""
+    """Asymmetric noise on these data sets needs data.real.noise.class_map."""
     assert not any(DATASETS[name].asymmetric_map for name in ("svhn", "tiny_imagenet", "fashion_mnist"))

@@ -1,10 +1,8 @@
-"""Label noise: exact counts, a pure function of (labels, kind, rate, seed), and mistakes that end with a sentence."""
+"""Label noise: exact counts, a pure function of (labels, kind, rate, seed), and mistakes that raise a sentence."""
 
 import hashlib
 import itertools
 import random
-import struct
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
-from nrat_scale.labels import HUMAN_SETS, NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
+from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 SEEDS = st.integers(-(2**40), 2**40)
@@ -31,7 +29,7 @@ def _images(count: int, seed: int = 0) -> np.ndarray:
 
 
 def _noisy(kind: str, labels: np.ndarray, rate: float, seed: int = 0, num_classes: int = 10) -> np.ndarray:
-    """`corrupt` with whatever the kind needs beside."""
+    """`corrupt` with the extra arguments that the kind needs."""
     images = _images(len(labels)) if kind == "instance_dependent" else None
     human = (labels + 1) % num_classes if kind == "cifar10n" else None
     return corrupt(labels, kind, rate, seed, num_classes, images=images, human_labels=human)
@@ -42,7 +40,7 @@ def _noisy(kind: str, labels: np.ndarray, rate: float, seed: int = 0, num_classe
 
 @pytest.mark.parametrize("kind", NOISES)
 def test_noise_is_a_pure_function(kind):
-    """Same arguments, same labels, whatever other generators did meanwhile; int64; the input is not changed."""
+    """Same arguments give the same int64 labels, independent of other generators; the input is not changed."""
     labels = _labels(2000, 10, 1).astype(np.int32)
     kept = labels.copy()
     first = _noisy(kind, labels, 0.3, seed=5)
@@ -61,7 +59,7 @@ def test_noise_is_a_pure_function(kind):
 
 @pytest.mark.parametrize("kind", NOISES)
 def test_result_never_aliases_int64_labels(kind):
-    """Labels that are int64 already are copied too."""
+    """int64 labels are copied too."""
     labels = np.arange(20) % 10
     noisy = _noisy(kind, labels, 0.0)
     noisy[:] = 0
@@ -69,7 +67,7 @@ def test_result_never_aliases_int64_labels(kind):
 
 
 def test_noise_does_not_depend_on_the_global_generators():
-    """Nothing is drawn from, or written to, the streams that training uses."""
+    """No noise reads or changes the random state that training uses."""
     state, torch_state = random.getstate(), torch.get_rng_state()
     numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     for kind in NOISES:
@@ -81,7 +79,7 @@ def test_noise_does_not_depend_on_the_global_generators():
 @pytest.mark.parametrize("kind", NOISES)
 @pytest.mark.parametrize("count", [0, 1])
 def test_tiny_data_sets(kind, count):
-    """No label, or one, is no special case."""
+    """Zero labels and one label are accepted."""
     assert len(_noisy(kind, np.zeros(count, np.int64), 0.5)) == count
 
 
@@ -91,7 +89,7 @@ def test_kind_none_changes_nothing():
     assert (NoiseSpec().kind, NoiseSpec().rate) == ("none", 0.0)
 
 
-# Noise must stay the same in later versions: stored runs name it by (kind, rate, seed) alone.
+# Noise must not change between versions: stored runs name it by (kind, rate, seed) alone.
 KNOWN = {
     "symmetric": "0a1c1728f3226621",
     "asymmetric": "16174511b8b7b6ad",
@@ -102,7 +100,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_known_answer(kind):
-    """The labels of seed 0 at rate 0.4 are what they were in the first version."""
+    """The labels of seed 0 at rate 0.4 are those of the first version."""
     noisy = corrupt(BALANCED, kind, 0.4, 0, 10)
     assert hashlib.sha256(noisy.astype("<i8").tobytes()).hexdigest()[:16] == KNOWN[kind]
 
@@ -127,8 +125,8 @@ def test_symmetric_flips_exactly_the_rate_of_each_class(count, num_classes, rate
     assert count == 0 or (noisy.min() >= 0 and noisy.max() < num_classes)
 
 
-def test_symmetric_targets_and_victims_are_uniform():
-    """Each of the other nine classes is equally likely, wherever in the data the image stands."""
+def test_symmetric_flips_are_uniform():
+    """Each of the other nine classes is equally likely, independent of the position in the data."""
     noisy = corrupt(BALANCED, "symmetric", 0.4, 3, 10)
     counts = transition_matrix(BALANCED, noisy, 10)
     off = counts[~np.eye(10, dtype=bool)].reshape(10, 9)
@@ -139,7 +137,7 @@ def test_symmetric_targets_and_victims_are_uniform():
 
 
 def test_symmetric_seeds_are_unrelated():
-    """Two seeds agree on no more victims, and on no more targets, than chance has it."""
+    """Two seeds agree on flipped images, and on targets, as often as chance predicts."""
     one, two = (corrupt(BALANCED, "symmetric", 0.4, seed, 10) for seed in (0, 1))
     both = (one != BALANCED) & (two != BALANCED)
     assert both.mean() == pytest.approx(0.16, abs=0.01)
@@ -152,7 +150,7 @@ def test_symmetric_seeds_are_unrelated():
 @REPEATABLE
 @given(count=st.integers(0, 400), rate=st.one_of(st.floats(0, 1), st.just(1.0)), seed=SEEDS, use_default=st.booleans())
 def test_asymmetric_flips_clean_labels_by_the_map(count, rate, seed, use_default):
-    """int(rate * n_c) of each source class go to its target, from the clean labels; all other classes stay."""
+    """int(rate * n_c) clean labels of each source class flip to its target; other classes do not change."""
     labels = _labels(count, 10, seed % 1000)
     class_map = CIFAR10_MAP if use_default else {0: 1, 1: 0, 7: 9}
     noisy = corrupt(labels, "asymmetric", rate, seed, 10, class_map=None if use_default else class_map)
@@ -177,8 +175,8 @@ def test_default_map_is_the_published_one():
     assert (noisy != BALANCED).sum() == 5 * 2000
 
 
-def test_asymmetric_as_the_released_code_does_it():
-    """The pairs one after another on flipped labels: cats end at 24.1 % and the whole at 18.4 % when 40 % is asked."""
+def test_asymmetric_released_flips_already_flipped_labels():
+    """Pairs are applied one after another: at rate 0.4, 24.1 % of the cats and 18.4 % of all labels are wrong."""
     noisy = corrupt(BALANCED, "asymmetric_released", 0.4, 0, 10)
     wrong = noisy != BALANCED
     cat, dog = 3, 5
@@ -192,7 +190,7 @@ def test_asymmetric_as_the_released_code_does_it():
 
 
 def test_released_order_is_that_of_the_map():
-    """Chained entries: what arrived in a class can be moved on, unlike in `asymmetric`."""
+    """With chained entries a label can flip twice, unlike in `asymmetric`."""
     labels = np.zeros(100, np.int64)
     chain = {0: 1, 1: 2}
     assert (corrupt(labels, "asymmetric_released", 1.0, 0, 3, class_map=chain) == 2).all()
@@ -212,7 +210,7 @@ def test_bidirectional_flips_all_four_pairs_both_ways(rate):
 
 
 def test_bidirectional_map_with_a_class_in_two_pairs_is_refused():
-    """0 <-> 1 and 1 <-> 2 would leave it open where the images of class 1 go."""
+    """0 <-> 1 and 1 <-> 2 give two targets to class 1."""
     with pytest.raises(UserError, match="one pair only"):
         corrupt(BALANCED, "asymmetric_bidirectional", 0.4, 0, 10, class_map={0: 1, 1: 2})
 
@@ -220,8 +218,8 @@ def test_bidirectional_map_with_a_class_in_two_pairs_is_refused():
 # ---- human and instance-dependent -----------------------------------------------------------------------------------
 
 
-def test_cifar10n_takes_the_human_labels_as_they_are(tmp_path):
-    """No rate, no seed: the file decides, and it is read without unpickling."""
+def test_cifar10n_returns_the_human_labels(tmp_path):
+    """Rate and seed have no effect; the file is read without unpickling."""
     human = _labels(len(BALANCED), 10, 3)
     np.save(tmp_path / "human.npy", human)
     given_labels = corrupt(
@@ -231,66 +229,9 @@ def test_cifar10n_takes_the_human_labels_as_they_are(tmp_path):
     assert np.array_equal(given_labels, corrupt(BALANCED, "cifar10n", 0.9, 7, 10, human_labels=human))
 
 
-def test_unreadable_human_labels_are_refused(tmp_path):
-    """A missing, empty, pickled or foreign file ends with a sentence, and no pickle is opened."""
-    contents = {"text.npy": b"1,2,3", "empty.npy": b"", "zip.npy": b"PK\x03\x04", "cut.npy": b"\x93NUMPY\x01\x00"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
-    for name in (*contents, "objects.npy"):
-        with pytest.raises(UserError, match=r"cannot be read as an \.npy array"):
-            load_human_labels(str(tmp_path / name), "worse")
-    with pytest.raises(UserError, match="There is no file of human labels"):
-        load_human_labels(str(tmp_path / "nowhere.npy"), "worse")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_human_labels(str(tmp_path), "worse")
-
-
-def test_each_set_of_human_labels_is_read_by_its_name(tmp_path):
-    """`human_set` chooses among the five sets of CIFAR-10N; a mistyped name gets a suggestion."""
-    sets = {key: _labels(50, 10, number) for number, key in enumerate(HUMAN_SETS.values())}
-    for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "human.npz", **sets)
-        for name, key in HUMAN_SETS.items():
-            assert np.array_equal(load_human_labels(str(tmp_path / "human.npz"), name), sets[key])
-    assert NoiseSpec().human_set == "worse"
-    with pytest.raises(UserError, match=r"human_set.*Did you mean 'worse'"):
-        load_human_labels(str(tmp_path / "human.npz"), "worst")
-
-
-def _npy(header: str, data: bytes = b"") -> bytes:
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
-
-
-def test_human_labels_that_are_not_what_they_claim(tmp_path):
-    """Terabytes, objects, floats, tables, other names and cut files end with a sentence before anything is reserved."""
-    shape = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }\n"
-    arrays = [
-        _npy(shape % ("<i8", "(1000000000000,)")),
-        _npy(shape % ("<i8", "(-1,)"), bytes(8)),
-        _npy(shape % ("|O", "(1,)"), b"\x80\x04."),
-        _npy(shape % ("<f8", "(1,)"), bytes(8)),
-        _npy(shape % ("<i8", "(1, 1)"), bytes(8)),
-        _npy(shape % ("<i8", "()"), bytes(8)),
-        _npy(shape % ("<i8", "(2,)"), bytes(15)),
-        _npy(shape % ("<i8", "(2,)"), bytes(17)),
-    ]
-    for number, content in enumerate(arrays):
-        plain, packed = tmp_path / f"{number}.npy", tmp_path / f"{number}.npz"
-        plain.write_bytes(content)
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("worse_label.npy", content)
-        for path in (plain, packed):
-            with pytest.raises(UserError, match=r"cannot be read as an \.npy array"):
-                load_human_labels(str(path), "worse")
-    np.savez(tmp_path / "other.npz", labels=np.zeros(3, np.int64))
-    with pytest.raises(UserError, match="it has no `worse_label`"):
-        load_human_labels(str(tmp_path / "other.npz"), "worse")
-
-
 @pytest.mark.parametrize("rate", [0.2, 0.4])
 def test_instance_dependent_rate_and_dependence_on_images(rate):
-    """About `rate` of all labels are wrong; which ones, and their targets, hang on the image."""
+    """About `rate` of all labels are wrong; the image decides which ones, and their targets."""
     count = 10_000
     labels, images = np.arange(count) % 10, _images(count)
     noisy = corrupt(labels, "instance_dependent", rate, 0, 10, images=images)
@@ -298,7 +239,7 @@ def test_instance_dependent_rate_and_dependence_on_images(rate):
     assert flipped.mean() == pytest.approx(rate, abs=0.02)
     other = corrupt(labels, "instance_dependent", rate, 0, 10, images=images[::-1])
     assert not np.array_equal(noisy, other)
-    # Identical images of a class have one direction: their flipped labels agree, which symmetric noise never does.
+    # Identical images of a class share one distribution of targets, unlike under symmetric noise.
     same = corrupt(labels, "instance_dependent", rate, 0, 10, images=np.repeat(images[:1], count, axis=0))
     for label in range(10):
         targets = same[(labels == label) & (same != label)]
@@ -306,7 +247,7 @@ def test_instance_dependent_rate_and_dependence_on_images(rate):
 
 
 def test_instance_dependent_flips_follow_the_drawn_rates():
-    """At rate 1 nearly nothing keeps its label (q_i is N(1, 0.1) cut at 1); rate 0 means no noise at all."""
+    """At rate 1 few labels are kept (q_i is N(1, 0.1) truncated at 1); at rate 0 all are."""
     labels, images = np.arange(4000) % 10, _images(4000)
     low, high = (corrupt(labels, "instance_dependent", rate, 0, 10, images=images) for rate in (0.0, 1.0))
     half_normal = 0.1 * np.sqrt(2 / np.pi)  # the mean of |N(0, 0.1)|
@@ -314,8 +255,8 @@ def test_instance_dependent_flips_follow_the_drawn_rates():
     assert (high != labels).mean() == pytest.approx(1 - half_normal, abs=0.015)
 
 
-def test_instance_dependent_works_for_large_classes_in_pieces():
-    """The scores of a class are computed in pieces; every image gets a label all the same."""
+def test_instance_dependent_noise_covers_large_classes():
+    """The scores of a large class are computed in pieces, and all pieces have the same rate."""
     labels, images = np.zeros(9000, np.int64), _images(9000)
     noisy = corrupt(labels, "instance_dependent", 0.4, 0, 3, images=images)
     by_piece = (noisy != labels).reshape(9, 1000).mean(1)
@@ -327,7 +268,7 @@ def test_instance_dependent_works_for_large_classes_in_pieces():
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "asymmetric_released", "asymmetric_bidirectional"])
 def test_rates_zero_and_one(kind):
-    """0 leaves every label, 1 leaves none of the classes that the kind touches."""
+    """Rate 0 keeps every label; rate 1 keeps none of the classes that the kind flips."""
     assert np.array_equal(corrupt(BALANCED, kind, 0.0, 0, 10), BALANCED)
     noisy = corrupt(BALANCED, kind, 1.0, 0, 10)
     kept = {int(label) for label in np.unique(BALANCED[noisy == BALANCED])}
@@ -350,7 +291,7 @@ def test_rates_zero_and_one(kind):
         ({"rate": 1.5}, r"rate is 1\.5; .*\[0, 1\]"),
         ({"rate": -0.1}, r"\[0, 1\]"),
         ({"rate": float("nan")}, r"\[0, 1\]"),
-        ({"labels": np.array([0, 10])}, "range from 0 to 10, but with 10 classes they must lie in 0..9"),
+        ({"labels": np.array([0, 10])}, "range from 0 to 10, but with 10 classes they must be in 0..9"),
         ({"labels": np.array([-1, 3])}, "range from -1 to 3"),
         ({"labels": np.array([0.0, 1.0])}, "must be integers of shape .*float64"),
         ({"labels": np.array([True, False])}, "must be integers .*bool"),
@@ -372,11 +313,27 @@ def test_rates_zero_and_one(kind):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message):
-    """Unknown kinds, impossible rates, labels, maps and files end with what was expected."""
+def test_wrong_arguments_are_refused(arguments, message):
+    """Unknown kinds and impossible rates, labels or maps raise a sentence that says what was expected."""
     defaults = {"labels": np.arange(10), "kind": "symmetric", "rate": 0.4, "seed": 0, "num_classes": 10}
     with pytest.raises(UserError, match=message):
         corrupt(**{**defaults, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "symetric", "rate": 0.2}, "Did you mean 'symmetric'"),
+        ({"kind": "symmetric", "rate": 1.5}, r"rate is 1\.5; .*\[0, 1\]"),
+        ({"kind": "none", "rate": 0.2}, "kind is 'none'.*Name a kind"),
+        ({"kind": "cifar10n"}, "data.real.noise.human_labels"),
+        ({"human_set": "worst"}, "human_set is 'worst'. Did you mean 'worse'"),
+    ],
+)
+def test_a_spec_checks_itself(arguments, message):
+    """A recipe with contradicting or unknown noise fails before any data are read."""
+    with pytest.raises(UserError, match=message):
+        NoiseSpec(**arguments)
 
 
 # ---- what a run stores ----------------------------------------------------------------------------------------------
@@ -393,7 +350,7 @@ def test_transition_matrix_counts_pairs(count, num_classes, seed):
 
 
 def test_description_of_the_noise():
-    """Counts, realised rate, matrix and a hash that names the labels exactly."""
+    """Counts, realised rate, matrix and a hash of the labels."""
     spec = NoiseSpec("symmetric", 0.4, 7)
     noisy = corrupt(BALANCED, spec.kind, spec.rate, spec.seed, 10)
     description = describe(BALANCED, noisy, 10, spec)

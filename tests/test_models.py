@@ -1,4 +1,4 @@
-"""Models: names of published checkpoints, normalisation inside, timm's registry, and releases that load or say why not."""
+"""Models: names of published checkpoints, normalisation inside, timm's registry, specs."""
 
 import importlib.util
 import json
@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nrat_scale
 from nrat_scale.core.errors import UserError
-from nrat_scale.loading.load import load
 from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments
 
 OURS = ("wrn28_10_silu", "wrn28_10", "resnet18_cifar", "cnn4")
@@ -26,7 +23,7 @@ def _images(count: int, channels: int, size: int, dtype: torch.dtype = torch.flo
 
 
 def _small(family: str, **arguments: Any) -> nn.Module:
-    """A model of each class that a CPU runs at once."""
+    """A model of each class that is fast on a CPU."""
     if family == "wide":
         return WideResNet(10, 1, **arguments)
     if family == "resnet18":
@@ -50,8 +47,8 @@ def test_wide_resnet_from_timm_has_the_names_of_robustbench():
         assert kinds == {activation}
 
 
-def test_wide_resnet_pads_and_averages_as_the_recipe_does():
-    """Asymmetric padding where the stride is 2, BatchNorm momentum 0.01 everywhere."""
+def test_wide_resnet_padding_and_momentum():
+    """Padding is asymmetric with stride 2; the momentum of every BatchNorm is 0.01."""
     model = WideResNet(16, 1)
     blocks = [block for stage in model.layer for block in stage.block]
     assert [block.padding for block in blocks] == [(1, 1, 1, 1)] * 2 + [(0, 1, 0, 1), (1, 1, 1, 1)] * 2
@@ -79,7 +76,7 @@ def test_resnet18_has_the_usual_names_and_loads_a_public_checkpoint():
 
 @pytest.mark.parametrize("name", OURS)
 def test_registered_with_timm(name):
-    """`timm.create_model(name, num_classes=, in_chans=, mean=, std=)` builds what was asked for."""
+    """`timm.create_model(name, num_classes=, in_chans=, mean=, std=)` respects its arguments."""
     assert timm.is_model(name)
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7, in_chans=2, mean=(0.1, 0.2), std=(0.3, 0.4))
@@ -88,7 +85,7 @@ def test_registered_with_timm(name):
     assert (model.num_classes, model.in_chans) == (7, 2)
     assert model.get_classifier().out_features == 7
     assert model.get_classifier().in_features == model.num_features
-    # What timm's tools read: layers by name, and data that they must not normalise a second time.
+    # timm's tools read these: names of layers, and constants that prevent a second normalisation.
     cfg = model.pretrained_cfg
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
     assert model.get_submodule(cfg["first_conv"]).in_channels == 2
@@ -96,14 +93,14 @@ def test_registered_with_timm(name):
 
 
 def test_create_is_timms_create_model():
-    """`create` adds only sentences for mistakes; models of timm's own can be used too."""
+    """`create` adds only error sentences; timm's own models can be used too."""
     ours = create("cnn4", {"num_classes": 3, "in_chans": 1, "width": 4, "mean": [0.3], "std": [0.2]})
     assert isinstance(ours, Cnn4) and ours.mean.item() == pytest.approx(0.3) and ours.features[0].out_channels == 4
     assert create("resnet10t", {"num_classes": 3}).num_classes == 3
 
 
 def test_model_arguments_rebuild_the_model():
-    """What a release stores: the spec's constants where it has some, else the data set's, and its kwargs."""
+    """A release stores the kwargs of the spec and its mean and std, or else those of the data set."""
     spec = ModelSpec("cnn4", kwargs={"width": 4})
     arguments = model_arguments(spec, 10, 3, MEAN, STD)
     assert arguments == {"width": 4, "num_classes": 10, "in_chans": 3, "mean": list(MEAN), "std": list(STD)}
@@ -118,7 +115,7 @@ def test_model_arguments_rebuild_the_model():
 @pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalisation_is_inside(family, dtype):
-    """model(x) with mean and std is the model without them on (x - mean) / std; also in float64."""
+    """model(x) equals the model with mean 0 and std 1 on (x - mean) / std, also in float64."""
     model = _small(family, mean=MEAN, std=STD).to(dtype).eval()
     identity = _small(family, mean=(0.0,), std=(1.0,)).to(dtype).eval()
     identity.load_state_dict(model.state_dict())
@@ -133,7 +130,7 @@ def test_normalisation_is_inside(family, dtype):
 
 @pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
 def test_constants_are_not_weights(family):
-    """mean and std belong to the configuration: in no state dict, no parameter, but moved and cast with the model."""
+    """mean and std are in no state dict and no parameter, but they are moved and cast with the model."""
     model = _small(family, mean=MEAN, std=STD)
     assert not {name for name in model.state_dict() if name.endswith(("mean", "std")) and "running" not in name}
     assert {name for name, _ in model.named_buffers()} >= {"mean", "std"}
@@ -142,7 +139,7 @@ def test_constants_are_not_weights(family):
 
 
 def test_one_value_serves_all_channels():
-    """A single mean or std is repeated, as timm's `create_model` users expect of grey constants."""
+    """A single mean or std is repeated for all channels."""
     model = _small("cnn4", mean=[0.5], std=[0.25])
     assert model.mean.flatten().tolist() == [0.5] * 3 and model.std.flatten().tolist() == [0.25] * 3
 
@@ -175,149 +172,25 @@ def test_cnn4_takes_any_image_size(size):
         ("hf-hub:somebody/model", {}, "Unknown model"),
     ],
 )
-def test_what_cannot_be_built_is_refused(name, arguments, message):
-    """A wrong constant, argument or name ends with a sentence, not inside torch."""
+def test_wrong_arguments_are_refused(name, arguments, message):
+    """A wrong constant, argument or name raises a sentence instead of an error of torch."""
     with pytest.raises(UserError, match=message):
         create(name, arguments)
 
 
-# ---- releases -------------------------------------------------------------------------------------------------------
-
-
-def _release(folder: Path, architecture: str = "cnn4", **arguments: Any) -> nn.Module:
-    """A release folder written by hand, in timm's format; the model whose weights it holds."""
-    arguments = {"num_classes": 4, "in_chans": 2, "mean": [0.3, 0.4], "std": [0.2, 0.1], **arguments}
-    model = timm.create_model(architecture, **arguments).eval()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    config = {
-        "architecture": architecture,
-        "num_classes": arguments["num_classes"],
-        "num_features": model.num_features,
-        "label_names": [f"class {i}" for i in range(arguments["num_classes"])],
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "num_classes": arguments["num_classes"],
-            "input_size": [arguments["in_chans"], 16, 16],
-            "fixed_input_size": False,
-            "mean": [0.0] * arguments["in_chans"],
-            "std": [1.0] * arguments["in_chans"],
-            "first_conv": model.pretrained_cfg["first_conv"],
-            "classifier": model.pretrained_cfg["classifier"],
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return model
-
-
-def _edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in changes.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    path.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["plain", "with blank", "name@1"])
-def test_release_folder_loads_in_one_line(tmp_path, name, channels):
-    """`nrat_scale.load(folder)` and `timm.create_model("local-dir:folder", pretrained=True)` are the same model."""
-    constants = {"in_chans": channels, "mean": [0.3] * channels, "std": [0.2] * channels}
-    saved = _release(tmp_path / name, width=4, hidden=8, **constants)
-    x = _images(3, channels, 16)
-    loaded = nrat_scale.load(tmp_path / name)
-    assert not loaded.training and loaded.num_classes == 4
-    assert torch.equal(loaded(x), saved(x))
-    assert torch.equal(load(str(tmp_path / name))(x), saved(x))
-    by_timm = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
-    if channels in (1, 3):  # older versions of timm start the first layer anew for other numbers; `load` never does
-        assert torch.equal(by_timm(x), saved(x))
-    assert by_timm.pretrained_cfg["label_names"] == [f"class {i}" for i in range(4)]
-
-
-def test_release_with_batchnorm_keeps_its_statistics(tmp_path):
-    """Running statistics travel with the weights and are used: the model comes in evaluation mode."""
-    saved = _release(tmp_path, "resnet18_cifar")
-    state = saved.state_dict()
-    state["bn1.running_mean"].fill_(0.5)
-    state["bn1.num_batches_tracked"].fill_(7)
-    save_file(state, tmp_path / "model.safetensors")
-    saved.load_state_dict(state)
-    loaded = load(tmp_path)
-    assert loaded.state_dict()["bn1.num_batches_tracked"] == 7
-    assert torch.equal(loaded(_images(2, 2, 8)), saved(_images(2, 2, 8)))
-
-
-@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
-def test_incomplete_release_is_refused(tmp_path, missing):
-    """The message names the file that is not there and how a release is made."""
-    _release(tmp_path, width=4, hidden=8)
-    (tmp_path / missing).unlink()
-    with pytest.raises(UserError, match=rf"has no {missing}.*nrat_scale\.release"):
-        load(tmp_path)
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    """A folder with only pytorch_model.bin is no release: nothing is ever unpickled, though timm would."""
-    model = _release(tmp_path, width=4, hidden=8)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"has no model\.safetensors"):
-        load(tmp_path)
-
-
-def _truncate(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def _garble_header(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
-
-
-def _drop_tensor(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    del state["features.2.bias"]
-    save_file(state, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
-    "damage",
+    ("arguments", "message"),
     [
-        _truncate,
-        _garble_header,
-        _drop_tensor,
-        lambda folder: (folder / "model.safetensors").write_bytes(b""),
-        lambda folder: (folder / "config.json").write_text(""),
-        lambda folder: (folder / "config.json").write_text("{"),
-        lambda folder: (folder / "config.json").write_text("[]"),
-        lambda folder: (folder / "config.json").write_text("{}"),
-        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"),
-        lambda folder: _edit(folder, architecture="cnn5"),
-        lambda folder: _edit(folder, architecture="resnet18_cifar"),
-        lambda folder: _edit(folder, model_args=[1]),
-        lambda folder: _edit(folder, model_args={"widht": 3}),
-        lambda folder: _edit(folder, model_args={"width": 5}),
-        lambda folder: _edit(folder, model_args={"mean": [0.1] * 7}),
-        # timm would take these and leave the last or first layer at its random start.
-        lambda folder: _edit(folder, model_args={"num_classes": 6}),
-        lambda folder: _edit(folder, model_args={"in_chans": 4, "mean": [0.1], "std": [0.2]}),
+        ({"bn": "group"}, r"model\.bn is 'group'\. Did you mean 'groups'"),
+        ({"bn": "groups"}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn_group_size": 4}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn": "sync", "bn_group_size": 4}, "model.bn groups and model.bn_group_size go together"),
+        ({"bn": "groups", "bn_group_size": 1}, "bn_group_size is 1; it must be at least 2"),
+        ({"bn": "groups", "bn_group_size": -4}, "bn_group_size is -4; it must be at least 2"),
+        ({"bn_momentum": 1.5}, r"model\.bn_momentum is 1\.5; it must be in \[0, 1\]"),
     ],
 )
-def test_damaged_release_is_refused(tmp_path, damage):
-    """Whatever is broken or does not fit together ends with one sentence that names the release."""
-    folder = tmp_path / "released"
-    _release(folder, width=4, hidden=8)
-    load(folder)
-    damage(folder)
-    with pytest.raises(UserError, match=r"released cannot be loaded: .") as caught:
-        load(folder)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["nowhere", "./nowhere", "./no/where", "/nowhere", "~/nowhere", "a/b/c"])
-def test_folder_that_is_not_there(source):
-    """A mistyped path does not start a download."""
-    with pytest.raises(UserError, match=r"There is no release folder .* not of the Hub's form"):
-        load(source)
+def test_a_spec_checks_itself(arguments, message):
+    """A recipe with unknown or contradicting model settings fails before any data are read."""
+    with pytest.raises(UserError, match=message):
+        ModelSpec(**arguments)

@@ -1,4 +1,4 @@
-"""The optimizer's groups, masked steps, and learning rate and momentum by epoch and by step."""
+"""The optimizer's groups, skipped steps, and learning rate and momentum by epoch and by step."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from nrat_scale.optim import (
     learning_rates,
     schedule_table,
     set_rates,
+    zero_momentum,
 )
 
 # ---- parameter groups -----------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def decays(model: nn.Module, spec: OptimSpec) -> dict[str, float]:
 @pytest.mark.parametrize("decay_norms", [True, False])
 @pytest.mark.parametrize("decay_biases", [True, False])
 def test_every_parameter_is_optimised_exactly_once(name, decay_norms, decay_biases):
-    """No parameter is forgotten or stepped twice, however the groups are cut and whatever layers share."""
+    """For all combinations of groups, and with a weight that two layers share."""
     for model in (WideResNet(10, 1), Mixed()):
         optimizer = build_optimizer(model, OptimSpec(name, decay_norms=decay_norms, decay_biases=decay_biases))
         held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -75,7 +76,7 @@ def test_every_parameter_is_optimised_exactly_once(name, decay_norms, decay_bias
 @pytest.mark.parametrize("decay_norms", [True, False])
 @pytest.mark.parametrize("decay_biases", [True, False])
 def test_groups_go_by_the_type_of_the_layer(decay_norms, decay_biases):
-    """A norm layer of any kind with all it has, a bias of any other layer; names of attributes decide nothing."""
+    """All parameters of norm layers, biases of all other layers; attribute names do not matter."""
     found = decays(Mixed(), OptimSpec(weight_decay=5e-4, decay_norms=decay_norms, decay_biases=decay_biases))
     norms = {name for name in found if name.startswith("norms.")}
     ends = ("bias", "bias_k", "bias_v")
@@ -99,7 +100,7 @@ def test_published_decay():
 
 
 def test_model_without_norms_has_one_group():
-    """An empty group would only confuse optimizers and checkpoints."""
+    """No empty group is made."""
     optimizer = build_optimizer(nn.Linear(2, 2), OptimSpec(decay_norms=False))
     assert len(optimizer.param_groups) == 1
 
@@ -111,14 +112,14 @@ STEPPED = pytest.mark.parametrize(
 )
 
 
-def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, masked: bool = False) -> None:
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, skipped: bool = False) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    if masked:
+    if skipped:
         optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
     optimizer.step()
-    if masked:
+    if skipped:
         del optimizer.found_inf
 
 
@@ -134,9 +135,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @STEPPED
-def test_a_masked_step_changes_nothing(name, dtype):
-    """A step that `found_inf` masks leaves parameters, momentum and step counts as they were, bit for bit; the next
-    one is what it would have been."""
+def test_a_skipped_step_changes_nothing(name, dtype):
+    """A step with `found_inf` keeps parameters, momentum and step counts, bit for bit; the next step is unaffected."""
     model = WideResNet(10, 1).to(dtype)
     twin = WideResNet(10, 1).to(dtype)
     twin.load_state_dict(model.state_dict())
@@ -146,7 +146,7 @@ def test_a_masked_step_changes_nothing(name, dtype):
         stepped(model, optimizer, seed)
         stepped(twin, other, seed)
     before = state(model, optimizer)
-    stepped(model, optimizer, 5, masked=True)
+    stepped(model, optimizer, 5, skipped=True)
     assert same(state(model, optimizer), before)
     stepped(model, optimizer, 6)
     stepped(twin, other, 6)
@@ -154,14 +154,15 @@ def test_a_masked_step_changes_nothing(name, dtype):
 
 
 @STEPPED
-def test_the_first_step_can_be_masked(name, dtype):
-    """Where loss scaling overflows at once: no momentum is left that nobody has written."""
+def test_the_first_step_can_be_skipped(name, dtype):
+    """As under fp16, whose loss scaling overflows at once: after `zero_momentum` no momentum is uninitialised."""
     junk = [torch.full((4, 4), 1e30, dtype=dtype) for _ in range(100)]  # what fresh memory would hold
     del junk
     model, twin = Mixed().to(dtype), Mixed().to(dtype)
     twin.load_state_dict(model.state_dict())
     optimizer, other = (build_optimizer(m, OptimSpec(name, lr=0.05)) for m in (model, twin))
-    stepped(model, optimizer, 0, masked=True)
+    zero_momentum(optimizer)
+    stepped(model, optimizer, 0, skipped=True)
     assert same([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()])
     stepped(model, optimizer, 1)
     stepped(twin, other, 1)
@@ -170,7 +171,7 @@ def test_the_first_step_can_be_masked(name, dtype):
 
 @STEPPED
 def test_fused_steps_are_the_steps_of_the_formula(name, dtype):
-    """The fused kernels, from a momentum of zero, step as torch's plain loop does from none."""
+    """Fused kernels and torch's plain loop give the same weights and state."""
     model, twin = Mixed().to(dtype), Mixed().to(dtype)
     twin.load_state_dict(model.state_dict())
     optimizer = build_optimizer(model, OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01))
@@ -188,8 +189,8 @@ def test_fused_steps_are_the_steps_of_the_formula(name, dtype):
 
 @STEPPED
 def test_fused_steps_of_channels_last_weights(name, dtype):
-    """With gradients that lie otherwise than their weights, as DistributedDataParallel leaves them, the fused optimizer
-    steps as torch's plain loop, once they are aligned."""
+    """Gradients of another memory format than their weights, as after DistributedDataParallel: once aligned, the fused
+    optimizer steps like torch's plain loop."""
     model, twin = WideResNet(10, 1).to(dtype), WideResNet(10, 1).to(dtype)
     twin.load_state_dict(model.state_dict())
     model = model.to(memory_format=torch.channels_last)
@@ -214,9 +215,8 @@ def test_fused_steps_of_channels_last_weights(name, dtype):
     assert model.init_conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_aligning_changes_how_gradients_lie_and_nothing_else():
-    """The same values; a gradient that lies right stays the same tensor, and one that is missing is not made up. It
-    works in both directions."""
+def test_aligning_changes_the_memory_format_only():
+    """In both directions; an aligned gradient stays the same tensor, and a missing one stays missing."""
     channels_last = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
     contiguous, unused, linear = (
         nn.Conv2d(3, 4, 3, bias=False),
@@ -237,8 +237,8 @@ def test_aligning_changes_how_gradients_lie_and_nothing_else():
     assert unused.weight.grad is None
 
 
-def test_devices_without_fused_kernels_are_left_alone():
-    """Elsewhere than on CPU and CUDA the plain optimizer works as before."""
+def test_devices_without_fused_kernels():
+    """On devices other than CPU and CUDA the optimizer is not fused."""
     optimizer = build_optimizer(nn.Linear(2, 2, device="meta"), OptimSpec())
     assert not optimizer.param_groups[0]["fused"]
 
@@ -247,7 +247,7 @@ def test_devices_without_fused_kernels_are_left_alone():
 
 
 def test_constants_reach_the_optimizer():
-    """SGD as the recipes have it (momentum 0.9, no Nesterov unless asked), AdamW with momentum as its first beta."""
+    """SGD with momentum 0.9 and no Nesterov by default, AdamW with momentum as its first beta."""
     (group,) = build_optimizer(nn.Linear(2, 2), OptimSpec(lr=0.2, momentum=0.8, nesterov=True)).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"], group["dampening"]) == (0.2, 0.8, True, 0)
     adamw = build_optimizer(nn.Linear(2, 2), OptimSpec("adamw", lr=0.01, momentum=0.8, weight_decay=0.1))
@@ -260,7 +260,7 @@ def test_constants_reach_the_optimizer():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_set_rates_reaches_all_groups(name):
-    """Learning rate and momentum change in every group, weight decay in none."""
+    """Learning rate and momentum change in all groups, weight decay in none."""
     optimizer = build_optimizer(WideResNet(10, 1), OptimSpec(name, decay_norms=False))
     before = [group["weight_decay"] for group in optimizer.param_groups]
     set_rates(optimizer, 0.03, 0.87)
@@ -311,13 +311,13 @@ def test_onecycle_schedule_is_a_cosine_up_and_down():
 
 @pytest.mark.parametrize("schedule", ["constant", "multistep", "onecycle"])
 def test_run_of_one_epoch(schedule):
-    """A one-cycle schedule of one epoch has no cycle: the peak learning rate."""
+    """Has the peak learning rate, one-cycle too."""
     assert schedule_table(OptimSpec(lr=0.2, schedule=schedule, milestones=[1]), 1) == [(0.2, 0.9)]
 
 
 @pytest.mark.parametrize("pct_start", [0.025, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5])
 def test_onecycle_of_any_length(pct_start):
-    """Also where the warm-up is exactly the first epoch, at which torch's own scheduler divides by zero."""
+    """Also if the warm-up is exactly the first epoch, for which torch's scheduler divides by zero."""
     spec = OptimSpec(lr=0.2, schedule="onecycle", pct_start=pct_start)
     for epochs in range(1, 61):
         table = schedule_table(spec, epochs)
@@ -335,8 +335,8 @@ def test_cosine_goes_from_the_rate_to_almost_nothing() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "multistep", "onecycle", "cosine"])
-def test_rates_by_epoch_stay_for_its_steps(schedule):
-    """`per: epoch`, the default: every step of an epoch has the epoch's learning rate and momentum."""
+def test_rates_by_epoch_are_constant_within_it(schedule):
+    """`per: epoch`, the default."""
     spec = OptimSpec(lr=0.3, schedule=schedule, milestones=[2, 4], pct_start=0.3)
     rates, table = learning_rates(spec, 6, 7), schedule_table(spec, 6)
     assert rates == [table[step // 7] for step in range(42)]
@@ -344,14 +344,14 @@ def test_rates_by_epoch_stay_for_its_steps(schedule):
 
 @pytest.mark.parametrize("schedule", ["constant", "multistep"])
 def test_schedules_that_change_between_epochs_only(schedule):
-    """`per: step` changes nothing where there is nothing to change within an epoch; milestones stay epochs."""
+    """`per: step` does not change them; milestones are epochs."""
     spec = OptimSpec(lr=0.3, schedule=schedule, milestones=[2, 4])
     assert learning_rates(dataclasses.replace(spec, per="step"), 6, 7) == learning_rates(spec, 6, 7)
 
 
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(50, 8), (400, 98), (1, 1)])
 def test_cosine_by_step(epochs, steps_per_epoch):
-    """The same curve, met at every step: lr (1 + cos(pi t / T)) / 2."""
+    """lr (1 + cos(pi t / T)) / 2 at step t of T."""
     total = epochs * steps_per_epoch
     rates = learning_rates(OptimSpec(lr=0.4, schedule="cosine", per="step"), epochs, steps_per_epoch)
     expected = [0.4 * (1 + math.cos(math.pi * step / total)) / 2 for step in range(total)]
@@ -361,8 +361,8 @@ def test_cosine_by_step(epochs, steps_per_epoch):
 
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(50, 8), (400, 98)])
 def test_onecycle_by_step(epochs, steps_per_epoch):
-    """Torch's scheduler stepped once per step of the run: the peak comes after `pct_start` of all steps, momentum cycles
-    against the rate, and there are as many entries as steps."""
+    """Torch's scheduler stepped once per step: the peak is after `pct_start` of all steps, momentum cycles against the
+    rate, and there are as many entries as steps."""
     total, pct_start = epochs * steps_per_epoch, 0.025
     spec = OptimSpec(lr=0.2, schedule="onecycle", per="step", pct_start=pct_start)
     rates = learning_rates(spec, epochs, steps_per_epoch)
@@ -371,7 +371,7 @@ def test_onecycle_by_step(epochs, steps_per_epoch):
     top = round(pct_start * total) - 1
     assert rates[0] == pytest.approx((0.2 / 25, 0.95)) and rates[-1] == pytest.approx((0.2 / 25e4, 0.95))
     assert rates[top] == max(rates) == pytest.approx((0.2, 0.85))
-    assert rates == learning_rates(spec, epochs, steps_per_epoch), "nothing grows or changes with use"
+    assert rates == learning_rates(spec, epochs, steps_per_epoch), "a second call gives the same"
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -396,13 +396,13 @@ def test_onecycle_by_step(epochs, steps_per_epoch):
         ({"nesterov": True, "momentum": 0.0}, r"optim\.nesterov needs optim\.momentum"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message):
-    """A spec is checked where it enters and not inside torch."""
+def test_wrong_settings_are_refused(arguments, message):
+    """When the spec is made, not inside torch."""
     with pytest.raises(UserError, match=message):
         OptimSpec(**arguments)
 
 
 def test_spec_is_frozen():
-    """Values are never changed after they were checked."""
+    """Values cannot change after they were checked."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimSpec().lr = 1.0

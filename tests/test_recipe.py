@@ -1,10 +1,12 @@
-"""Recipes: what is shipped says what it should, layers win in order, and every mistake is named."""
+"""Recipes: shipped ones have their published values, layers win in order, and every mistake is named."""
 
+import json
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from nrat_scale import recipe as recipe_module
 from nrat_scale.core.errors import UserError
 from nrat_scale.recipe import RecipeSpec, load_recipe, to_yaml
 
@@ -21,8 +23,8 @@ def test_shipped_recipes_load_and_round_trip(path: Path, tmp_path: Path) -> None
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
-def test_headline_recipe() -> None:
-    """The headline run is the generated-data recipe with the paper's section 4.4, number by number."""
+def test_generated_data_recipe() -> None:
+    """The WRN-28-10 recipe has the values of DM_AT and of the paper's section 4.4."""
     recipe = load_recipe(RECIPES / "wrn28_10_gen1m.yaml")
     data, optim, objective = recipe.data, recipe.optim, recipe.objective
     assert (recipe.precision, recipe.model.name, recipe.train.epochs) == ("bf16", "wrn28_10_silu", 150)
@@ -39,8 +41,8 @@ def test_headline_recipe() -> None:
 
 
 @pytest.mark.parametrize("model", ["wrn28_10", "resnet18"])
-def test_twins_differ_in_the_objective_only(model: str) -> None:
-    """NRAT and DM_AT can be compared because nothing else differs; DM_AT's own attack comes with its objective."""
+def test_recipes_to_compare_differ_in_the_objective_only(model: str) -> None:
+    """NRAT and DM_AT recipes are equal but for the objective, which brings DM_AT's own attack settings."""
     nrat, dm_at = (OmegaConf.load(RECIPES / f"{model}_gen1m{suffix}.yaml") for suffix in ("", "_dm_at"))
     assert nrat.pop("objective") != dm_at.pop("objective")
     assert nrat == dm_at
@@ -61,8 +63,8 @@ def test_layers_win_in_order(tmp_path: Path) -> None:
 
 
 def test_identity_is_what_is_computed() -> None:
-    """A run continues after a move or with another end, and with nothing else changed."""
-    same = ["run_dir=elsewhere", "resume=never", "train.max_steps=3", "data.workers=2", "data.real.prepare=x"]
+    """A run can be resumed in another place or with another length, but not with other settings."""
+    same = ["run_dir=elsewhere", "resume=never", "train.max_steps=3", "data.resident=never", "data.real.prepare=x"]
     other = [
         "seed=1",
         "threat.eps=0.1",
@@ -81,9 +83,10 @@ def test_identity_is_what_is_computed() -> None:
     [
         ("objective.nmae=x", ["objective.nmae", "Did you mean 'name'"]),
         ("data.real.noise.rte=0.1", ["data.real.noise.rte", "'rate'"]),
+        ("objective.family=at", ["unknown key 'objective.family'", "smoothing_mode"]),
         ("objective.name=nart", ["'nart'", "'nrat'"]),
         ("threat.eps=8", ["threat.eps is 8", "8/255"]),
-        ("threat.eps=8/0", ["threat.eps"]),
+        ("threat.eps=8/0", ["threat.eps", "'8/0' is not a number", "8/255"]),
         ("threat.bn=evil", ["threat.bn", "'eval'"]),
         ("threat=3", ["ThreatSpec"]),
         ("train.epochs=many", ["train.epochs", "many"]),
@@ -95,6 +98,9 @@ def test_identity_is_what_is_computed() -> None:
         ("precision=fp8", ["precision is 'fp8'", "bf16"]),
         ("resume=maybe", ["resume is 'maybe'"]),
         ("optim.lr=-1", ["optim.lr is -1"]),
+        ("ema.decay=1", ["ema.decay", "[0, 1)"]),
+        ("awp.gamma=-1", ["awp.gamma", "[0, 1)"]),
+        ("release.every_epochs=0", ["release.every_epochs is 0"]),
         ("objective.smoothing=0.1", ["smoothing_mode is 'off'", "mixed"]),
         ("seed=${nowhere}", ["nowhere"]),
         ("seed=[1", ["cannot be read"]),
@@ -102,7 +108,7 @@ def test_identity_is_what_is_computed() -> None:
     ],
 )
 def test_mistakes_are_named(override: str, words: list[str]) -> None:
-    """A wrong key or value ends in one short message that names it and the way out."""
+    """A wrong key or value raises one short message that names it and the way out."""
     with pytest.raises(UserError) as caught:
         load_recipe(QUICK, [override])
     message = str(caught.value)
@@ -114,29 +120,55 @@ def test_mistakes_are_named(override: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     "content", ["", "- a\n- b\n", "a: [1\n", "\t: x", "threat: {eps: 0.1, step: 0.1, num_steps: 1}\n"]
 )
-def test_files_that_are_no_recipe(content: str, tmp_path: Path) -> None:
-    """An empty, incomplete or unreadable file is refused by name."""
+def test_a_broken_file_is_refused(content: str, tmp_path: Path) -> None:
+    """The message for an empty, incomplete or invalid file names the file."""
     path = tmp_path / "broken.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match="broken"):
         load_recipe(path)
 
 
+def test_mart_refuses_cutmix() -> None:
+    """A contradiction between two specs names both."""
+    with pytest.raises(UserError, match=r"data\.augment\.cutmix mixes labels, but MART needs hard labels"):
+        load_recipe(QUICK, ["objective.name=mart", "data.augment.cutmix=0.5"])
+
+
+STORED = Path(__file__).parent / "golden" / "abbf399" / "run"
+
+
+def test_a_stored_recipe_loads_with_its_identity() -> None:
+    """The run that abbf399 wrote, with keys that are retired since, can be resumed: its identity is unchanged."""
+    state = json.loads((STORED / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert load_recipe(STORED / "recipe.yaml").identity == state["identity"]
+
+
+def test_retired_keys_are_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A retired key is ignored: silently with its old default, else with one sentence; unknown keys still fail."""
+    monkeypatch.setattr(recipe_module, "RETIRED", {"data.threads": (0, "one thread suffices"), "train.turbo": (1, "x")})
+    usual = load_recipe(QUICK)
+    assert load_recipe(QUICK, ["data.threads=0", "train.turbo=1"]) == usual
+    assert capsys.readouterr().err == ""
+    assert load_recipe(QUICK, ["data.threads=4"]) == usual
+    assert capsys.readouterr().err == f"{QUICK}: data.threads is ignored: one thread suffices.\n"
+    with pytest.raises(UserError, match=r"unknown key 'data\.thread'"):
+        load_recipe(QUICK, ["data.thread=4"])
+
+
 def test_missing_recipe(tmp_path: Path) -> None:
-    """A missing file, or a folder, is named."""
+    """The message for a missing file, or for a folder, names the path."""
     for path in (tmp_path / "no.yaml", tmp_path):
         with pytest.raises(UserError, match=path.name):
             load_recipe(path)
 
 
 def test_specs_are_frozen() -> None:
-    """Nothing changes a recipe after it was checked."""
+    """A recipe cannot change after its check."""
     recipe: RecipeSpec = load_recipe(QUICK)
     with pytest.raises(AttributeError):
         recipe.seed = 3  # type: ignore[misc]
 
 
-def test_the_word_off_is_a_word() -> None:
-    """YAML reads `off` as False; as a smoothing mode it is a name like the others."""
-    path = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-    assert load_recipe(path, ["objective.smoothing_mode=off"]).objective.smoothing_mode == "off"
+def test_off_is_a_smoothing_mode() -> None:
+    """YAML 1.1 reads the word `off` as False; as a smoothing mode it keeps its meaning."""
+    assert load_recipe(QUICK, ["objective.smoothing_mode=off"]).objective.smoothing_mode == "off"

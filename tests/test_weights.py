@@ -1,4 +1,4 @@
-"""AWP moves the weights and brings them back; the EMA averages parameters and copies buffers."""
+"""AWP perturbs the weights and subtracts the perturbation; the EMA averages parameters and copies buffers."""
 
 import copy
 import math
@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.objectives import build
 from nrat_scale.weights import AwpSpec, EmaSpec, awp, build_ema, perturbable
 
-PERTURBED = ("conv.weight", "fc.weight")  # of SmallNet: its biases and BatchNorm's vectors stay where they are
+PERTURBED = ("conv.weight", "fc.weight")  # of SmallNet: biases and BatchNorm's vectors are not perturbed
 GAMMA = 0.01
 
 
@@ -56,7 +57,7 @@ def _assert_shifted(model: nn.Module, before: dict[str, Tensor], gradients: dict
 
 
 def test_perturbable_weights(make_net):
-    """Weights of more than one dimension only: no bias, no BatchNorm vector, and nothing that is not called weight."""
+    """Parameters called `weight` with more than one dimension: no bias and no BatchNorm vector."""
     net = make_net()
     net.register_parameter("table", nn.Parameter(torch.zeros(2, 2)))
     assert [name for name, _ in perturbable(net)] == list(PERTURBED)
@@ -64,8 +65,8 @@ def test_perturbable_weights(make_net):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_awp_moves_up_by_gamma_and_back(make_net, training):
-    """The direction is the gradient in training mode; inside the loss is higher; on exit the weights are back."""
+def test_awp_perturbs_by_gamma_and_undoes_it(make_net, training):
+    """The direction is the gradient in training mode; inside, the loss is higher; on exit the weights are restored."""
     net, loss_fn = make_net().train(training), _outer(*_batch())
     before, gradients = _state(net), _gradients(net, loss_fn)
     with torch.no_grad():
@@ -78,8 +79,8 @@ def test_awp_moves_up_by_gamma_and_back(make_net, training):
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-15)
 
 
-def test_awp_leaves_gradients_and_batchnorm_alone(make_net):
-    """`.grad` and every BatchNorm buffer (its counter too) are those from before, inside and after."""
+def test_awp_does_not_change_gradients_and_batchnorm(make_net):
+    """`.grad` and every BatchNorm buffer, also its counter, are unchanged inside and after."""
     net = make_net().train()
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 0.25)
@@ -95,8 +96,8 @@ def test_awp_leaves_gradients_and_batchnorm_alone(make_net):
     check()
 
 
-def test_change_made_inside_survives(make_net):
-    """v is subtracted after the optimizer's step and no copy is restored: so weight decay acts on w + v."""
+def test_a_change_made_inside_stays(make_net):
+    """v is subtracted after the optimizer's step instead of restoring a copy, so weight decay acts on w + v."""
     net, loss_fn = make_net(), _outer(*_batch())
     before = _state(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5)
@@ -111,7 +112,7 @@ def test_change_made_inside_survives(make_net):
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_weights_come_back_after_an_error(make_net):
+def test_weights_are_restored_after_an_error(make_net):
     """An interrupted step must not leave the model at w + v."""
     net = make_net()
     before = _state(net)
@@ -122,7 +123,7 @@ def test_weights_come_back_after_an_error(make_net):
 
 
 def test_both_call_forms_of_the_loss(make_net):
-    """`loss_fn(model)` and `loss_fn()` are the same thing."""
+    """`loss_fn(model)` and `loss_fn()` give the same perturbation."""
     x, x_adv, y = _batch()
     states = []
     for with_argument in (True, False):
@@ -135,7 +136,7 @@ def test_both_call_forms_of_the_loss(make_net):
 
 @pytest.mark.parametrize("pieces", [2, 3])
 def test_micro_batches_equal_the_full_batch(make_net, pieces):
-    """Accumulated micro-batches perturb the weights exactly as their whole batch does (where BatchNorm is not one)."""
+    """Accumulated micro-batches perturb the weights like their whole batch (without BatchNorm)."""
     x, x_adv, y = _batch()
     net = make_net()
     net.bn = nn.GroupNorm(2, 6).double()  # statistics of a micro-batch would differ
@@ -146,7 +147,7 @@ def test_micro_batches_equal_the_full_batch(make_net, pieces):
 
 
 def test_reduce_is_applied_before_the_norm(make_net):
-    """The gradient is averaged over ranks first; the length of v is gamma ||w|| whatever the ranks' gradients are."""
+    """The gradient is averaged over ranks first; the length of v is gamma ||w|| for any gradients."""
     net, batches = make_net(), [_batch(0), _batch(1)]
     before = _state(net)
     by_rank = [_gradients(net, _outer(*batch)) for batch in batches]
@@ -159,7 +160,7 @@ def test_reduce_is_applied_before_the_norm(make_net):
 
 
 def test_gamma_zero_does_nothing(make_net):
-    """Not a bit of any weight changes."""
+    """No weight changes by a bit."""
     net = make_net()
     before = _state(net)
     with awp(net, _outer(*_batch()), 0.0):
@@ -167,7 +168,7 @@ def test_gamma_zero_does_nothing(make_net):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_weight_without_gradient_stays(make_net):
+def test_a_gradient_of_zero_does_not_perturb(make_net):
     """||g|| = 0 does not divide by zero."""
     net = make_net()
     before = _state(net)
@@ -189,9 +190,8 @@ def _partly_bad(bad: dict[str, float]):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bad", [PERTURBED[:1], PERTURBED[1:], PERTURBED])
-def test_nothing_moves_without_a_finite_gradient(make_net, value, bad):
-    """NaN could not be taken back: such a weight stays where it is, bit for bit, inside and after; others may move, and
-    are moved back."""
+def test_no_perturbation_without_a_finite_gradient(make_net, value, bad):
+    """Adding NaN cannot be undone: such a weight keeps its bits inside and after; the others are perturbed and restored."""
     net = make_net()
     before = _state(net)
     loss_fn = _partly_bad(dict.fromkeys(bad, value))
@@ -203,8 +203,8 @@ def test_nothing_moves_without_a_finite_gradient(make_net, value, bad):
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0 if name in bad else 1e-15)
 
 
-def test_nothing_moves_after_images_that_are_not_finite(make_net):
-    """As it happens: NaN in one image makes every gradient NaN, and the weights survive the step."""
+def test_no_perturbation_from_images_that_are_not_finite(make_net):
+    """NaN in one image makes every gradient NaN; no weight changes."""
     net, (x, x_adv, y) = make_net(), _batch()
     x_adv[0, 0, 0, 0] = math.nan
     before = _state(net)
@@ -214,7 +214,7 @@ def test_nothing_moves_after_images_that_are_not_finite(make_net):
 
 
 def test_another_rank_may_have_the_bad_gradient(make_net):
-    """What counts is the average over ranks: all leave the same weights alone."""
+    """The average over ranks counts: no rank perturbs these weights."""
     net = make_net()
     before = _state(net)
     with awp(net, _outer(*_batch()), GAMMA, reduce=lambda gradient: gradient + math.nan):
@@ -223,7 +223,7 @@ def test_another_rank_may_have_the_bad_gradient(make_net):
 
 
 def test_awp_is_off_unless_asked_for():
-    """gamma is 0 by default, and the warm-up that of TRADES and NRAT."""
+    """gamma is 0 by default; the warm-up is that of TRADES and NRAT."""
     assert (AwpSpec().gamma, AwpSpec().warmup_epochs) == (0.0, 10)
 
 
@@ -273,8 +273,8 @@ def test_parameters_are_averaged_and_buffers_copied(make_net, dtype):
     assert not ema.module.training and net.training
 
 
-def test_averaged_model_is_not_trained_by_accident(make_net):
-    """The EMA shares no tensor with the model: a step of the model leaves it alone."""
+def test_the_averaged_model_shares_no_tensor(make_net):
+    """A change of the model does not change the EMA."""
     net = make_net()
     ema = build_ema(net, EmaSpec(0.9), 100)
     kept = _state(ema.module)
@@ -284,62 +284,19 @@ def test_averaged_model_is_not_trained_by_accident(make_net):
     assert all(torch.equal(value, kept[name]) for name, value in ema.module.state_dict().items())
 
 
-def _trained(net: nn.Module, seed: int) -> None:
-    """Change weights and BatchNorm's buffers, as a step does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        for buffer in net.buffers():
-            buffer += 1
+# ---- specs ----------------------------------------------------------------------------------------------------------
 
 
-def _mixed(make_net) -> nn.Module:
-    """Parameters of two types, and some that are channels-last."""
-    net = make_net().to(memory_format=torch.channels_last)
-    net.fc.float()
-    return net
-
-
-@pytest.mark.parametrize("kind", ["float32", "float64", "mixed"])
-def test_masked_update_is_timms_where_the_step_is_good(make_net, kind):
-    """Warm-up included, where decay 0 makes exact copies: bit for bit what ModelEmaV3.update does."""
-    net = _mixed(make_net) if kind == "mixed" else make_net(dtype=getattr(torch, kind))
-    total_steps = 200
-    ema, expected = (build_ema(net, EmaSpec(0.8, 0.025), total_steps) for _ in range(2))
-    for step in range(1, 60):
-        _trained(net, step)
-        ema.update_where(torch.tensor(True), net, step=step)
-        expected.update(net, step=step)
-        found, wanted, latest = (_state(model) for model in (ema.module, expected.module, net))
-        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
-        for name, _ in net.named_parameters():
-            assert torch.equal(found[name], latest[name]) == (_decay(step, total_steps, 0.8, 0.025) == 0), name
-        assert all(torch.equal(buffer, net.get_buffer(name)) for name, buffer in ema.module.named_buffers())
-    parameters = dict(net.named_parameters())
-    for name, parameter in ema.module.named_parameters():
-        assert (parameter.dtype, parameter.stride()) == (parameters[name].dtype, parameters[name].stride())
-        assert parameter.data_ptr() != parameters[name].data_ptr()
-
-
-@pytest.mark.parametrize("kind", ["float32", "float64", "mixed"])
-@pytest.mark.parametrize("step", [1, 50])
-def test_masked_update_does_nothing_where_the_step_is_bad(make_net, kind, step):
-    """Neither averages nor buffers change by a bit, in the warm-up or after it; the next good step is unaffected."""
-    net = _mixed(make_net) if kind == "mixed" else make_net(dtype=getattr(torch, kind))
-    ema, undisturbed = (build_ema(net, EmaSpec(0.8, 0.025), 200) for _ in range(2))
-    for seed in (1, 2):
-        _trained(net, seed)
-        for one in (ema, undisturbed):
-            one.update_where(torch.tensor(True), net, step=40)
-    kept, present = dict(ema.module.state_dict()), _state(ema.module)
-    kept |= dict(ema.module.named_buffers())
-    present |= {name: buffer.clone() for name, buffer in ema.module.named_buffers()}
-    other = copy.deepcopy(net)
-    _trained(other, 3)
-    ema.update_where(torch.tensor(False), other, step=step)
-    assert all(torch.equal(value, present[name]) for name, value in kept.items())
-    for one in (ema, undisturbed):
-        one.update_where(torch.tensor(True), net, step=step + 1)
-    expected = undisturbed.module.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in ema.module.state_dict().items())
+@pytest.mark.parametrize(
+    ("spec", "arguments", "message"),
+    [
+        (EmaSpec, {"decay": 1.0}, r"ema\.decay is 1\.0; it must be in \[0, 1\)"),
+        (EmaSpec, {"warmup_fraction": -0.1}, r"ema\.warmup_fraction is -0\.1"),
+        (AwpSpec, {"gamma": math.nan}, r"awp\.gamma is nan; it must be in \[0, 1\)"),
+        (AwpSpec, {"warmup_epochs": -1}, r"awp\.warmup_epochs is -1; it must be 0 or more"),
+    ],
+)
+def test_wrong_settings_are_refused(spec, arguments, message):
+    """When the spec is made."""
+    with pytest.raises(UserError, match=message):
+        spec(**arguments)

@@ -1,34 +1,32 @@
-"""BatchNorm over several processes: whose statistics a batch is normalised with, and running ones that are equal everywhere.
+"""BatchNorm over several processes: which images share batch statistics (`model.bn`), and equal running statistics on all ranks.
 
-`local`   those of what one process holds at a time, as in the published code. They depend on the number of processes.
-`groups`  those of fixed groups of consecutive positions of the global batch: the same for any number of processes.
-`sync`    those of the global batch, by torch's SyncBatchNorm: GPUs only.
+`local`   the images that one process holds at a time, as in the published code; depends on the number of processes.
+`groups`  fixed groups of consecutive positions of the global batch; the same for any number of processes.
+`sync`    the global batch, by torch's SyncBatchNorm; GPUs only.
 
-Within a step a rank's running statistics are its own; `RunningState` then averages them (they are linear in the
-statistics of the batches, so this is exact), or puts everything back where the step was bad.
+Within a step each rank updates its own running statistics. `RunningStatistics` averages them at the end of the step, which
+is exact because they are linear in the batch statistics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import batchnorms
-
-BN_STATISTICS = ("local", "groups", "sync")
 
 
 class GroupedBatchNorm(_BatchNorm):
-    """BatchNorm whose training statistics are those of groups of `group_size` consecutive samples.
+    """BatchNorm with the batch statistics of each group of `group_size` consecutive samples.
 
-    The running statistics move by the average over all groups of a step, once for each forward of the step (natural and
-    adversarial), in `commit`: so they depend neither on the number of processes nor on accumulation.
+    `commit` updates the running statistics at the end of a step, once per forward of the step (natural, adversarial), by
+    the average over all groups. They depend neither on the number of processes nor on accumulation.
     """
 
-    plain_in_evaluation = True  # where it is nothing but BatchNorm: it may be folded
+    plain_in_evaluation = True  # nothing but BatchNorm in evaluation mode: it may be folded
 
     group_size: int
     pending: list[tuple[Tensor, Tensor]]
@@ -55,7 +53,7 @@ class GroupedBatchNorm(_BatchNorm):
         if like is None:
             like = input.new_zeros(self.num_features)
         for group in input.split(self.group_size):
-            mean, variance = torch.zeros_like(like), torch.ones_like(like)  # filled in by momentum 1
+            mean, variance = torch.zeros_like(like), torch.ones_like(like)  # momentum 1 overwrites them
             outputs.append(F.batch_norm(group, mean, variance, self.weight, self.bias, True, 1.0, self.eps))
             means.append(mean)
             variances.append(variance)
@@ -65,9 +63,9 @@ class GroupedBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def commit(self, pieces: int) -> None:
-        """Let the statistics of a step, made of `pieces` micro-batches, into the running ones."""
+        """Update the running statistics at the end of a step of `pieces` micro-batches."""
         calls = len(self.pending) // pieces
-        assert calls * pieces == len(self.pending), "every micro-batch goes through the same forwards"
+        assert calls * pieces == len(self.pending), "all micro-batches must go through the same forwards"
         for call in range(calls):
             seen = self.pending[call::calls]
             assert self.running_mean is not None and self.running_var is not None
@@ -80,33 +78,28 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 def check_batchnorm(statistics: str, group_size: int | None, held: int, device: torch.device) -> None:
-    """Whether `convert` can do what a recipe asks for.
+    """Check `model.bn` (statistics) and `model.bn_group_size` against the launch.
 
     Args:
-        statistics, group_size: `model.bn` and `model.bn_group_size`.
         held: images that one process holds at a time.
 
     Raises:
-        UserError: it cannot.
+        UserError: they do not fit `held` or the device.
     """
-    if statistics not in BN_STATISTICS:
-        raise UserError(f"model.bn is '{statistics}'. {did_you_mean(statistics, BN_STATISTICS)}")
     if statistics == "sync" and device.type == "cpu":
-        raise UserError("model.bn is 'sync', which needs GPUs. Use groups, which works anywhere, or local.")
-    if (statistics == "groups") != (group_size is not None):
-        raise UserError("model.bn groups and model.bn_group_size go together: give both, or neither.")
-    if group_size is not None and (group_size < 2 or held % group_size):
+        raise UserError("model.bn is 'sync', which needs GPUs. Use groups or local, which work on any device.")
+    if group_size is not None and held % group_size:
         raise UserError(
-            f"model.bn_group_size is {group_size}; it must be at least 2 and divide the {held} images that each process holds "
+            f"model.bn_group_size is {group_size}; it must divide the {held} images that each process holds "
             "at a time (data.batch_size over processes and accumulation steps)."
         )
 
 
 def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Module:
-    """`model` with the BatchNorm layers that `statistics` (one of BN_STATISTICS) asks for; parameters are shared.
+    """`model` with BatchNorm layers of the kind `statistics` (one of `models.BN_STATISTICS`), which share its parameters.
 
     Raises:
-        UserError: `groups` for a layer that does more than BatchNorm.
+        UserError: `groups`, and a layer does more than BatchNorm.
     """
     if statistics == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -114,9 +107,9 @@ def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Mod
         assert group_size is not None
         grouped: dict[nn.Module, GroupedBatchNorm] = {}
         names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
-        for name in names:  # a layer may have several
+        for name in names:  # a layer may have several names
             layer = model.get_submodule(name)
-            if isinstance(layer, GroupedBatchNorm):  # in a module that has several names
+            if isinstance(layer, GroupedBatchNorm):  # converted under another name of its module
                 continue
             if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 raise UserError(f"model.bn is 'groups', but {name} is a {type(layer).__name__}. Use local, or sync.")
@@ -128,51 +121,31 @@ def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Mod
     return model
 
 
-class RunningState:
-    """What a step changes as it goes, besides weights: BatchNorm's buffers, and sums that are kept on the device.
+class RunningStatistics:
+    """Keeps BatchNorm's running statistics equal on all ranks.
 
     Args:
-        model: its BatchNorm layers are looked after.
-        others: tensors, always changed in place, that a bad step must not change either.
-        mean: averages a tensor over ranks; None where there is one.
+        model: the bare module.
+        mean: averages a tensor over ranks; None for one process.
     """
 
-    def __init__(
-        self, model: nn.Module, others: Sequence[Tensor], mean: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self._layers = [layer for layer in batchnorms(model) if isinstance(layer, GroupedBatchNorm)]
-        buffers = [buffer for layer in batchnorms(model) for buffer in layer.buffers(recurse=False)]
-        self._statistics, self._others = _by_dtype(buffers), _by_dtype(others)
+    def __init__(self, model: nn.Module, mean: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._grouped = [layer for layer in batchnorms(model) if isinstance(layer, GroupedBatchNorm)]
         self._mean = mean
-        self._before: list[Tensor] = []
+        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}  # one exchange for each type
+        for layer in batchnorms(model):
+            for buffer in layer.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Remember what is there before a step."""
-        self._before = [_flat(group) for group in self._statistics + self._others]
-
-    @torch.no_grad()
-    def end(self, good: Tensor, pieces: int) -> None:
-        """Average BatchNorm's statistics over ranks; or, where `good` (bool scalar) is false, undo all changes.
-
-        Args:
-            pieces: micro-batches of the step.
-        """
-        for layer in self._layers:
+    def end_step(self, pieces: int, *, reduce: bool = True) -> None:
+        """Commit the groups of a step of `pieces` micro-batches, and average over ranks if `reduce`."""
+        for layer in self._grouped:
             layer.commit(pieces)
-        for number, (group, before) in enumerate(zip(self._statistics + self._others, self._before, strict=True)):
-            after = _flat(group)
-            if self._mean is not None and after.is_floating_point() and number < len(self._statistics):
-                after = self._mean(after)
-            values = torch.where(good, after, before).split([tensor.numel() for tensor in group])
-            for tensor, value in zip(group, values, strict=True):
-                tensor.copy_(value.view_as(tensor))
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)
-    return [[tensor for tensor in tensors if tensor.dtype == dtype] for dtype in dtypes]
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
+        if self._mean is None or not reduce:
+            return
+        for buffers in self._by_dtype.values():
+            averaged = self._mean(torch.cat([buffer.flatten() for buffer in buffers]))
+            for buffer, value in zip(buffers, averaged.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(value.view_as(buffer))

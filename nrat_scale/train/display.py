@@ -1,7 +1,6 @@
-"""What a run tells while it trains: rows of metrics.jsonl, one bar or plain lines, TensorBoard, a profile.
+"""Progress of a run: a bar on a terminal, else plain lines, and speeds for TensorBoard.
 
-metrics.jsonl has no times in it, so that an interrupted run ends with the same bytes; speeds are shown and sent to the
-trackers.
+Speeds are not written to metrics.jsonl, so that an interrupted run ends with the same bytes as an uninterrupted one.
 """
 
 import sys
@@ -10,14 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nrat_scale.train.metrics import averages, total_sums
-from nrat_scale.train.state import SUMS, TrainState
-
-# ---- on the screen --------------------------------------------------------------------------------------------------
+from nrat_scale.train.metrics import METRICS, averages, percent, sum_names, total_sums
+from nrat_scale.train.state import TrainState
 
 
 class Progress:
-    """One bar on rank 0, or a line every `train.log_every` steps where nobody watches a terminal."""
+    """A bar on rank 0 if stderr is a terminal, else a line every `train.log_every` steps."""
 
     def __init__(self, state: TrainState) -> None:
         self._terminal = sys.stderr.isatty()
@@ -34,65 +31,61 @@ class Progress:
         state.clock.lap()
 
     def update(self, state: TrainState, lr: float) -> None:
-        """After each step. Every `train.log_every` steps all ranks add up what they saw since the last time."""
+        """Call it after each step, on all ranks: every `train.log_every` steps they add up their sums."""
         self._bar.n = state.step
         self._bar.update(0)
         if state.step % state.recipe.train.log_every == 0:
             with state.clock.section("logging"):
-                self._tell(state, lr)
+                self._report(state, lr)
 
-    def _tell(self, state: TrainState, lr: float) -> None:
+    def _report(self, state: TrainState, lr: float) -> None:
+        """Show and log the metrics and the speed since the last report."""
         sums, steps = total_sums(state), state.step - self._step
-        if sums["images"] <= self._before["images"]:  # an epoch has ended, or training was rewound
-            self._before = dict.fromkeys(SUMS, 0.0)
-        recent = averages(state, {key: sums[key] - self._before[key] for key in SUMS})
+        if sums["images"] <= self._before["images"]:  # the sums were cleared at the end of an epoch, or by a rewind
+            self._before = dict.fromkeys(sum_names(), 0.0)
+        recent = averages(state, {name: sums[name] - self._before[name] for name in sums})
         elapsed, seconds = state.clock.lap()
         self._before, self._step = sums, state.step
         if steps <= 0 or elapsed <= 0 or not self._shown:
             return
         speed = steps * state.recipe.data.batch_size / elapsed
         share = seconds["attack"] / elapsed
-        left = timedelta(seconds=round((state.last_step - state.step) * elapsed / steps))
-        named = {"loss": recent["loss"], "natural": recent["natural_accuracy"], "robust": recent["robust_accuracy"]}
+        known = {name: value for name, value in recent.items() if value is not None}
         state.accelerator.log(
             {"speed/images_per_second": speed, "speed/attack_share": share}
-            | {f"recent/{key}": value for key, value in recent.items() if value is not None},
+            | {f"recent/{name}": value for name, value in known.items()},
             step=state.step,
         )
-        losses = "  ".join(
-            f"{key} {value:.3f}" if key == "loss" else f"{key} {100 * value:.1f} %"
-            for key, value in named.items()
-            if value is not None
-        )
-        text = f"{losses}  lr {lr:.3g}  {speed:.4g} img/s  attack {100 * share:.0f} %"
+        metrics = [
+            f"{METRICS[name].progress} {METRICS[name].show(known[name])}" for name in known if METRICS[name].progress
+        ]
+        text = "  ".join([*metrics, f"lr {lr:.3g}", f"{speed:.4g} img/s", f"attack {100 * share:.0f} %"])
         if self._terminal:
             self._bar.set_postfix_str(text)
-        else:
-            epoch = (state.step - 1) // state.data.steps_per_epoch + 1
-            self.line(
-                f"step {state.step}/{state.last_step}  epoch {epoch}/{state.recipe.train.epochs}  {text}  "
-                f"gradient {recent['grad_norm'] or 0.0:.3g}  ETA {left}"
-            )
+            return
+        epoch = (state.step - 1) // state.data.steps_per_epoch + 1
+        left = timedelta(seconds=round((state.last_step - state.step) * elapsed / steps))
+        self._line(
+            f"step {state.step}/{state.last_step}  epoch {epoch}/{state.recipe.train.epochs}  {text}  ETA {left}"
+        )
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Say what an epoch or a validation gave."""
-        what = "validation" if row["kind"] == "validation" else "training"
-        values = {
-            "natural": row.get("natural", row.get("natural_accuracy")),
-            row.get("attack", "robust"): row.get("robust", row.get("robust_accuracy")),
-            "clean labels fitted": row.get("clean_accuracy"),
-            "noisy labels memorised": row.get("noisy_memorised"),
-        }
-        plain = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in values.items()}
-        text = ", ".join(f"{key} {100 * value:.1f} %" for key, value in plain.items() if value is not None)
-        self.line(f"epoch {row['epoch']}: {what} {text}")
+        """Show the row of an epoch or of a validation."""
+        if row["kind"] == "validation":
+            what, values = "validation", {name: row[name]["accuracy"] for name in ("natural", "robust")}
+            texts = [f"natural {percent(values['natural'])}", f"{row['attack']} {percent(values['robust'])}"]
+        else:
+            what = "training"
+            shown = [name for name, metric in METRICS.items() if metric.summary and row[name] is not None]
+            texts = [f"{METRICS[name].summary} {METRICS[name].show(row[name])}" for name in shown]
+        self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")
 
-    def line(self, text: str) -> None:
-        """A line above the bar."""
+    def _line(self, text: str) -> None:
+        """Print a line above the bar."""
         if self._shown:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """The bar has done its work."""
+        """Remove the bar."""
         self._bar.close()

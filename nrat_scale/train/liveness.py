@@ -1,35 +1,32 @@
-"""Who of a run's processes still lives: each touches a file of its own every second, and reads those of the others.
-
-A collective that fails says that somebody is gone, but not who. The files are RUN/.alive/rank-N; a process that is killed,
-or stands still, touches its own no more.
-"""
+"""Liveness: each rank touches RUN/.alive/rank-N every second, so that survivors can name the rank that died or froze."""
 
 import contextlib
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+
+import torch
 
 from nrat_scale.core.files import make_folder
+from nrat_scale.core.run_folder import RunFolder
 
 _PERIOD_SECONDS = 1.0
-_SILENT_SECONDS = 2.5  # longer than a period, so that a busy machine is not taken for a dead one
+_SILENT_SECONDS = 2.5  # longer than a period: a busy machine touches late
 
 
 @contextlib.contextmanager
-def heartbeat(run: Path, rank: int, num_processes: int) -> Iterator[None]:
-    """Touch this rank's file every second meanwhile. Nothing happens where there is one process."""
+def heartbeat(run: RunFolder, rank: int, num_processes: int) -> Iterator[None]:
+    """Touch this rank's file every second inside the block; does nothing for one process."""
     if num_processes == 1:
         yield
         return
-    folder = run / ".alive"
-    make_folder(folder)
-    path, over = folder / f"rank-{rank}", threading.Event()
+    make_folder(run.alive)
+    path, over = run.alive / f"rank-{rank}", threading.Event()
 
     def beat() -> None:
         while not over.is_set():
-            with contextlib.suppress(OSError):  # a full disk is no reason to die
+            with contextlib.suppress(OSError):  # a full disk must not end the run
                 path.touch()
             over.wait(_PERIOD_SECONDS)
 
@@ -44,13 +41,18 @@ def heartbeat(run: Path, rank: int, num_processes: int) -> Iterator[None]:
             path.unlink()
 
 
-def silent_ranks(run: Path) -> list[int]:
-    """The ranks that have not been heard of for some seconds. It takes as long to tell."""
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether `error` is that of a collective operation whose other side is gone."""
+    return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
+
+
+def silent_ranks(run: RunFolder) -> list[int]:
+    """The ranks that have not touched their file for some seconds; it waits as long."""
     time.sleep(_SILENT_SECONDS + _PERIOD_SECONDS)
-    now = run / ".alive" / f"now-{uuid.uuid4().hex[:8]}"
+    now = run.alive / f"now-{uuid.uuid4().hex[:8]}"
     silent = []
     with contextlib.suppress(OSError):
-        now.touch()  # the file system has a clock of its own
+        now.touch()  # compared with the clock of the file system, not of this machine
         for path in now.parent.glob("rank-*"):
             if now.stat().st_mtime - path.stat().st_mtime > _SILENT_SECONDS:
                 silent.append(int(path.name.removeprefix("rank-")))

@@ -1,7 +1,8 @@
-"""Metrics of a step and an epoch, and the rows of metrics.jsonl."""
+"""The metrics of training: one table, their sums on the device, and the rows of metrics.jsonl."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,75 +10,149 @@ from torch import Tensor
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import write_atomically
-from nrat_scale.train.state import SUMS, MicroBatch, TrainState
+from nrat_scale.objectives import FAMILIES
+from nrat_scale.train.state import MicroBatch, TrainState
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+# What a metric can be averaged over -> its members in a `MicroBatch`, bool [b]. Clean and noisy: images whose label is known
+# to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
+POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
+    "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),
+    "clean": lambda part: (part.clean >= 0) & part.clean.eq(part.label),
+    "noisy": lambda part: (part.clean >= 0) & part.clean.ne(part.label),
+    "steps": lambda grad_norm: torch.ones_like(grad_norm, dtype=torch.bool),
+}
+
+
+def percent(value: float) -> str:
+    """0.125 as `12.5 %`."""
+    return f"{100 * value:.1f} %"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over one population.
+
+    Attributes:
+        over: key of `POPULATIONS`.
+        value: maps a `MicroBatch` after its forwards (for `steps` a gradient norm) to one value per image [b], or to their mean, a scalar.
+        families: the objectives that have it; null in metrics.jsonl for the others.
+        progress: its name in the line of progress; empty: not shown there.
+        summary: its name in the line that ends an epoch; empty: not shown there.
+        show: formats it.
+    """
+
+    over: str
+    value: Callable[[Any], Tensor]
+    families: tuple[str, ...] = FAMILIES
+    progress: str = ""
+    summary: str = ""
+    show: Callable[[float], str] = percent
+
+
+_NATURAL, _ADVERSARIAL = ("natural", "trades", "mart"), ("at", "trades", "mart")
+
+
+def _fitted(part: MicroBatch) -> Tensor:
+    return part.reference_logits.argmax(1).eq(part.label)
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("images", lambda part: part.loss, progress="loss", show="{:.3f}".format),
+    "natural_accuracy": Metric(
+        "images", lambda part: part.logits.argmax(1).eq(part.label), _NATURAL, "natural", "natural"
+    ),
+    "robust_accuracy": Metric(
+        "images", lambda part: part.logits_adv.argmax(1).eq(part.label), _ADVERSARIAL, "robust", "robust"
+    ),
+    "clean_accuracy": Metric("clean", _fitted, summary="clean labels fitted"),
+    "noisy_memorised": Metric("noisy", _fitted, summary="noisy labels memorised"),
+    "noisy_corrected": Metric("noisy", lambda part: part.reference_logits.argmax(1).eq(part.clean)),
+    "grad_norm": Metric("steps", lambda grad_norm: grad_norm, progress="gradient", show="{:.3g}".format),
+}
+
+# The order of `sums` in checkpoints that do not name them.
+UNNAMED_SUMS = (
+    "loss", "natural_accuracy", "robust_accuracy", "images", "grad_norm", "steps",
+    "clean", "clean_accuracy", "noisy", "noisy_memorised", "noisy_corrected",
+)  # fmt: skip
+
+
+def sum_names() -> tuple[str, ...]:
+    """The entries of `TrainState.sums`: the sum of each metric, the size of each population."""
+    return (*METRICS, *POPULATIONS)
+
+
+# ---- sums on the device ---------------------------------------------------------------------------------------------
+
+
+def record_micro_batch(state: TrainState, part: MicroBatch) -> None:
+    """Add a micro-batch, after its forwards, to the checks and sums."""
+    assert part.loss is not None
+    state.checks.note("loss", ~part.loss.isfinite())
+    state.guard.record(part.reference_logits, part.label)
+    _add(state, part, [name for name in POPULATIONS if name != "steps"])
+
+
+def record_step(state: TrainState, grad_norm: Tensor) -> None:
+    """Add a step's gradient norm; on the main process only, because the averaged gradient is the same on all ranks."""
+    state.guard.record_step(grad_norm)
+    _add(state, grad_norm, ["steps"])
 
 
 @torch.no_grad()
-def record_metrics(
-    state: TrainState, loss: Tensor, logits: Tensor | None, logits_adv: Tensor | None, part: MicroBatch
-) -> None:
-    """Add this micro-batch to the epoch's sums, on the device."""
-    state.flags.note("loss", ~loss.isfinite())
-    label = part.y if part.y.ndim == 1 else part.y.argmax(1)
-    right = [torch.zeros_like(label) if z is None else z.argmax(1).eq(label) for z in (logits, logits_adv)]
-    seen = logits if logits is not None else logits_adv
-    assert seen is not None
-    state.guard.record(seen, label)
-    known = part.clean >= 0
-    if part.y.ndim == 2:  # CutMix: what an image shows is no longer one clean label
-        known = torch.zeros_like(known)
-    clean, noisy = known & part.clean.eq(label), known & part.clean.ne(label)
-    predicted = seen.argmax(1)
-    fitted = predicted.eq(label)
-    counts = [*right, torch.ones_like(label)]
-    subsets = [clean, clean & fitted, noisy, noisy & fitted, noisy & predicted.eq(part.clean)]
-    values = {"loss": loss.double() * len(label)}
-    values |= {name: count.sum() for name, count in zip(SUMS[1:4], counts, strict=True)}
-    values |= {name: count.sum() for name, count in zip(SUMS[6:], subsets, strict=True)}
-    state.sums += torch.stack([values.get(name, torch.zeros((), device=label.device)).double() for name in SUMS])
+def _add(state: TrainState, seen: Any, populations: list[str]) -> None:
+    members = {name: POPULATIONS[name](seen) for name in populations}
+    added = {name: mask.sum() for name, mask in members.items()}
+    for name, metric in METRICS.items():
+        if metric.over in members and state.objective.family in metric.families:
+            value = metric.value(seen)
+            whole = value.ndim == 0 and members[metric.over].ndim > 0
+            added[name] = value.double() * added[metric.over] if whole else (value * members[metric.over]).sum()
+    zero = torch.zeros((), dtype=torch.float64, device=state.sums.device)
+    state.sums += torch.stack([added.get(name, zero).double() for name in sum_names()])
+
+
+def total_sums(state: TrainState) -> dict[str, float]:
+    """The sums of all ranks."""
+    return dict(zip(sum_names(), state.accelerator.reduce(state.sums.clone(), "sum").tolist(), strict=True))
+
+
+def averages(state: TrainState, sums: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics; None for those that the objective does not have, and of an empty population."""
+    return {
+        name: sums[name] / sums[metric.over]
+        if sums[metric.over] and state.objective.family in metric.families
+        else None
+        for name, metric in METRICS.items()
+    }
 
 
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------
 
 
+def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
+    """The row of the epoch that ends; clears the sums for the next."""
+    row = {"kind": "train", "epoch": epoch, "step": state.step, **averages(state, total_sums(state)), "lr": lr}
+    state.sums.zero_()
+    return row
+
+
 def log(state: TrainState, row: dict[str, Any]) -> None:
-    """Append one row to metrics.jsonl and show it to the trackers. Where the disk is full it is written with the next."""
+    """Append a row to metrics.jsonl and send its numbers to TensorBoard; after a full disk the next row writes both."""
     if not state.accelerator.is_main_process:
         return
     state.metrics.append(json.dumps(row, allow_nan=False))
     try:
-        write_atomically(state.run / "metrics.jsonl", "".join(line + "\n" for line in state.metrics))
+        write_metrics(state)
     except UserError as error:
-        state.accelerator.print(f"warning: {error} The run goes on.")
+        state.accelerator.print(f"warning: {error} Training continues.")
     values = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in row.items()}
-    numbers = {f"{row['kind']}/{k}": v for k, v in values.items() if isinstance(v, float)}
+    numbers = {f"{row['kind']}/{key}": value for key, value in values.items() if isinstance(value, float)}
     state.accelerator.log(numbers, step=row["step"])
 
 
-def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
-    """The row of the epoch that ends, and new sums for the next."""
-    sums = total_sums(state)
-    state.sums.zero_()
-    return {"kind": "train", "epoch": epoch, "step": state.step, **averages(state, sums), "lr": lr}
-
-
-def total_sums(state: TrainState) -> dict[str, float]:
-    return dict(zip(SUMS, state.accelerator.reduce(state.sums.clone(), "sum").tolist(), strict=True))
-
-
-def averages(state: TrainState, sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Means over the images (gradient norm: the steps) that `sums` counts; None for what this run has none of."""
-
-    def share(part: str, whole: str) -> float | None:
-        return sums[part] / sums[whole] if sums[whole] else None
-
-    family = state.objective.family
-    return {
-        "loss": share("loss", "images"),
-        "natural_accuracy": share("natural", "images") if family != "at" else None,
-        "robust_accuracy": share("robust", "images") if family != "natural" else None,
-        "clean_accuracy": share("clean_fitted", "clean"),
-        "noisy_memorised": share("noisy_fitted", "noisy"),
-        "noisy_corrected": share("noisy_corrected", "noisy"),
-        "grad_norm": share("grad_norm", "steps"),
-    }
+def write_metrics(state: TrainState) -> None:
+    """Replace metrics.jsonl by the rows of `state`."""
+    write_atomically(state.run.metrics, "".join(line + "\n" for line in state.metrics))

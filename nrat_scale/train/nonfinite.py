@@ -1,25 +1,54 @@
-"""What may go wrong within a step, and signals to stop: noted on the device, summed over ranks, read without waiting.
+"""Steps that are not finite: detected on the device, agreed on by all ranks, reported by the host without waiting.
 
-A step that went wrong must not change anything, so the device decides by itself (`agree`), and all ranks alike. The host
-learns of it when the copy has arrived: on a CPU at once, on a GPU one step later. Wrong stays wrong: steps that were
-started in between change nothing either, and what the host finds is the state before the first bad step.
+A loss, gradient or attack that is NaN or Inf on any rank makes every rank skip the optimizer's update on the device, by
+`found_inf`. The host reads the result at the end of the step on a CPU, one step later on a GPU, and ends the run before
+it saves anything. Until then every step is skipped: the parameters are those from before the first bad step. BatchNorm's
+running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
+
+fp16 is the exception. GradScaler expects overflows and skips those steps, so training continues after `Rollback`.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from safetensors.torch import save
+from torch import Tensor, nn
 
+from nrat_scale.core.files import write_atomically
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.data.batches import Batch
 from nrat_scale.train.signals import SIGNALS
 
-WRONG = ("attack", "ball", "loss", "gradient")
+if TYPE_CHECKING:
+    from nrat_scale.train.state import MicroBatch
+
+WRONG = {
+    "attack": "the loss or gradient of the attack is not finite",
+    "ball": "the adversarial images are outside the ball around the natural ones, which is a bug",
+    "loss": "the loss is not finite",
+    "gradient": "the gradient is not finite",
+}
+_KINDS = tuple(WRONG)
+_NAMED_IDS = 10
+
+
+# ---- checks on the device -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of `step` (counted from 1): what was `wrong` on any rank, what on this one, and the signal to stop by."""
+    """The checks of one step that need an answer.
+
+    Attributes:
+        step: counted from 1.
+        wrong: keys of `WRONG` that happened on any rank.
+        here: those of them that happened on this rank.
+        signum: the signal to stop by, 0 for none.
+    """
 
     step: int
     wrong: tuple[str, ...]
@@ -28,65 +57,160 @@ class Verdict:
 
 
 class StepChecks:
-    """The flags of a run's steps.
+    """What went wrong in each step, and signals to stop, summed over ranks.
+
+    A kind of `WRONG` that was noted once stays noted: all later steps are bad too.
 
     Args:
         device: of the training.
-        total: sums an int32 tensor over ranks; None where there is one.
+        total: sums an int32 tensor over ranks; None for one process.
+        lag: steps by which the host reads behind the device; by default 0 on a CPU and 1 elsewhere.
+
+    Attributes:
+        here: what this rank has noted, int32 counts of WRONG and SIGNALS, on the device.
+        pending: steps that the host has not read: number, counts, event that marks the end of the copy.
     """
 
-    def __init__(self, device: torch.device, total: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, device: torch.device, total: Callable[[Tensor], Tensor] | None = None, lag: int | None = None
+    ) -> None:
         self._total = total
-        self._lag = 0 if device.type == "cpu" else 1  # steps
-        self._here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
-        self._all = torch.zeros_like(self._here)
-        self._posted: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._lag = lag if lag is not None else int(device.type != "cpu")
+        self.here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
+        self._everywhere = torch.zeros_like(self.here)
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def begin(self, signum: int) -> None:
         """Start a step; `signum` is the signal that this process has received, 0 for none."""
-        self._here[len(WRONG) :].zero_()
+        self.here[len(WRONG) :].zero_()
         if signum:
-            self._here[len(WRONG) + SIGNALS.index(signum)].fill_(1)
+            self.here[len(WRONG) + SIGNALS.index(signum)].fill_(1)
 
     @torch.no_grad()
     def note(self, kind: str, bad: Tensor) -> None:
-        """`bad` (bool scalar): this rank's `kind` of WRONG happened."""
-        self._here[WRONG.index(kind)] += bad
+        """Note `kind` of WRONG on this rank if `bad` (bool scalar)."""
+        self.here[_KINDS.index(kind)] += bad
 
     @torch.no_grad()
     def agree(self) -> Tensor:
-        """Sum over ranks; whether nothing was wrong on any of them up to now (bool scalar, on the device)."""
-        self._all = self._here.clone() if self._total is None else self._total(self._here)
-        return ~self._all[: len(WRONG)].any()
+        """Sum over ranks; whether nothing is wrong on any of them so far (bool scalar on the device)."""
+        self._everywhere = self.here.clone() if self._total is None else self._total(self.here)
+        return ~self._everywhere[: len(WRONG)].any()
 
     @torch.no_grad()
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:
-        """After `agree`: what all ranks see alike; whether nothing was wrong up to now."""
-        self._all[WRONG.index(kind)] += bad
+        """After `agree`, note what is the same on all ranks; whether nothing is wrong so far (bool scalar)."""
+        self._everywhere[_KINDS.index(kind)] += bad
         self.note(kind, bad)
-        return ~self._all[: len(WRONG)].any()
+        return ~self._everywhere[: len(WRONG)].any()
 
     @torch.no_grad()
     def post(self, step: int) -> None:
-        """End `step`: send its flags on their way to the host."""
-        values = torch.stack([self._all, self._here])
+        """End `step`: start the copy of its counts to the host."""
+        values = torch.stack([self._everywhere, self.here])
         if not values.is_cuda:
-            self._posted.append((step, values, None))
+            self.pending.append((step, values, None))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._posted.append((step, host, event))
+        self.pending.append((step, host, event))
 
     def read(self, *, everything: bool = False) -> Verdict | None:
-        """The first verdict that asks for something, of those that have arrived (or, waiting for them, of all)."""
-        while len(self._posted) > (0 if everything else self._lag):
-            step, values, event = self._posted.popleft()
+        """The first step that needs an answer among those that the host can read; `everything` waits for all."""
+        while len(self.pending) > (0 if everything else self._lag):
+            step, values, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             everywhere, here = values.tolist()
-            wrong, local = (tuple(k for k, n in zip(WRONG, row, strict=False) if n) for row in (everywhere, here))
-            asked = [s for s, n in zip(SIGNALS, everywhere[len(WRONG) :], strict=True) if n]
-            if wrong or asked:
-                return Verdict(step, wrong, local, int(asked[0]) if asked else 0)
+            wrong, local = (
+                tuple(kind for kind, n in zip(_KINDS, row, strict=False) if n) for row in (everywhere, here)
+            )
+            signals = [signum for signum, n in zip(SIGNALS, everywhere[len(WRONG) :], strict=True) if n]
+            if wrong or signals:
+                return Verdict(step, wrong, local, int(signals[0]) if signals else 0)
         return None
+
+
+class Rollback:
+    """Restores tensors after a step that did not count; the host need not know whether it did.
+
+    Args:
+        tensors: always changed in place.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Copy the tensors before a step."""
+        self._before = [tensor.clone() for tensor in self._tensors]
+
+    @torch.no_grad()
+    def end(self, good: Tensor) -> None:
+        """Restore the copies unless `good` (bool scalar on the device)."""
+        for tensor, before in zip(self._tensors, self._before, strict=True):
+            tensor.copy_(torch.where(good, tensor, before))
+        self._before = []
+
+
+# ---- the report of a bad step ---------------------------------------------------------------------------------------
+
+
+def report_bad_step(
+    verdict: Verdict, batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int
+) -> str:
+    """Save the images and weights of a bad step; the error message, the same on all ranks. All ranks must call it.
+
+    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether an
+    id is of the generated images), and `model.NAME`: the parameters from before the step. BatchNorm's running statistics
+    in it already contain the step.
+    """
+    # The averaged gradient is the same on all ranks: it does not say on which one something went wrong.
+    causes = [kind for kind in verdict.wrong if kind != "gradient"] or ["gradient"]
+    places = [_save_step(batch, parts, model, run, rank)] if set(causes) & set(verdict.here) else []
+    where = "; ".join(gather_object(places))
+    return (
+        f"Step {verdict.step} was not applied: {' and '.join(WRONG[kind] for kind in causes)} ({where}). No checkpoint "
+        "contains it. Lower optim.lr (the paper uses 0.1, 0.05 or 0.01), set train.max_grad_norm, or use precision bf16 or fp32."
+    )
+
+
+def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
+    """bool [b]: the first images that were not finite: adversarial pixels, else natural logits, else adversarial logits.
+
+    In the training forwards BatchNorm's batch statistics spread one NaN over the batch. The attack runs before them, with
+    `threat.bn: eval` each image by itself, so its images come first.
+    """
+    bad = torch.zeros(sum(len(part.x) for part in parts), dtype=torch.bool)
+    for name in ("x_adv", "logits", "logits_adv"):
+        tensors = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        if tensors and not bad.any():
+            bad = ~torch.cat(tensors).flatten(1).isfinite().all(1).cpu()
+    return bad
+
+
+def _save_step(batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int) -> str:
+    """Write the file of this rank; its clause of the error message."""
+    tensors = {
+        "x": torch.cat([part.x for part in parts]),
+        "y": torch.cat([part.y for part in parts]),
+        "ids": batch.ids,
+        "generated": batch.generated,
+        **{f"model.{name}": value for name, value in model.state_dict().items()},
+    }
+    adversarial = [part.x_adv for part in parts if part.x_adv is not None]
+    if adversarial:
+        tensors["x_adv"] = torch.cat(adversarial)
+    plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    path = run.bad_step(batch.step + 1, rank)
+    write_atomically(path, save(plain, metadata={"format": "pt"}))
+    sources = ["generated" if generated else "real" for generated in batch.generated.tolist()]
+    ids = [f"{source} {number}" for source, number in zip(sources, batch.ids.tolist(), strict=True)]
+    bad = images_not_finite(parts).tolist()
+    named = [name for name, is_bad in zip(ids, bad, strict=True) if is_bad] or ids
+    more = f" and {len(named) - _NAMED_IDS} more" if len(named) > _NAMED_IDS else ""
+    whole = " (the whole batch)" if len(named) == len(ids) else ""
+    return f"rank {rank}, images {', '.join(named[:_NAMED_IDS])}{more}{whole}, saved with the weights in {path}"

@@ -1,14 +1,20 @@
-"""Where the time of training steps goes: a clock per section, and torch's profiler on request."""
+"""The time of training steps: seconds per section, and torch's profiler (`--profile N`)."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from nrat_scale.core.files import make_folder
+
+if TYPE_CHECKING:
+    from nrat_scale.train.state import TrainState
 
 SECTIONS = ("data", "attack", "outer", "optimizer", "logging")
+_WARMUP_STEPS = 2  # in which caches fill and kernels are chosen
 
 
 class Clock:
@@ -22,10 +28,10 @@ class Clock:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Count what happens inside; a profiler shows it under this name."""
+        """Add the time of the block to `name`; a profiler shows the block under this name."""
         assert name in SECTIONS, name
         with record_function(name):
-            # The loader and the log are the host's work, whatever the device.
+            # Loading and logging run on the host, whatever the device.
             on_device = self._cuda and name not in ("data", "logging")
             begin = self._now(on_device)
             try:
@@ -45,7 +51,7 @@ class Clock:
         return event
 
     def lap(self) -> tuple[float, dict[str, float]]:
-        """(seconds since the last lap, seconds by section); on a GPU it waits for what was started."""
+        """(seconds since the last lap, seconds by section); on a GPU it waits for the events of the lap."""
         for name, begin, end in self._events:
             end.synchronize()
             self._seconds[name] += begin.elapsed_time(end) / 1e3
@@ -53,3 +59,42 @@ class Clock:
         result = now - self._began, self._seconds
         self._began, self._seconds, self._events = now, dict.fromkeys(SECTIONS, 0.0), []
         return result
+
+
+class Profile:
+    """torch's profiler over `num_steps` steps after two of warm-up; 0 for none."""
+
+    def __init__(self, state: "TrainState", num_steps: int) -> None:
+        self._first, self._num_steps = state.step + _WARMUP_STEPS, num_steps
+        self._profiler: Any = None
+        if num_steps and state.last_step < self._first + num_steps:
+            state.accelerator.print(
+                f"warning: no profile is written: {state.last_step - state.step} steps are left, and --profile {num_steps} "
+                f"needs {num_steps + _WARMUP_STEPS}."
+            )
+
+    def update(self, state: "TrainState") -> None:
+        """Start or end the profile; call it before each step and after the last."""
+        if not self._num_steps:
+            return
+        if state.step == self._first:
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            state.clock.lap()
+            self._profiler = profile(activities=kinds)
+            self._profiler.__enter__()
+        elif self._profiler is not None and state.step == self._first + self._num_steps:
+            elapsed, seconds = state.clock.lap()
+            self._profiler.__exit__(None, None, None)
+            if state.accelerator.is_main_process:
+                self._write(state, elapsed, seconds)
+            self._profiler = None
+
+    def _write(self, state: "TrainState", elapsed: float, seconds: dict[str, float]) -> None:
+        make_folder(state.run.profile)
+        path = state.run.profile / f"steps-{self._first + 1}-{state.step}.json"
+        self._profiler.export_chrome_trace(str(path))
+        rows = [*((name, seconds[name]) for name in SECTIONS), ("other", elapsed - sum(seconds.values()))]
+        print(f"profile of steps {self._first + 1} to {state.step} (chrome://tracing opens {path}):")
+        for name, value in rows:
+            print(f"  {name:<10} {1e3 * value / self._num_steps:9.1f} ms a step  {100 * value / elapsed:5.1f} %")
+        print(f"  {'all':<10} {1e3 * elapsed / self._num_steps:9.1f} ms a step", flush=True)

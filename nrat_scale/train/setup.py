@@ -1,4 +1,4 @@
-"""Start a run: check what a user can get wrong, then build data, model, optimizer and state."""
+"""Start a run: check recipe, data and run folder, then build data, model, optimizer and state."""
 
 import datetime
 import warnings
@@ -24,27 +24,26 @@ from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
-from nrat_scale.optim import build_optimizer
-from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
+from nrat_scale.objectives import Objective
+from nrat_scale.optim import build_optimizer, zero_momentum
+from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
 from nrat_scale.train.attack_model import AttackModel
-from nrat_scale.train.batchnorm import RunningState, check_batchnorm, convert
-from nrat_scale.train.nonfinite import StepChecks
+from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, convert
+from nrat_scale.train.metrics import sum_names
+from nrat_scale.train.nonfinite import Rollback, StepChecks
 from nrat_scale.train.profiling import Clock
 from nrat_scale.train.recovery import resume
-from nrat_scale.train.state import SUMS, TrainState
+from nrat_scale.train.state import TrainState
 from nrat_scale.weights import build_ema
 
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-# ---- a run ----------------------------------------------------------------------------------------------------------
-
-
 def start(recipe: RecipeSpec) -> TrainState:
-    """Check everything a user can get wrong, then build the run: data, model, optimizer, resumed state.
+    """Check recipe, launch, data and run folder, then build the state and resume it from its newest checkpoint.
 
     Raises:
-        UserError: data missing or damaged, a run directory used for something else, more processes than fit, ...
+        UserError: data missing or damaged, a run folder of another recipe, a number of processes that does not fit, ...
     """
     if recipe.precision == "fp16" and not torch.accelerator.is_available():
         raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
@@ -60,7 +59,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
-        # A model whose training collapses fills with denormal numbers, which make a CPU twenty times slower.
+        # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
@@ -71,46 +70,41 @@ def start(recipe: RecipeSpec) -> TrainState:
     check_batchnorm(recipe.model.bn, recipe.model.bn_group_size, recipe.data.batch_size // pieces, accelerator.device)
     data = on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
     if data is None:
-        # Another rank: what the main one has verified need not be hashed again, unless what is bad is to be skipped.
+        # The main process has verified the hashes; other ranks repeat it only to skip the same damaged shards.
         data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
     arguments, base = _model(recipe, data)
-    run = Path(recipe.run_dir)
-    on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
-    on_main(accelerator, lambda: data.skips.attach(RunFolder(run)))
-    data.skips.attach(RunFolder(run))
+    run = RunFolder(Path(recipe.run_dir))
+    on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
+    on_main(accelerator, lambda: data.skips.attach(run))
+    data.skips.attach(run)
     data.place_images(accelerator.device)
     return _build(recipe, run, data, accelerator, arguments, base)
 
 
-def _claim(run: Path, recipe: RecipeSpec) -> None:
-    """Make the run directory ours, or make sure that it is."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; run_dir must be a folder. Choose another with run_dir=PATH.")
-    path = run / "recipe.yaml"
-    used = run.is_dir() and any(run.iterdir())
-    if used and recipe.resume == "never":
-        raise UserError(
-            f"The run directory {run} is not empty and resume is 'never'. Choose another with run_dir=PATH."
-        )
-    if used and not path.is_file():
-        raise UserError(
-            f"{run} holds something that is not a run; nothing in it was touched. Choose another with run_dir=PATH."
-        )
-    if used and load_recipe(path).identity != recipe.identity:
-        raise UserError(
-            f"{run} holds a run of another recipe ({difference(load_recipe(path), recipe)}). "
-            "Choose another directory with run_dir=PATH."
-        )
+def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
+    """Create the run folder, or check that it holds a run of this recipe."""
+    path, problem = run.path, ""
+    used = path.is_dir() and any(path.iterdir())
+    if path.exists() and not path.is_dir():
+        problem = "is a file; run_dir must be a folder"
+    elif used and recipe.resume == "never":
+        problem = "is not empty and resume is 'never'"
+    elif used and not run.recipe.is_file():
+        problem = "holds something that is not a run; nothing in it was touched"
+    elif used and load_recipe(run.recipe).identity != recipe.identity:
+        problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
+    if problem:
+        raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
     if not used:
-        make_folder(run)
-        write_atomically(path, to_yaml(recipe))  # first: with it an interrupted start can be taken up again
-        write_atomically(run / "metrics.jsonl", "")
-    elif not (run / "checkpoints").is_dir():
-        make_folder(run / "checkpoints")
+        make_folder(path)
+        write_atomically(run.recipe, to_yaml(recipe))  # first: an interrupted start can then be resumed
+        write_atomically(run.metrics, "")
+    elif not run.checkpoints.is_dir():
+        make_folder(run.checkpoints)
 
 
 def _model(recipe: RecipeSpec, data: TrainingData) -> tuple[dict[str, Any], nn.Module]:
-    """The arguments that rebuild the model, and the model with its initial weights, a function of the seed."""
+    """The arguments that rebuild the model, and the model with initial weights, a function of the seed."""
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)
     shards = data.shards
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
@@ -123,7 +117,7 @@ def _model(recipe: RecipeSpec, data: TrainingData) -> tuple[dict[str, Any], nn.M
 
 def _build(
     recipe: RecipeSpec,
-    run: Path,
+    run: RunFolder,
     data: TrainingData,
     accelerator: Accelerator,
     arguments: dict[str, Any],
@@ -136,31 +130,31 @@ def _build(
     base = convert(base, recipe.model.bn, recipe.model.bn_group_size)
     total_steps = recipe.train.epochs * data.steps_per_epoch
     ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
-    twin = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
+    attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
+    if attack_model.untraced is not None and batchnorms(base):
+        accelerator.print(
+            f"BatchNorm is not folded while attacking: torch.fx cannot trace the model ({attack_model.untraced})."
+        )
     with warnings.catch_warnings():
-        # torch deprecates `broadcast_buffers`, and Accelerate has no other word for it yet.
+        # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = build_objective(recipe.objective, data.shards.num_classes).to(device)
+    objective = Objective(recipe.objective, data.shards.num_classes).to(device)
     guard = Guard.build(recipe.guard, data.shards.num_classes, device)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    running = RunningState(
-        base,
-        [sums, guard.sums, *objective.buffers()],
-        (lambda tensor: accelerator.reduce(tensor, "mean")) if several else None,
-    )
-    flags = StepChecks(device, (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None)
+    sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
+    checks = StepChecks(device, (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None)
+    statistics = RunningStatistics(base, (lambda tensor: accelerator.reduce(tensor, "mean")) if several else None)
     state = TrainState(
-        recipe, run, data, accelerator, base, model, twin, optimizer, objective, ema, data.validation(), guard, flags,
-        Clock(device), running, sums,
+        recipe, run, data, accelerator, base, model, attack_model, optimizer, objective, ema, data.validation(), guard,
+        checks, Clock(device), statistics, sums,
     )  # fmt: skip
-    if twin.untraced is not None and batchnorms(base):
-        accelerator.print(f"BatchNorm is not folded while attacking: the model cannot be traced ({twin.untraced}).")
-    on_main(accelerator, lambda: recover(run))
+    if recipe.precision == "fp16":
+        prepare_for_skipped_steps(state)
+    on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
         _describe(state, arguments)
         state.saver = Saver(
-            run,
+            run.path,
             recipe.train.keep,
             warn=lambda sentence: tqdm.write(f"warning: {sentence}"),
             queue_every=recipe.release.every_epochs,
@@ -169,8 +163,15 @@ def _build(
     return state
 
 
+def prepare_for_skipped_steps(state: TrainState) -> None:
+    """Let training continue after a step that GradScaler skips: roll back what the step changed besides the weights."""
+    zero_momentum(state.optimizer.optimizer)
+    statistics = [buffer for layer in batchnorms(state.base) for buffer in layer.buffers(recurse=False)]
+    state.rollback = Rollback([*statistics, *state.objective.buffers(), state.sums, state.guard.sums])
+
+
 def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
-    """Files that say what the run is: model, data and label noise."""
+    """Write model.json, data.json and the files of the label noise."""
     shards, real = state.data.shards, state.data.real
     description = {
         "architecture": state.recipe.model.name,
@@ -179,12 +180,12 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
         "class_names": list(shards.class_names),
         "dataset": shards.dataset,
     }
-    write_json(state.run / "model.json", description)
-    write_json(state.run / "data.json", state.data.describe())
+    write_json(state.run.model, description)
+    write_json(state.run.data, state.data.describe())
     if real is not None and real.given is not None and real.clean is not None:
         order = real.shards.in_source_order()
         clean, given = real.clean[order], real.given[order]
         noise = label_noise.describe(clean, given, shards.num_classes, state.recipe.data.real.noise)
-        write_json(state.run / "label_noise.json", noise)
-        if not (state.run / "label_noise.npz").is_file():
-            np.savez(state.run / "label_noise.npz", clean=clean, given=given, noisy=clean != given)
+        write_json(state.run.label_noise, noise)
+        if not state.run.label_noise_arrays.is_file():
+            np.savez(state.run.label_noise_arrays, clean=clean, given=given, noisy=clean != given)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the step, saves, and ends; a second signal ends it at once."""
+"""Signals that stop a run: the first lets it finish the step and save, a second one ends it at once."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved its state. `status` is the exit status of the process."""
+    """A run saved its state and stopped because of a signal. `status` is the exit status of the process."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -21,12 +21,12 @@ class Stopped(Exception):
 
     @property
     def status(self) -> int:
-        """130 after SIGINT as shells have it, 143 after SIGTERM and SIGUSR1 (what schedulers warn with)."""
+        """130 after SIGINT, as in shells; 143 after SIGTERM and SIGUSR1, the warnings of schedulers."""
         return 130 if self.signum == signal.SIGINT else 143
 
 
 class StopSignals:
-    """The signal that this process has received, if any; 0 for none. Installed by `watched`."""
+    """The signal that this process has received (`received`), 0 for none. `watched` installs the handlers."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -36,15 +36,15 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
-            # Files are written beside their place and renamed: leaving in the middle damages none.
+            # Safe in the middle of a write: files are written beside their place and renamed.
             os._exit(128 + signum)
         self.received = signum
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step and saving; a second signal ends at once\n")
+            os.write(2, b"\nstopping after this step and saving; a second signal ends the run at once\n")
 
     @contextlib.contextmanager
     def watched(self) -> Iterator["StopSignals"]:
-        """Catch `SIGNALS` meanwhile. Only the main thread can; elsewhere nothing changes."""
+        """Handle `SIGNALS` inside the block. Only the main thread can; in another thread nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -57,7 +57,7 @@ class StopSignals:
 
 
 def resume_command() -> str:
-    """What to type to go on with this run: the command that started it."""
+    """The command that resumes this run: the one that started it."""
     module = "-m nrat_scale.train"
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is None:

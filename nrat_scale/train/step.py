@@ -1,13 +1,13 @@
 """One training step, to be read beside Algorithm 1 of the paper.
 
     1. take this rank's part of global batch t, augmented, in [0, 1]
-    2. attack it: x' = PGD(inner loss) on the twin, which shares the weights and needs no gradient for them
-    3. with AWP, move the weights against the model; else leave them
+    2. attack it: x' = PGD(inner loss) on the attack model, which shares the weights and needs no gradient for them
+    3. with AWP, perturb the weights
     4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
-    5. optimizer step, EMA: unless something was not finite on any rank. Then nothing changes, on all of them
+    5. optimizer step, skipped on all ranks if a loss or gradient is not finite on any; EMA
 
-All random numbers come from (seed, step), so a resumed run repeats the undisturbed one. Nothing here waits for a GPU: what
-the host must know it reads from `Training.flags` later.
+All random numbers are functions of (seed, step), so a resumed run repeats the uninterrupted one. Nothing here makes the host wait
+for a GPU: the host reads `TrainState.checks` later.
 """
 
 import contextlib
@@ -22,21 +22,24 @@ from torch import Tensor, nn
 from nrat_scale.attacks import apply_noise, in_space, search, start_noise
 from nrat_scale.core.seeds import torch_generator
 from nrat_scale.data.batches import Batch
+from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.losses import LOSSES
 from nrat_scale.optim import align_gradients
-from nrat_scale.train.metrics import record_metrics
-from nrat_scale.train.state import SUMS, MicroBatch, TrainState
+from nrat_scale.train.metrics import record_micro_batch, record_step
+from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
 
 def train_step(state: TrainState, batch: Batch) -> None:
-    """Algorithm 1 for one global batch, of which `batch` is this rank's part."""
-    state.recent.append(batch)
-    state.flags.begin(state.signals.received)
-    state.running.begin()
+    """Algorithm 1 for one global batch; `batch` is this rank's part of it."""
+    done: list[MicroBatch] = []
+    state.recent.append((batch, done))
+    state.checks.begin(state.signals.received)
+    if state.rollback is not None:
+        state.rollback.begin()
     with state.clock.section("data"):
         parts = list(micro_batches(state, batch))
-    # DM_AT attacks with batch statistics: its natural training forward gives the logits that the attack needs as well.
+    # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
     reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural and not _awp_acts(state)
     reuse = reuse and not _starts_precisely(state)
     if state.objective.attacks and not reuse:
@@ -46,7 +49,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
         for number, part in enumerate(parts):
             last = number + 1 == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
-                # Natural first, then adversarial, in two forwards: BatchNorm's statistics depend on it.
+                # Two forwards, natural first: BatchNorm's batch and running statistics depend on both.
                 with state.clock.section("outer"):
                     logits = state.model(part.x) if state.objective.family != "at" else None
                 part = attacked(state, part, logits) if reuse else part
@@ -54,21 +57,25 @@ def train_step(state: TrainState, batch: Batch) -> None:
                     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
                     loss = state.objective.loss(logits, logits_adv, part.y)
                     state.accelerator.backward(loss / len(parts))
-            record_metrics(state, loss, logits, logits_adv, part)
+            natural, adversarial = (z.detach() if z is not None else None for z in (logits, logits_adv))
+            done.append(replace(part, loss=loss.detach(), logits=natural, logits_adv=adversarial))
+            record_micro_batch(state, done[-1])
             state.objective.update(logits, part.y, lambda value: state.accelerator.reduce(value, "sum"))
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
     with state.clock.section("optimizer"):
         state.optimizer.zero_grad()
-        state.running.end(good, len(parts))
+        state.statistics.end_step(len(parts))
+        if state.rollback is not None:
+            state.rollback.end(good)
         if state.ema is not None:
-            state.ema.update_where(good, state.base, step=state.step + 1)
-        state.flags.post(state.step + 1)
+            state.ema.update(state.base, step=state.step + 1)
+        state.checks.post(state.step + 1)
 
 
 def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
-    """The parts of this rank's batch; all randomness is that of the global batch, sliced."""
+    """The `train.accumulate` parts of this rank's batch; random numbers are drawn for the global batch and sliced."""
     device, size = state.accelerator.device, state.recipe.data.batch_size
     x, y = state.data.augmented(batch, device)
     if state.recipe.precision == "fp64":
@@ -79,23 +86,25 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
+    if y.ndim == 2:  # CutMix: an image no longer has one clean label
+        clean = torch.full_like(clean, UNKNOWN_LABEL)
     pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
     yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
-    """`part` with x_adv: the training attack.
+    """The training attack: `part` with x_adv.
 
     Args:
-        logits: of the natural images as the attack runs the model, where they are known already.
+        logits: natural logits, computed as the attack runs the model; None: compute them if the inner loss needs them.
     """
     with state.clock.section("attack"):
-        state.twin.refresh()
+        state.attack_model.refresh()
         threat = state.recipe.threat
-        mixed, precise = _in_autocast(state), state.twin.forward
+        mixed, precise = _in_autocast(state), state.attack_model.forward
         first = precise if _starts_precisely(state) else mixed
-        model, encode, decode = in_space(state.twin.module, threat.space, mixed)
-        first_model, _, _ = in_space(state.twin.module, threat.space, first)
+        model, encode, decode = in_space(state.attack_model.module, threat.space, mixed)
+        first_model, _, _ = in_space(state.attack_model.module, threat.space, first)
         if logits is None and state.objective.inner_needs_natural:
             with torch.no_grad():
                 logits = first(part.x)
@@ -107,35 +116,35 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
             apply_noise(encode(part.x), part.noise, threat),
             first_model,
         )
-        state.flags.note("attack", ~found.finite)
-        state.flags.note("ball", found.finite & ~found.inside)
+        state.checks.note("attack", ~found.finite)
+        state.checks.note("ball", found.finite & ~found.inside)
         return replace(part, x_adv=decode(found.x_adv))
 
 
 def _in_autocast(state: TrainState) -> Callable[[Tensor], Tensor]:
     if state.recipe.precision in ("fp32", "fp64"):
-        return state.twin.forward
+        return state.attack_model.forward
 
     def mixed(x: Tensor) -> Tensor:
         with state.accelerator.autocast():
-            return state.twin.forward(x)
+            return state.attack_model.forward(x)
 
     return mixed
 
 
 def _starts_precisely(state: TrainState) -> bool:
-    """Whether the natural logits and the first attack step are computed in float32, all the rest being in bf16 or fp16.
+    """Whether natural logits and first attack step are computed in float32 although the rest is in bf16 or fp16.
 
-    The first step compares with the natural prediction an almost equal one, and its gradient would be rounding noise
-    (docs/benchmarks.md has the measurement).
+    The start is almost the natural image, so in low precision the first gradient of a divergence would be rounding noise
+    (measured in docs/benchmarks.md).
     """
     return state.objective.inner_needs_natural and state.recipe.precision in ("bf16", "fp16")
 
 
 def _inner(state: TrainState, logits: Tensor | None, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """What the attack maximises, a function of the adversarial logits."""
+    """The loss that the attack maximises, a function of the adversarial logits."""
     if y.ndim == 2 and state.objective.spec.inner == "kl":
-        # CutMix: DM_AT attacks KL(y || p') instead of KL(p || p'); its gradient is that of cross-entropy.
+        # With CutMix, DM_AT attacks KL(y || p') instead of KL(p || p'); it has the gradient of cross-entropy.
         return lambda logits_adv: LOSSES["ce"](logits_adv, y)
     return state.objective.inner(logits, y)
 
@@ -163,29 +172,27 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
 
 @torch.no_grad()
 def _finish_gradient(state: TrainState) -> Tensor:
-    """Note the norm of the averaged gradient and clip it; let the optimizer skip a bad step.
+    """Record the norm of the averaged gradient, clip it, and make the optimizer skip a bad step.
 
     Returns:
         Whether the step counts, bool scalar, the same on all ranks.
     """
-    good = state.flags.agree()
+    good = state.checks.agree()
     align_gradients(state.base.parameters())
     gradients = [p.grad for p in state.base.parameters() if p.grad is not None]
     scaler = state.accelerator.scaler
     if scaler is not None:
-        # The scaler looks for itself; an overflow is its daily business, and a reason to skip, not to stop.
+        # GradScaler does its own inf check: an fp16 overflow skips the step but is not an error.
         gradients[0].mul_(torch.where(good, 1.0, math.nan))
         state.accelerator.unscale_gradients()
     norm = torch.nn.utils.get_total_norm(gradients)
     limit = state.recipe.train.max_grad_norm
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(state.base.parameters(), limit, norm)
-    if state.accelerator.is_main_process:  # the averaged gradient is that of all ranks: one step counts once
-        state.guard.record_step(norm)
-        state.sums[SUMS.index("grad_norm")] += norm
-        state.sums[SUMS.index("steps")] += 1
+    if state.accelerator.is_main_process:
+        record_step(state, norm)
     if scaler is not None:
         return good & norm.isfinite()
-    good = state.flags.note_everywhere("gradient", ~norm.isfinite())
-    state.optimizer.optimizer.found_inf = (~good).float()  # torch's fused optimizers then leave everything as it is
+    good = state.checks.note_everywhere("gradient", ~norm.isfinite())
+    state.optimizer.optimizer.found_inf = (~good).float()  # torch's fused optimizers skip the update if it is 1
     return good

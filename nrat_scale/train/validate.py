@@ -1,4 +1,4 @@
-"""Natural and robust accuracy on the held-out images, while a run trains: what selects its best checkpoint."""
+"""Validation: natural and robust accuracy on the held-out images, which selects the best checkpoint."""
 
 import dataclasses
 from typing import Any
@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.data.training_data import LabelledImages
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
 from nrat_scale.train.state import TrainState
 
 
 def validate(state: TrainState) -> dict[str, Any] | None:
-    """Natural and robust accuracy on the held-out images, split over ranks: a metrics row.
+    """Natural and robust accuracy on the held-out images, split over ranks: a row of metrics.jsonl.
 
-    None on all ranks where one of them was asked to stop meanwhile: it is done again when the run goes on.
+    None on all ranks if one of them received a signal to stop meanwhile; the resumed run validates again.
     """
     model, held_out = state.evaluated, state.validation
     training = model.training
@@ -27,7 +26,7 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     try:
         with state.accelerator.autocast():
             for name in ("natural", attack):
-                given, clean = _both_labels(name, model, images, held_out, rows, state)
+                given, clean = _outcomes(state, name, model, images, rows)
                 counts += [int(given.sum()), int(clean.sum())]
     except Interrupted:
         counts = [0] * 5
@@ -55,17 +54,20 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     }
 
 
-def _both_labels(
-    attack: str, model: nn.Module, images: Images, held_out: LabelledImages, rows: np.ndarray, state: TrainState
+def _outcomes(
+    state: TrainState, attack: str, model: nn.Module, images: Images, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Outcomes [m] against the labels used and against the clean ones; only where they differ is the attack repeated."""
+    """Outcomes bool [m] of the images `rows` for the labels used, and for the clean ones (all false if unknown).
+
+    An attack depends on its label, so it is repeated for the images whose clean label differs.
+    """
     if state.recipe.precision == "fp64":
-        model = _Doubled(model)
+        model = _Float64(model)
     options: dict[str, Any] = {"seed": state.recipe.seed, "batch_size": 256, "stopped": lambda: bool(state.signals)}
     outcome = correct_under(attack, model, images, state.recipe.threat, **options)
-    if held_out.clean_labels is None:
+    if state.validation.clean_labels is None:
         return outcome, np.zeros(len(outcome), bool)
-    clean_labels = held_out.clean_labels[torch.from_numpy(rows)]
+    clean_labels = state.validation.clean_labels[torch.from_numpy(rows)]
     differ = np.flatnonzero(clean_labels.ne(images.labels).numpy())
     clean = outcome.copy()
     if len(differ):
@@ -74,8 +76,8 @@ def _both_labels(
     return outcome, clean
 
 
-class _Doubled(nn.Module):
-    """A float64 model for float32 images."""
+class _Float64(nn.Module):
+    """Runs a float64 model on float32 images."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -76,8 +76,8 @@ def test_losses_and_their_gradients(golden, case, name):
         _assert_equal(gradient, golden[f"{case}/{name}/{kind}"])
 
 
-def test_no_golden_loss_is_left_out(golden):
-    """Every loss recorded in the reference file is compared."""
+def test_every_golden_loss_is_compared(golden):
+    """The tests above cover every loss of the reference file."""
     recorded = {key.split("/")[1] for key in golden if key.startswith("mild/") and key.endswith("/loss")}
     assert recorded == {*ON_NATURAL, "sym_kl", *PRESETS}
 
@@ -123,7 +123,7 @@ def test_attack_and_loss_on_its_result(golden, tiny, name):
 
 
 def test_weight_perturbation(golden, tiny):
-    """AWP moves the weights along the reference's ascent direction, by gamma, and moves no bias."""
+    """AWP moves the weights by gamma along the reference's ascent direction, and moves no bias."""
     x, y, x_adv = golden["tiny/x"], golden["tiny/y"], golden["attack/trades_kl/x_adv"]
     objective, gamma = build("trades"), 0.005
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
@@ -141,7 +141,7 @@ def test_weight_perturbation(golden, tiny):
 
 @pytest.mark.parametrize(("prefix", "activation"), [("swish", "silu"), ("relu", "relu")])
 def test_wide_resnet(prefix, activation):
-    """Logits in both modes and BatchNorm's running mean after one training step equal RobustBench's architecture."""
+    """Logits in both modes, and the running mean after one training forward, equal those of RobustBench's model."""
     golden = {key.removeprefix(f"{prefix}/"): value for key, value in _load("wide_resnet_float64.npz").items()}
     model = WideResNet(10, 1, activation).double()
     model.load_state_dict(_state(golden, "state/"))

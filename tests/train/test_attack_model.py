@@ -1,4 +1,4 @@
-"""The twin that attacks run on: the model's results to rounding, its memory, and nothing of it changed."""
+"""The attack model: the model's results up to rounding and its memory; the model itself does not change."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from nrat_scale.train.batchnorm import convert
 
 
 class Chain(nn.Module):
-    """Convolutions that BatchNorm follows at once: with bias, strided, in groups, and BatchNorm without affine."""
+    """Convolutions directly followed by BatchNorm: with bias, strided, in groups, and BatchNorm without affine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Chain(nn.Module):
 
 
 class Unfoldable(nn.Module):
-    """One case in which BatchNorm must stay, chosen by name; `bn` after `conv` is what is looked at."""
+    """One case, chosen by name, in which `bn` must not be folded into `conv`."""
 
     def __init__(self, case: str) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ class Shifted(nn.BatchNorm2d):
 
 
 def settled(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """`model` in training mode with statistics and affine parameters that are far from where they start."""
+    """`model` in training mode with statistics and affine parameters far from their initial values."""
     model = model.to(dtype).train()
     shaken(model, 0)
     return model
 
 
 def shaken(model: nn.Module, seed: int) -> None:
-    """Change weights and statistics of `model`, all in place, as a training step does."""
+    """Change weights and statistics of `model` in place, as a training step does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -119,11 +119,11 @@ def results(forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Ten
     return logits.detach(), gradient
 
 
-def assert_equal_in_eval_mode(model: nn.Module, twin: AttackModel, x: Tensor) -> None:
-    """To 1e-12 of the largest value, the model being attacked as it would be without a twin."""
+def assert_equal_in_eval_mode(model: nn.Module, attack: AttackModel, x: Tensor) -> None:
+    """To 1e-12 of the largest value: the same as an attack on the model itself."""
     with attack_mode(model, "eval"):
         expected = results(model, x)
-    for found, wanted in zip(results(twin.forward, x), expected, strict=True):
+    for found, wanted in zip(results(attack.forward, x), expected, strict=True):
         assert wanted.abs().max() > 0
         assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
@@ -137,8 +137,8 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(value, before[name]), name
 
 
-# Of a WideResNet's BatchNorm layers the second of every block follows a convolution that nothing else uses; the first one
-# of all does where the first block has a convolution as shortcut, and so needs the stem's result only normalised.
+# In a WideResNet the second BatchNorm of every block is the only user of a convolution's result. The first one of all is, too,
+# if the first block has a convolution as its shortcut.
 FOLDED = [
     (ResNet18, 20),
     (lambda: WideResNet(10, 1, "silu"), 3),
@@ -155,58 +155,58 @@ EVERY_MODEL = pytest.mark.parametrize(("make", "num_folded"), FOLDED, ids=NAMES)
 
 
 @EVERY_MODEL
-def test_folded_twin_equals_the_model(make, num_folded):
-    """Logits and gradients for the images are the model's in evaluation mode, whatever mode the model is in; every
-    BatchNorm layer that can be is folded; the model keeps its mode and every bit."""
+def test_the_folded_model_equals_the_model(make, num_folded):
+    """Logits and image gradients are the model's in evaluation mode, although it is in training mode; all BatchNorm layers
+    that can be folded are; the model keeps its mode and every bit."""
     model = settled(make())
     before = state(model)
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == num_folded
-    assert len(batchnorms(twin.module)) == len(batchnorms(model)) - num_folded
-    assert_equal_in_eval_mode(model, twin, images())
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == num_folded
+    assert len(batchnorms(attack.module)) == len(batchnorms(model)) - num_folded
+    assert_equal_in_eval_mode(model, attack, images())
     assert all(module.training for module in model.modules())
-    assert not any(module.training for module in twin.module.modules() if not isinstance(module, nn.Identity))
+    assert not any(module.training for module in attack.module.modules() if not isinstance(module, nn.Identity))
     assert_same_state(model, before)
 
 
 @EVERY_MODEL
 def test_refresh_follows_the_model(make, num_folded):
-    """After every step, which changes weights and statistics in place, and whoever gives the parameters new memory, as
-    DistributedDataParallel does."""
+    """After steps that change weights and statistics in place, and after parameters get new memory, as in
+    DistributedDataParallel."""
     model = settled(make())
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == num_folded
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == num_folded
     for seed in (1, 2):
         shaken(model, seed)
-        twin.refresh()
-        assert_equal_in_eval_mode(model, twin, images())
+        attack.refresh()
+        assert_equal_in_eval_mode(model, attack, images())
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    twin.refresh()
+    attack.refresh()
     for seed in (3, 4):
         shaken(model, seed)
-        twin.refresh()
-        assert_equal_in_eval_mode(model, twin, images())
+        attack.refresh()
+        assert_equal_in_eval_mode(model, attack, images())
 
 
 def test_refresh_follows_buffers_that_are_replaced(make_net):
-    """Not only those that change in place: of folded layers, of those that stay, and of the model itself."""
+    """Buffers of folded layers, of other layers, and of the model itself."""
     for fold in (True, False):
         model = make_net()
-        twin = AttackModel(model, "eval", fold=fold)
+        attack = AttackModel(model, "eval", fold=fold)
         model.bn.running_mean = model.bn.running_mean + 1
         model.bn.running_var = model.bn.running_var * 2
         model.mean = model.mean / 2
-        twin.refresh()
-        assert_equal_in_eval_mode(model, twin, images())
+        attack.refresh()
+        assert_equal_in_eval_mode(model, attack, images())
 
 
 def test_weights_that_are_not_folded_follow_at_once():
-    """They are the model's own memory: no refresh is needed."""
+    """They share memory with the model, so no refresh is needed."""
     model = settled(Chain())
-    twin = AttackModel(model, "eval", fold=False)
+    attack = AttackModel(model, "eval", fold=False)
     shaken(model, 1)
-    assert_equal_in_eval_mode(model, twin, images())
+    assert_equal_in_eval_mode(model, attack, images())
 
 
 @pytest.mark.parametrize(
@@ -226,21 +226,20 @@ def test_weights_that_are_not_folded_follow_at_once():
         "untraceable",
     ],
 )
-def test_what_cannot_be_folded_is_not(case):
-    """A convolution whose result, or which itself, is used elsewhere too, layers that are not exactly these classes, a
-    model that torch.fx cannot trace: attacked as they are, with equal results."""
+def test_unsafe_pairs_are_not_folded(case):
+    """A convolution with other users, other classes of layers, a model that torch.fx cannot trace: the results are equal."""
     model = settled(Unfoldable(case))
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == 0
-    assert (twin.untraced is not None) == (case == "untraceable"), "the run says why"
-    assert_equal_in_eval_mode(model, twin, images())
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == 0
+    assert (attack.untraced is not None) == (case == "untraceable"), "a run prints the reason"
+    assert_equal_in_eval_mode(model, attack, images())
     shaken(model, 1)
-    twin.refresh()
-    assert_equal_in_eval_mode(model, twin, images())
+    attack.refresh()
+    assert_equal_in_eval_mode(model, attack, images())
 
 
 class Aliased(nn.Module):
-    """Convolution and BatchNorm have two names each, or the convolution's weight is read a second time."""
+    """Convolution and BatchNorm have two names each, or another operation reads the convolution's weight."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -257,80 +256,80 @@ class Aliased(nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["two names", "tied weight"])
-def test_layers_that_are_used_under_another_name_are_left_alone(tied):
-    """Folded, the other use would see the wrong weights, or BatchNorm twice."""
+def test_layers_that_are_used_elsewhere_are_not_folded(tied):
+    """The other use would read the wrong weights, or apply BatchNorm twice."""
     model = settled(Aliased(tied))
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == 0
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == 0
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert_equal_in_eval_mode(model, twin, x)
+    assert_equal_in_eval_mode(model, attack, x)
 
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("before", [False, True])
-def test_hooked_layers_are_left_alone(place, before):
-    """A hook on a layer that was folded away would not be called, or see something else."""
+def test_hooked_layers_are_not_folded(place, before):
+    """The hook would not be called, or see another value."""
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))
     if before:
         model[place].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     else:
         model[place].register_forward_hook(lambda module, inputs, output: output * 2)
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == 0
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == 0
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert_equal_in_eval_mode(model, twin, x)
+    assert_equal_in_eval_mode(model, attack, x)
 
 
 def test_grouped_batchnorm_is_folded_too():
-    """In evaluation mode it is BatchNorm: the option does what it says with `model.bn: groups`."""
+    """In evaluation mode it is plain BatchNorm."""
     model = settled(convert(ResNet18(), "groups", 2), torch.float64)
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == 20
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == 20
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert_equal_in_eval_mode(model, twin, x)
+    assert_equal_in_eval_mode(model, attack, x)
 
 
 def test_the_same_network_without_an_obstacle_is_folded():
-    """So that the cases above are not refused for a reason of their own."""
+    """The control of the cases above."""
     model = settled(Unfoldable("none"))
-    twin = AttackModel(model, "eval")
-    assert twin.num_folded == 1
-    assert_equal_in_eval_mode(model, twin, images())
+    attack = AttackModel(model, "eval")
+    assert attack.num_folded == 1
+    assert_equal_in_eval_mode(model, attack, images())
 
 
 def test_folding_can_be_switched_off():
-    """`train.fold_batchnorm: false`: bit for bit what the model computes in evaluation mode."""
+    """`train.fold_batchnorm: false`: bit for bit the model in evaluation mode."""
     model = settled(WideResNet(10, 1), torch.float32)
-    twin = AttackModel(model, "eval", fold=False)
-    assert twin.num_folded == 0
+    attack = AttackModel(model, "eval", fold=False)
+    assert attack.num_folded == 0
     with attack_mode(model, "eval"):
         expected = results(model, images(torch.float32))
-    assert all(map(torch.equal, results(twin.forward, images(torch.float32)), expected))
+    assert all(map(torch.equal, results(attack.forward, images(torch.float32)), expected))
 
 
 def test_float32_differs_by_rounding_only():
-    """Folding rounds otherwise; in float32 that is in the sixth digit."""
+    """Folding changes the rounding, in float32 in the sixth digit."""
     model = settled(ResNet18(), torch.float32)
-    twin = AttackModel(model, "eval")
+    attack = AttackModel(model, "eval")
     with attack_mode(model, "eval"):
         expected = results(model, images(torch.float32))[0]
-    torch.testing.assert_close(twin.forward(images(torch.float32)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attack.forward(images(torch.float32)), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- batch statistics -----------------------------------------------------------------------------------------------
 
 
 @EVERY_MODEL
-def test_batch_mode_is_that_of_the_attack_bit_for_bit(make, num_folded):
-    """Batch statistics, nothing folded, and no buffer of the model moves, however often the twin is asked."""
+def test_batch_mode_equals_an_attack_on_the_model_bit_for_bit(make, num_folded):
+    """Batch statistics, nothing folded, and no forward changes a buffer of the model."""
     model = settled(make(), torch.float32).eval()
-    twin = AttackModel(model, "batch")
-    assert twin.num_folded == 0
+    attack = AttackModel(model, "batch")
+    assert attack.num_folded == 0
     for seed in (1, 2):
         shaken(model, seed)
         before = state(model)
-        twin.refresh()
-        found = results(twin.forward, images(torch.float32))
+        attack.refresh()
+        found = results(attack.forward, images(torch.float32))
         assert_same_state(model, before)
         with attack_mode(model, "batch"):
             expected = results(model, images(torch.float32))
@@ -340,7 +339,7 @@ def test_batch_mode_is_that_of_the_attack_bit_for_bit(make, num_folded):
 
 
 def test_unknown_mode_is_a_bug():
-    """The recipe has been checked long before."""
+    """The recipe is checked before."""
     with pytest.raises(AssertionError, match="train"):
         AttackModel(nn.Linear(1, 1), "train")
 
@@ -350,66 +349,66 @@ def test_unknown_mode_is_a_bug():
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_unfolded_parameters_share_memory(bn):
-    """Only a folded convolution has weights of its own; everything else is the model's memory, before and after
-    somebody gives the parameters a new one."""
+    """Only folded convolutions have weights of their own; all others share the model's memory, also after it was
+    re-allocated."""
     model = settled(ResNet18())
-    twin = AttackModel(model, bn)
+    attack = AttackModel(model, bn)
     for move in (False, True):
         if move:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
-            twin.refresh()
+            attack.refresh()
         theirs = dict(model.named_parameters())
-        own = {name for name, p in twin.module.named_parameters() if name not in theirs}
-        own |= {n for n, p in twin.module.named_parameters() if n in theirs and p.data_ptr() != theirs[n].data_ptr()}
-        convolutions = [name for name, layer in twin.module.named_modules() if isinstance(layer, nn.Conv2d)]
+        own = {name for name, p in attack.module.named_parameters() if name not in theirs}
+        own |= {n for n, p in attack.module.named_parameters() if n in theirs and p.data_ptr() != theirs[n].data_ptr()}
+        convolutions = [name for name, layer in attack.module.named_modules() if isinstance(layer, nn.Conv2d)]
         folded = {f"{name}.{kind}" for name in convolutions for kind in ("weight", "bias")}
         assert own == (folded if bn == "eval" else set())
     buffers = dict(model.named_buffers())
-    assert all(buffer is buffers[name] for name, buffer in twin.module.named_buffers())
+    assert all(buffer is buffers[name] for name, buffer in attack.module.named_buffers())
 
 
-def test_layers_that_share_a_weight_share_it_in_the_twin():
-    """No copy is made of a weight that two layers have in common."""
+def test_layers_that_share_a_weight_share_it_in_the_attack_model():
+    """A weight that two layers share is not copied."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    twin = AttackModel(model, "eval").module
-    assert isinstance(twin, nn.Sequential) and twin[1].weight is twin[0].weight
-    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+    attack = AttackModel(model, "eval").module
+    assert isinstance(attack, nn.Sequential) and attack[1].weight is attack[0].weight
+    assert attack[0].weight.data_ptr() == model[0].weight.data_ptr()
 
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_only_the_model_needs_gradients(bn):
-    """The twin's parameters never do; what the model froze stays frozen, and nothing else is, nor gets a gradient."""
+    """The attack model's parameters never do; the model's keep their `requires_grad` and get no gradient."""
     model = settled(Chain())
     model.fc.bias.requires_grad_(False)
     wanted = {name: name != "fc.bias" for name, _ in model.named_parameters()}
-    twin = AttackModel(model, bn)
+    attack = AttackModel(model, bn)
     for move in (False, True):
         if move:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         shaken(model, 1)
-        twin.refresh()
-        twin.forward(images().requires_grad_()).sum().backward()
-        assert not any(parameter.requires_grad for parameter in twin.module.parameters())
+        attack.refresh()
+        attack.forward(images().requires_grad_()).sum().backward()
+        assert not any(parameter.requires_grad for parameter in attack.module.parameters())
         assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
-        assert all(parameter.grad is None for m in (model, twin.module) for parameter in m.parameters())
+        assert all(parameter.grad is None for m in (model, attack.module) for parameter in m.parameters())
 
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 @pytest.mark.parametrize("make", [Chain, lambda: WideResNet(10, 1)], ids=["chain", "wrn"])
 def test_an_attack_in_the_middle_of_a_graph(bn, make):
-    """The model's forward, then an attack on the twin, then backward: gradients and buffers are those without the
-    attack, bit for bit (DM_AT's order, and that of accumulated micro-batches)."""
+    """The model's forward, then an attack, then backward: gradients and buffers equal those without the attack, bit for
+    bit (DM_AT's order, and that of accumulated micro-batches)."""
 
-    def gradients(model: nn.Module, twin: AttackModel | None) -> list[Tensor]:
+    def gradients(model: nn.Module, attack: AttackModel | None) -> list[Tensor]:
         logits = model(images())
-        if twin is not None:
-            twin.refresh()
+        if attack is not None:
+            attack.refresh()
             x = images()
             for _ in range(2):
-                x = (x + 0.01 * results(twin.forward, x)[1].sign()).clamp(0, 1)
+                x = (x + 0.01 * results(attack.forward, x)[1].sign()).clamp(0, 1)
         nn.functional.cross_entropy(logits, torch.arange(4)).backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -422,21 +421,21 @@ def test_an_attack_in_the_middle_of_a_graph(bn, make):
     assert_same_state(model, state(undisturbed))
 
 
-def test_channels_last_weights_stay_so():
-    """Folded ones too, after every refresh: the attack is as fast as the model."""
+def test_channels_last_weights_stay_channels_last():
+    """Folded ones too, after every refresh."""
     model = settled(ResNet18()).to(memory_format=torch.channels_last)
-    twin = AttackModel(model, "eval")
+    attack = AttackModel(model, "eval")
     x = images(torch.float64, 16).contiguous(memory_format=torch.channels_last)
     for move in (False, True):
         if move:
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()
         shaken(model, 1)
-        twin.refresh()
-        for name, parameter in twin.module.named_parameters():
+        attack.refresh()
+        for name, parameter in attack.module.named_parameters():
             assert parameter.ndim != 4 or parameter.is_contiguous(memory_format=torch.channels_last), name
             if not name.endswith("bias"):
                 assert parameter.stride() == model.get_parameter(name).stride(), name
     with attack_mode(model, "eval"):
         expected = model(x)
-    torch.testing.assert_close(twin.forward(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attack.forward(x), expected, rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""What went wrong in a step, on any rank, and the signal to stop by: told once, of the right step, by the right name."""
+"""Checks of a step on all ranks: each failure and signal is reported once, with its step and its kind; and their rollback."""
 
 import signal
 from collections.abc import Callable
@@ -7,22 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from nrat_scale.train.nonfinite import WRONG, StepChecks, Verdict
+from nrat_scale.train.nonfinite import WRONG, Rollback, StepChecks, Verdict, images_not_finite
 from nrat_scale.train.signals import SIGNALS
+from nrat_scale.train.state import MicroBatch
 
 CPU = torch.device("cpu")
+LOCAL = ("attack", "ball", "loss")  # the gradient is the same on all ranks
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
-def stepped(flags: StepChecks, step: int, *, bad: str | None = None, signum: int = 0, late: str | None = None) -> bool:
+def stepped(checks: StepChecks, step: int, *, bad: str | None = None, signum: int = 0, late: str | None = None) -> bool:
     """One training step in which `bad` happens before the ranks agree and `late` after; whether the step counts."""
-    flags.begin(signum)
-    for kind in WRONG[:3]:
-        flags.note(kind, TRUE if kind == bad else FALSE)
-    good = flags.agree()
+    checks.begin(signum)
+    for kind in LOCAL:
+        checks.note(kind, TRUE if kind == bad else FALSE)
+    good = checks.agree()
     assert good.shape == () and good.dtype == torch.bool
-    good = flags.note_everywhere("gradient", TRUE if late == "gradient" else FALSE)
-    flags.post(step)
+    good = checks.note_everywhere("gradient", TRUE if late == "gradient" else FALSE)
+    checks.post(step)
     return bool(good)
 
 
@@ -32,87 +34,86 @@ def ranks() -> list[StepChecks]:
     pair: list[StepChecks] = []
 
     def total(own: int) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: tensor + pair[1 - own]._here
+        return lambda tensor: tensor + pair[1 - own].here
 
     pair += [StepChecks(CPU, total(0)), StepChecks(CPU, total(1))]
     return pair
 
 
-# ---- what went wrong ------------------------------------------------------------------------------------------------
+# ---- failures -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_told_while_all_is_well():
-    """However many steps: no verdict, every step counts, and what was read is not kept."""
-    flags = StepChecks(CPU)
+def test_no_verdict_while_all_steps_are_finite():
+    """For any number of steps: every step counts, and what was read is not kept."""
+    checks = StepChecks(CPU)
     for step in range(1, 200):
-        assert stepped(flags, step)
-        assert flags.read() is None
-        assert len(flags._posted) == 0
-    assert flags.read(everything=True) is None
+        assert stepped(checks, step)
+        assert checks.read() is None
+        assert len(checks.pending) == 0
+    assert checks.read(everything=True) is None
 
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("everything", [False, True])
-def test_kind_and_step_are_told(kind, everything):
-    """Each kind by its own name, with the step in which it happened and not the one in which it is read."""
-    flags = StepChecks(CPU)
-    assert stepped(flags, 6)
+def test_a_verdict_has_kind_and_step(kind, everything):
+    """The step in which it happened, not the one in which it is read."""
+    checks = StepChecks(CPU)
+    assert stepped(checks, 6)
     when = {"late": kind} if kind == "gradient" else {"bad": kind}
-    assert not stepped(flags, 7, **when)
-    assert flags.read(everything=everything) == Verdict(7, (kind,), (kind,), 0)
-    assert flags.read(everything=everything) is None
+    assert not stepped(checks, 7, **when)
+    assert checks.read(everything=everything) == Verdict(7, (kind,), (kind,), 0)
+    assert checks.read(everything=everything) is None
 
 
-def test_several_kinds_are_told_together():
-    """In the order of WRONG, whatever was noted first."""
-    flags = StepChecks(CPU)
-    flags.begin(0)
-    flags.note("loss", TRUE)
-    flags.note("attack", TRUE)
-    assert not flags.agree()
-    assert not flags.note_everywhere("gradient", TRUE)
-    flags.post(1)
-    assert flags.read() == Verdict(1, ("attack", "loss", "gradient"), ("attack", "loss", "gradient"), 0)
+def test_several_kinds_are_in_one_verdict():
+    """In the order of WRONG, not of noting."""
+    checks = StepChecks(CPU)
+    checks.begin(0)
+    checks.note("loss", TRUE)
+    checks.note("attack", TRUE)
+    assert not checks.agree()
+    assert not checks.note_everywhere("gradient", TRUE)
+    checks.post(1)
+    assert checks.read() == Verdict(1, ("attack", "loss", "gradient"), ("attack", "loss", "gradient"), 0)
 
 
-def test_one_bad_piece_among_good_ones():
-    """A later micro-batch that is well does not take back what an earlier one noted."""
-    flags = StepChecks(CPU)
-    flags.begin(0)
+def test_one_bad_micro_batch_among_good_ones():
+    """A later finite micro-batch does not clear what an earlier one noted."""
+    checks = StepChecks(CPU)
+    checks.begin(0)
     for bad in (FALSE, TRUE, FALSE):
-        flags.note("loss", bad)
-    assert not flags.agree()
-    flags.post(1)
-    assert flags.read() == Verdict(1, ("loss",), ("loss",), 0)
+        checks.note("loss", bad)
+    assert not checks.agree()
+    checks.post(1)
+    assert checks.read() == Verdict(1, ("loss",), ("loss",), 0)
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_wrong_stays_wrong(kind):
-    """Steps that were begun before the host knew change nothing either; the first verdict is that of the first bad
-    step."""
-    flags = StepChecks(CPU)
-    assert stepped(flags, 1)
+    """Steps that were started before the host knew are bad too; the first verdict is that of the first bad step."""
+    checks = StepChecks(CPU)
+    assert stepped(checks, 1)
     when = {"late": kind} if kind == "gradient" else {"bad": kind}
-    assert not stepped(flags, 2, **when)
-    assert not stepped(flags, 3)
-    flags.begin(0)
-    assert not flags.agree()
-    flags.post(4)
-    assert [flags.read(), flags.read(), flags.read()] == [Verdict(step, (kind,), (kind,), 0) for step in (2, 3, 4)]
-    assert flags.read() is None
+    assert not stepped(checks, 2, **when)
+    assert not stepped(checks, 3)
+    checks.begin(0)
+    assert not checks.agree()
+    checks.post(4)
+    assert [checks.read(), checks.read(), checks.read()] == [Verdict(step, (kind,), (kind,), 0) for step in (2, 3, 4)]
+    assert checks.read() is None
 
 
-def test_flags_of_a_step_are_those_of_its_end():
-    """What is noted later does not reach back into a step that was posted and not read yet."""
-    flags = StepChecks(CPU)
-    assert stepped(flags, 1)
-    assert not stepped(flags, 2, bad="ball")
-    verdict = flags.read()
+def test_later_notes_do_not_change_a_posted_step():
+    """Even if the host has not read it yet."""
+    checks = StepChecks(CPU)
+    assert stepped(checks, 1)
+    assert not stepped(checks, 2, bad="ball")
+    verdict = checks.read()
     assert verdict is not None and verdict.step == 2
 
 
 def test_unknown_kind_is_a_bug():
-    """A flag that nobody reads would be lost."""
+    """Nobody would read it."""
     with pytest.raises(ValueError, match="not in tuple"):
         StepChecks(CPU).note("weather", TRUE)
 
@@ -121,9 +122,9 @@ def test_unknown_kind_is_a_bug():
 
 
 @pytest.mark.parametrize("where", [0, 1])
-@pytest.mark.parametrize("kind", WRONG[:3])
+@pytest.mark.parametrize("kind", LOCAL)
 def test_ranks_agree(ranks, where, kind):
-    """What one rank noted makes the step bad on both; `here` says on which it was."""
+    """What one rank noted makes the step bad on both; `here` says on which it happened."""
     for rank in ranks:
         rank.begin(0)
     ranks[where].note(kind, TRUE)
@@ -134,8 +135,8 @@ def test_ranks_agree(ranks, where, kind):
     assert ranks[1 - where].read() == Verdict(3, (kind,), (), 0)
 
 
-def test_place_is_kept_for_each_kind(ranks):
-    """Two ranks with different troubles: both kinds everywhere, each one's own under `here`."""
+def test_each_kind_keeps_its_rank(ranks):
+    """Two ranks with different failures: both kinds in `wrong`, each rank's own in `here`."""
     for rank, kind in zip(ranks, ("attack", "loss"), strict=True):
         rank.begin(0)
         rank.note(kind, TRUE)
@@ -149,7 +150,7 @@ def test_place_is_kept_for_each_kind(ranks):
 
 
 def test_ranks_stay_wrong_together(ranks):
-    """In later steps too, also where nothing new happens."""
+    """In later steps too, without anything new."""
     for step in (1, 2, 3):
         for rank in ranks:
             rank.begin(0)
@@ -161,9 +162,9 @@ def test_ranks_stay_wrong_together(ranks):
     assert [rank.read().step for rank in ranks] == [2, 2]
 
 
-def test_what_all_ranks_see_alike(ranks):
-    """The norm of the averaged gradient is looked at after the ranks agreed: it makes the step bad at once, without
-    another exchange, is told as `gradient` on all, and stays."""
+def test_what_is_the_same_on_all_ranks(ranks):
+    """The norm of the averaged gradient is checked after the ranks agreed: it makes the step bad at once, without another
+    exchange, is reported as `gradient` on all ranks, and stays."""
     for rank in ranks:
         rank.begin(0)
     assert all(rank.agree() for rank in ranks)
@@ -177,8 +178,8 @@ def test_what_all_ranks_see_alike(ranks):
     assert [rank.read() for rank in ranks] == [Verdict(5, ("gradient",), ("gradient",), 0)] * 2
 
 
-def test_what_was_wrong_before_is_not_forgiven(ranks):
-    """`note_everywhere` answers for the whole step, not for its own kind alone."""
+def test_an_earlier_failure_stays(ranks):
+    """`note_everywhere` returns whether the whole step is finite, not only its own kind."""
     for rank in ranks:
         rank.begin(0)
     ranks[0].note("attack", TRUE)
@@ -191,19 +192,19 @@ def test_what_was_wrong_before_is_not_forgiven(ranks):
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
-def test_a_signal_is_told_once_and_by_name(signum):
-    """A step with a signal counts; it is told which one, and the next step without is quiet again."""
-    flags = StepChecks(CPU)
-    assert stepped(flags, 1, signum=int(signum))
-    assert stepped(flags, 2)
-    verdict = flags.read()
+def test_a_signal_is_reported_once(signum):
+    """A step with a signal counts; the verdict has the signal, and the next step has no verdict."""
+    checks = StepChecks(CPU)
+    assert stepped(checks, 1, signum=int(signum))
+    assert stepped(checks, 2)
+    verdict = checks.read()
     assert verdict == Verdict(1, (), (), int(signum))
     assert type(verdict.signum) is int
-    assert flags.read() is None
+    assert checks.read() is None
 
 
 def test_signal_of_another_rank(ranks):
-    """Both stop by it, in the same step; of two different ones both stop by the same."""
+    """Both ranks stop by it in the same step; of two different signals both stop by the same."""
     received = [(signal.SIGUSR1, 0), (0, 0), (signal.SIGINT, signal.SIGTERM)]
     for step, signals in enumerate(received):
         for rank, signum in zip(ranks, signals, strict=True):
@@ -211,49 +212,80 @@ def test_signal_of_another_rank(ranks):
         for rank in ranks:
             assert rank.agree()
             rank.post(step)
-    told = [[rank.read(), rank.read(), rank.read()] for rank in ranks]
-    assert told[0] == told[1] == [Verdict(0, (), (), signal.SIGUSR1), Verdict(2, (), (), signal.SIGTERM), None]
+    read = [[rank.read(), rank.read(), rank.read()] for rank in ranks]
+    assert read[0] == read[1] == [Verdict(0, (), (), signal.SIGUSR1), Verdict(2, (), (), signal.SIGTERM), None]
 
 
-def test_a_signal_does_not_hide_what_is_wrong():
-    """Both are told: a step that went wrong must not be saved because it was asked to be the last."""
-    flags = StepChecks(CPU)
-    assert not stepped(flags, 4, bad="loss", signum=int(signal.SIGTERM))
-    assert flags.read() == Verdict(4, ("loss",), ("loss",), signal.SIGTERM)
-    assert not stepped(flags, 5)
-    assert flags.read() == Verdict(5, ("loss",), ("loss",), 0), "the signal is forgotten, the fault is not"
+def test_a_signal_does_not_hide_a_failure():
+    """Both are in the verdict: a bad step must not be saved because a signal made it the last."""
+    checks = StepChecks(CPU)
+    assert not stepped(checks, 4, bad="loss", signum=int(signal.SIGTERM))
+    assert checks.read() == Verdict(4, ("loss",), ("loss",), signal.SIGTERM)
+    assert not stepped(checks, 5)
+    assert checks.read() == Verdict(5, ("loss",), ("loss",), 0), "the signal is cleared, the failure is not"
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_is_behind_is_not_waited_for():
-    """Where copies are under way the last step's is left alone until the next one, or until all are asked for."""
-    flags = StepChecks(CPU)
-    flags._lag = 1  # as on a GPU
-    stepped(flags, 1, signum=int(signal.SIGINT))
-    assert flags.read() is None
-    stepped(flags, 2)
-    assert flags.read() == Verdict(1, (), (), signal.SIGINT)
+def test_a_device_that_lags_is_not_waited_for():
+    """The last step is read after the next one, or if `everything` is asked for."""
+    checks = StepChecks(CPU, lag=1)  # as on a GPU
+    stepped(checks, 1, signum=int(signal.SIGINT))
+    assert checks.read() is None
+    stepped(checks, 2)
+    assert checks.read() == Verdict(1, (), (), signal.SIGINT)
     for step in range(3, 50):
-        stepped(flags, step)
-        assert flags.read() is None
-        assert len(flags._posted) == 1
-    stepped(flags, 50, bad="ball")
-    assert flags.read() is None
-    assert flags.read(everything=True) == Verdict(50, ("ball",), ("ball",), 0)
-    assert len(flags._posted) == 0
+        stepped(checks, step)
+        assert checks.read() is None
+        assert len(checks.pending) == 1
+    stepped(checks, 50, bad="ball")
+    assert checks.read() is None
+    assert checks.read(everything=True) == Verdict(50, ("ball",), ("ball",), 0)
+    assert len(checks.pending) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_tells_one_step_later():
-    """The copy is made without waiting, and what it holds is that of its own step."""
+def test_a_gpu_is_read_one_step_later():
+    """The copy does not wait, and holds the counts of its own step."""
     device = torch.device("cuda")
-    flags = StepChecks(device)
+    checks = StepChecks(device)
     for step in (1, 2, 3):
-        flags.begin(0)
-        flags.note("loss", torch.tensor(step == 2, device=device))
-        assert flags.agree().device.type == "cuda"
-        flags.post(step)
-        assert flags.read() == (Verdict(2, ("loss",), ("loss",), 0) if step == 3 else None)
-    assert flags.read(everything=True) == Verdict(3, ("loss",), ("loss",), 0)
+        checks.begin(0)
+        checks.note("loss", torch.tensor(step == 2, device=device))
+        assert checks.agree().device.type == "cuda"
+        checks.post(step)
+        assert checks.read() == (Verdict(2, ("loss",), ("loss",), 0) if step == 3 else None)
+    assert checks.read(everything=True) == Verdict(3, ("loss",), ("loss",), 0)
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_whose_attack_failed_is_named():
+    """Although BatchNorm spread its NaN over the logits of the batch; without an attack the natural logits count."""
+    x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
+    x_adv, logits, spread = x.clone(), torch.zeros(3, 2), torch.full((3, 2), torch.nan)
+    x_adv[1], logits[2] = torch.nan, torch.inf
+    first, second = MicroBatch(x, y, y, x, x_adv, None, spread, spread), MicroBatch(x, y, y, x, x, None, spread, spread)
+    assert images_not_finite([first, second]).tolist() == [False, True, False, False, False, False]
+    assert images_not_finite([MicroBatch(x, y, y, x, None, None, logits)]).tolist() == [False, False, True]
+    assert not images_not_finite([MicroBatch(x, y, y, x, x, None, x.flatten(1))]).any()
+
+
+# ---- rollback -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_count_is_rolled_back():
+    """Tensors of several types and shapes are restored in place, bit for bit, from NaN too; a good step stays as it is."""
+    tensors = [torch.arange(3.0, dtype=torch.float64), torch.tensor(5), torch.zeros(2, 2)]
+    rollback, memory = Rollback(tensors), [tensor.data_ptr() for tensor in tensors]
+    for good in (True, False, False, True):
+        before = [tensor.clone() for tensor in tensors]
+        rollback.begin()
+        for tensor in tensors:
+            tensor.add_(torch.nan if tensor.is_floating_point() and not good else 2)
+        rollback.end(torch.tensor(good))
+        for tensor, old in zip(tensors, before, strict=True):
+            assert torch.equal(tensor, old + 2 if good else old)
+    assert [tensor.data_ptr() for tensor in tensors] == memory

@@ -1,17 +1,21 @@
-"""Time by section of a training step, measured against a clock that the tests set."""
+"""Time by section of a training step, against a clock that the tests set, and the profile of a run."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.loop import train
 from nrat_scale.train.profiling import SECTIONS, Clock
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """`now.host` is what the host's clock shows; `now.device` what an event of a GPU records, `now.waited` how many of
-    them were waited for."""
+    """`now.host`: the host's clock; `now.device`: the time that an event of a GPU records; `now.waited`: how many events
+    were waited for."""
     shown = SimpleNamespace(host=100.0, device=0.0, waited=0)
 
     class Event:
@@ -39,7 +43,7 @@ def seconds(**spent: float) -> dict[str, float]:
 
 
 def test_sections_add_up_within_a_lap(now):
-    """Every section's time is the sum of its parts, and what is in none counts for the lap alone."""
+    """A section's time is the sum of its blocks; time outside all sections counts for the lap only."""
     clock = Clock(torch.device("cpu"))
     for name, part in (("data", 1.0), ("attack", 8.0), ("outer", 2.0), ("attack", 16.0), ("data", 0.5)):
         with clock.section(name):
@@ -48,8 +52,8 @@ def test_sections_add_up_within_a_lap(now):
     assert clock.lap() == (28.75, seconds(data=1.5, attack=24.0, outer=2.0))
 
 
-def test_a_lap_starts_anew(now):
-    """With nothing of the last one, whose result stays as it was."""
+def test_a_lap_starts_from_zero(now):
+    """And does not change the result of the lap before."""
     clock = Clock(torch.device("cpu"))
     with clock.section("outer"):
         now.host += 3.0
@@ -62,8 +66,8 @@ def test_a_lap_starts_anew(now):
     assert first == (3.0, seconds(outer=3.0))
 
 
-def test_time_counts_where_a_section_ends_by_an_error(now):
-    """And the error gets through."""
+def test_a_section_that_ends_by_an_error_counts(now):
+    """And the error is raised."""
     clock = Clock(torch.device("cpu"))
 
     def interrupted() -> None:
@@ -78,7 +82,7 @@ def test_time_counts_where_a_section_ends_by_an_error(now):
 
 @pytest.mark.parametrize("name", ["evaluation", "forward", "Data"])
 def test_unknown_names_are_a_bug(now, name):
-    """A section that no report shows would be lost."""
+    """No report would show their time."""
     clock = Clock(torch.device("cpu"))
     with pytest.raises(AssertionError, match=name), clock.section(name):
         now.host += 1.0
@@ -86,15 +90,14 @@ def test_unknown_names_are_a_bug(now, name):
 
 
 def test_every_section_is_reported():
-    """Those of a step, in the order in which they come, also where nothing was measured."""
+    """Those of a step, in their order, also if nothing was measured."""
     assert SECTIONS == ("data", "attack", "outer", "optimizer", "logging")
     total, by_section = Clock(torch.device("cpu")).lap()
     assert total >= 0 and by_section == seconds()
 
 
-def test_a_gpu_is_asked_by_events_and_only_at_the_lap(now):
-    """Its work is timed on the device, the loader and the log by the host; nothing waits before the lap is over, and
-    events do not pile up from lap to lap."""
+def test_a_gpu_is_timed_by_events_and_waited_for_at_the_lap_only(now):
+    """Loading and logging are timed on the host. Nothing waits before the lap, and events do not pile up over laps."""
     clock = Clock(torch.device("cuda"))
     for lap in (1, 2):
         for name in SECTIONS:
@@ -109,7 +112,7 @@ def test_a_gpu_is_asked_by_events_and_only_at_the_lap(now):
 
 
 def test_a_profiler_shows_the_sections():
-    """Under their names, for `train.profile`."""
+    """Under their names, for `--profile`."""
     clock = Clock(torch.device("cpu"))
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
@@ -117,3 +120,19 @@ def test_a_profiler_shows_the_sections():
     ):
         torch.ones(2).add_(1)
     assert "optimizer" in {event.key for event in profile.key_averages()}
+
+
+def test_the_profile_of_a_run(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--profile` writes a trace that names the sections, and prints where the time of a step goes."""
+    run = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}", "train.epochs=2"]), profile=3)
+    out = capsys.readouterr().out
+    assert "profile of steps 3 to 5" in out
+    shares = {
+        line.split()[0]: float(line.split()[-2])
+        for line in out.splitlines()
+        if line.endswith("%") and "ms a step" in line
+    }
+    assert set(shares) == {*SECTIONS, "other"}
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+    trace = json.loads((run / "profile" / "steps-3-5.json").read_text())
+    assert {"attack", "outer"} <= {event.get("name") for event in trace["traceEvents"]}

@@ -139,7 +139,7 @@ def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, f
     natural = None
     if ours.state.recipe.threat.bn == "batch":
         with torch.no_grad():
-            natural = ours.state.twin.forward(part.x)
+            natural = ours.state.attack_model.forward(part.x)
     x_adv = attacked(ours.state, part, natural).x_adv
     expected, loss = textbook.step(part.x.contiguous(), part.y, part.noise.contiguous())
     ours.step()

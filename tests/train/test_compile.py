@@ -1,0 +1,64 @@
+"""`train.compile`: on for CUDA by default; a failure falls back to eager, or ends the run if compiling was asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train import compile as compiling
+from nrat_scale.train.loop import train
+from nrat_scale.train.setup import start
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Replaces torch.compile by nothing; what was given to it."""
+    given: list[object] = []
+
+    def compiled(function, *, dynamic):
+        given.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    return given
+
+
+def test_auto_is_off_on_a_cpu(recipe_path: Path, tmp_path: Path, compiler: list[object]) -> None:
+    """And `false` everywhere."""
+    for compile_ in ("auto", "false"):
+        train(load_recipe(recipe_path, [f"train.compile={compile_}", f"run_dir={tmp_path / compile_}"]))
+    assert compiler == []
+
+
+@pytest.mark.parametrize("model", [[], ["model.bn=groups", "model.bn_group_size=4"]], ids=["local", "groups"])
+def test_attack_and_training_are_compiled_apart(
+    wide_path: Path, tmp_path: Path, compiler: list[object], model: list[str]
+) -> None:
+    """Two graphs; the passes that compile them leave weights, statistics and so the run's metrics as they were."""
+    runs = [
+        train(load_recipe(wide_path, [f"train.compile={on}", *model, "train.epochs=1", f"run_dir={tmp_path / on}"]))
+        for on in ("false", "true")
+    ]
+    assert len(compiler) == 2
+    assert RunFolder(runs[0]).read_metrics() == RunFolder(runs[1]).read_metrics()
+
+
+def test_a_failure_ends_a_run_that_asked_for_it(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`true` ends with a sentence; under `auto`, on a device where it compiles, the run says why and is eager."""
+
+    def broken(function: object, *, dynamic: bool) -> object:
+        raise RuntimeError("no C compiler found\nlong details")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"cannot compile the model \(no C compiler found\)\. Use train\.compile=auto"):
+        train(load_recipe(recipe_path, ["train.compile=true", f"run_dir={tmp_path / 'true'}"]))
+    monkeypatch.setattr(compiling, "AUTO_DEVICES", ("cpu",))
+    state = start(load_recipe(recipe_path, [f"run_dir={tmp_path / 'auto'}"]))
+    compiling.compile_models(state)
+    assert "warning: torch.compile cannot compile the model (no C compiler found)" in capsys.readouterr().out
+    assert state.attack_model.forward is state.attack_model.module and state.base._compiled_call_impl is None
