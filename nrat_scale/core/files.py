@@ -30,6 +30,11 @@ def temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
+def unfinished_sibling(path: Path) -> Path:
+    """The hidden folder for work on `path` that is not complete: `.NAME.unfinished` beside it."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write `content` so that a reader (or a crash) sees the old file or the new one, never a part.
 

@@ -1,15 +1,15 @@
 """The files of a run directory: the one place that names them, and readers of those that several commands read.
 
-    RUN/recipe.yaml             the resolved recipe; written first, a folder without it is not a run
-    RUN/model.json, data.json   what was built, what it is trained on
-    RUN/label_noise.json, .npz  realised label noise, if there is any
-    RUN/metrics.jsonl           one row per epoch and validation
-    RUN/skipped_shards.json     shards that the run goes without (data.on_bad_shard: skip)
-    RUN/checkpoints/            see `nrat_scale.checkpoint`
-    RUN/releases/               checkpoints put aside for publication (release.every_epochs)
-    RUN/results.json, .npz      evaluations: accuracies, and outcomes per image
-    RUN/bad-step-*.safetensors  images and weights of a step that was not finite
-    RUN/profile/, RUN/.alive/   profiler traces; liveness files of the ranks
+RUN/recipe.yaml             the resolved recipe; written first, a folder without it is not a run
+RUN/model.json, data.json   what was built, what it is trained on
+RUN/label_noise.json, .npz  realised label noise, if there is any
+RUN/metrics.jsonl           one row per epoch and validation
+RUN/skipped_shards.json     shards that the run goes without (data.on_bad_shard: skip)
+RUN/checkpoints/            see `nrat_scale.checkpoint`
+RUN/releases/               checkpoints put aside for publication (release.every_epochs)
+RUN/results.json, .npz      evaluations: accuracies, and outcomes per image
+RUN/bad-step-*.safetensors  images and weights of a step that was not finite
+RUN/profile/, RUN/.alive/   profiler traces; liveness files of the ranks
 """
 
 import json
