@@ -24,6 +24,8 @@ MAX_CLASSES = 100_000  # without --dataset; a larger label is not a class number
 COPY_AGAIN = "Download or copy it again."
 _ONE_HOT_ROWS = 1 << 16  # converted at a time: [50 million, 100] may be a memory map
 
+_DAMAGED = (EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
+
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
@@ -34,12 +36,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise UserError(f"There is no {what} at {path}. Check the path.") from None
-    except (EOFError, zlib.error, struct.error, zipfile.BadZipFile, gzip.BadGzipFile, ValueError) as error:
+    except _DAMAGED as error:
         raise UserError(f"The {what} {path} is damaged or cut short ({first_line(error)}). {COPY_AGAIN}") from error
-    except (NotImplementedError, RuntimeError) as error:  # zipfile: an unknown compression method
-        raise UserError(
-            f"The {what} {path} cannot be read ({first_line(error)}). Save it again with numpy.savez."
-        ) from error
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror or error}).") from error
 

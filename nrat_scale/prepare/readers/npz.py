@@ -2,9 +2,10 @@
 
 import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -82,42 +83,33 @@ def _member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Path) -
         ) from None
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{where} is encrypted, or its compression is not supported. Save it with numpy.savez.")
-    if info.compress_type == zipfile.ZIP_STORED:
-        return npy_array(_map_stored(path, info), where)
-    return npy_array(_inflate(archive, path, info, unpacked), where)
+    return npy_array(_mapped(archive, path, info, unpacked), where)
 
 
-def _map_stored(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """uint8 [file_size]: the bytes of an uncompressed member, mapped in place."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"no local header for {info.filename}")
-        # The local header has its own lengths of name and extra field; those in the zip directory may differ.
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if info.file_size < 1 or info.file_size != info.compress_size or start + info.file_size > path.stat().st_size:
-            raise zipfile.BadZipFile(f"{info.filename} extends beyond the end of the file")
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r", offset=start, shape=(info.file_size,)))
-    checksum = 0
-    for first in range(0, len(mapped), CHUNK):
-        checksum = zlib.crc32(mapped.data[first : first + CHUNK], checksum)
-    if checksum != info.CRC:
-        raise zipfile.BadZipFile(f"the checksum of {info.filename} is wrong")
-    return mapped
+def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacked: Path) -> np.ndarray:
+    """uint8 [file_size]: the bytes of a member, mapped in place if it is stored, else decompressed into `unpacked`."""
+    is_stored = info.compress_type == zipfile.ZIP_STORED
+    with archive.open(info) as member, nullcontext() if is_stored else open(unpacked, "wb") as output:
+        while chunk := member.read(CHUNK):  # verifies the local header, and the checksum at the end
+            if output is not None:
+                _write(output, chunk, path, info)
+    if is_stored:
+        with open(path, "rb") as file:  # the name and extra field of the local header may differ from the zip directory
+            file.seek(info.header_offset + 26)
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        source, num_bytes = path, info.compress_size
+    else:
+        source, start, num_bytes = unpacked, 0, unpacked.stat().st_size
+    if info.file_size < 1 or info.file_size != num_bytes:
+        raise zipfile.BadZipFile(f"{info.filename} does not have the size in the zip directory")
+    return np.asarray(np.memmap(source, np.uint8, mode="r", offset=start, shape=(num_bytes,)))
 
 
-def _inflate(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacked: Path) -> np.ndarray:
-    """uint8 [file_size]: the bytes of a compressed member, decompressed into the file `unpacked` and mapped."""
+def _write(output: BinaryIO, chunk: bytes, path: Path, info: zipfile.ZipInfo) -> None:
     try:
-        with open(unpacked, "wb") as output, archive.open(info) as packed:
-            while chunk := packed.read(CHUNK):  # zipfile verifies the checksum at the end
-                output.write(chunk)
+        output.write(chunk)
     except OSError as error:
         raise UserError(
             f"`{info.filename}` in {path} is compressed and cannot be decompressed beside --out ({error.strerror or error}): "
             f"that temporarily needs {info.file_size / 1e6:.1f} MB. Free some space, or choose another --out."
         ) from error
-    if info.file_size < 1 or unpacked.stat().st_size != info.file_size:
-        raise zipfile.BadZipFile(f"{info.filename} does not have the size in the zip directory")
-    return np.asarray(np.memmap(unpacked, np.uint8, mode="r"))
