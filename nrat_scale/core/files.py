@@ -25,14 +25,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def temporary_sibling(path: Path) -> Path:
-    """A name beside `path`, on the same file system, that no other process uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-
-
 def unfinished_sibling(path: Path) -> Path:
     """The hidden folder for work on `path` that is not complete: `.NAME.unfinished` beside it."""
     return path.with_name(f".{path.name}.unfinished")
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path`, on the same file system, that no other process uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.support.preparation import (
     holds,
     is_one_sentence,
     npy,
+    npy_header,
     random_images,
 )  # fmt: skip
 
@@ -185,21 +185,16 @@ def test_bad_images_are_refused(tmp_path, cli, name):
     assert_refused(cli, tmp_path, ["npz", tmp_path / "a.npz"], "`image` in", words)
 
 
-def _header(shape: str, dtype: str = "|u1", fortran_order: str = "False") -> bytes:
-    text = f"{{'descr': '{dtype}', 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
-
-
 # name -> (bytes of image.npy, words of the message)
 BAD_MEMBERS = {
     "cut short": (npy(IMAGES)[:-7], "cut short"),
     "too long": (npy(IMAGES) + b"x", "needs 3840"),
     "empty": (b"", "damaged"),
     "not an npy": (b"GIF89a" * 99, ".npy header"),
-    "negative shape": (_header("(-2, -2, 3)") + b"x" * 12, "damaged"),
-    "endless shape": (_header(f"({9**99}, 8, 3)"), "cut short"),
-    "terabytes": (_header("(1000000000000,)", "<i8"), "needs 8000000000000 bytes"),
-    "header with a call": (_header("(1, 8, 3)", fortran_order="exit(0)"), ".npy header"),
+    "negative shape": (npy_header("(-2, -2, 3)") + b"x" * 12, "damaged"),
+    "endless shape": (npy_header(f"({9**99}, 8, 3)"), "cut short"),
+    "terabytes": (npy_header("(1000000000000,)", "<i8"), "needs 8000000000000 bytes"),
+    "header with a call": (npy_header("(1, 8, 3)", fortran_order="exit(0)"), ".npy header"),
     "header without end": (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b"(" * 50_000, ".npy header"),
     "future version": (b"\x93NUMPY\x09\x00" + bytes(99), ".npy header"),
 }

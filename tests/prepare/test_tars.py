@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -17,10 +16,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare.readers.tars import count_samples, read_tars
-from tests.support.preparation import encoded, holds, is_one_sentence, npy
+from tests.support.preparation import assert_refused, encoded, holds, is_one_sentence, npy, npy_header
 
-GENERATOR = np.random.default_rng(0)
-IMAGES = GENERATOR.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(12) * 5 % 7
 
 
@@ -71,12 +69,8 @@ def test_tars_of_webdatasets_writer(tmp_path, convert):
     for shard in range(3):
         with webdataset.TarWriter(str(tmp_path / f"{shard:04d}.tar")) as writer:
             for number in range(4 * shard, 4 * shard + 4):
-                sample = {
-                    "__key__": f"{number:06d}",
-                    "png": Image.fromarray(IMAGES[number]),
-                    "cls": int(LABELS[number]),
-                }
-                writer.write(sample)
+                image = Image.fromarray(IMAGES[number])
+                writer.write({"__key__": f"{number:06d}", "png": image, "cls": int(LABELS[number])})
     shards = convert("reshard", f"{tmp_path}/{{0000..0001}}.tar", tmp_path / "0002.tar", "--dataset", "cifar10")
     assert holds(shards, IMAGES, LABELS)
     assert shards.dataset == "cifar10" and shards.class_names == DATASETS["cifar10"].class_names
@@ -121,11 +115,9 @@ LABEL_FORMS = [
 @pytest.mark.parametrize("form", LABEL_FORMS, ids=str)
 def test_kinds_of_labels(tmp_path, form):
     """A number in text or JSON, by itself or as `label` or `cls`."""
-    members = [
-        _member("a.png", encoded(IMAGES[0], "PNG")),
-        *(_member(f"a.{key}", value) for key, value in form.items()),
-    ]
-    assert read_tars([str(_tar(tmp_path / "a.tar", *members))], None, tmp_path).labels.tolist() == [3]
+    labels = [_member(f"a.{key}", value) for key, value in form.items()]
+    path = _tar(tmp_path / "a.tar", _member("a.png", encoded(IMAGES[0], "PNG")), *labels)
+    assert read_tars([str(path)], None, tmp_path).labels.tolist() == [3]
 
 
 def test_grey_images(tmp_path, convert, cli):
@@ -149,9 +141,8 @@ def test_memory_stays_small(tmp_path):
     """Millions of images: they pass through memory one by one into a file that is mapped."""
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(400):
-            writer.write(
-                {"__key__": f"{number:06d}", "npy": npy(np.full((128, 128, 3), number % 251, np.uint8)), "cls": 1}
-            )
+            image = npy(np.full((128, 128, 3), number % 251, np.uint8))
+            writer.write({"__key__": f"{number:06d}", "npy": image, "cls": 1})
     tracemalloc.start()
     try:
         source = read_tars([str(tmp_path / "a.tar")], None, tmp_path)
@@ -174,11 +165,6 @@ def _link(kind: bytes) -> tuple[tarfile.TarInfo, bytes]:
 
 def _labelled(**labels: bytes) -> tuple:
     return (ONE[0], *(_member(f"a.{key}", value) for key, value in labels.items()))
-
-
-def _header(shape: str) -> bytes:
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 def _image(extension: str, content: bytes) -> tuple:
@@ -257,8 +243,8 @@ MISTAKES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "batch": (_image("npy", npy(IMAGES)), ("uint8 [12, 8, 8, 3]",)),
     "empty array": (_image("npy", npy(IMAGES[:0])), ("is empty",)),
     "large array": (_image("npy", npy(np.zeros((1025, 8), np.uint8))), ("8 x 1025",)),
-    "terabytes": (_image("npy", _header("(1000000, 1000000, 3)")), ("needs 3000000000000 bytes",)),
-    "negative": (_image("npy", _header("(-8, -8, 3)") + bytes(192)), ("damaged",)),
+    "terabytes": (_image("npy", npy_header("(1000000, 1000000, 3)")), ("needs 3000000000000 bytes",)),
+    "negative": (_image("npy", npy_header("(-8, -8, 3)") + bytes(192)), ("damaged",)),
     "cut array": (_image("npy", npy(IMAGES[0])[:-1]), ("cut short",)),
     "no array": (_image("npy", b"\x80\x04."), ("no readable .npy header",)),
 }
@@ -269,9 +255,7 @@ def test_every_mistake_is_a_sentence(tmp_path, cli, name):
     """Exit status 2, one line that names the tar and the member, and nothing is left."""
     members, words = MISTAKES[name]
     path = _tar(tmp_path / "bad.tar", *members)
-    result = cli("reshard", path, "--dataset", "cifar10", "--out", tmp_path / "out")
-    assert is_one_sentence(result, str(path), *words), result.err
-    assert list(tmp_path.iterdir()) == [path]
+    assert_refused(cli, tmp_path, ["reshard", path, "--dataset", "cifar10"], str(path), *words)
 
 
 NO_TARS = {
@@ -355,7 +339,7 @@ def _headers(content: bytes) -> list[int]:
     return offsets
 
 
-def test_every_byte_of_every_header(tmp_path, fuzzed):
+def test_every_byte_of_everynpy_header(tmp_path, fuzzed):
     """One flipped bit in each fourth byte of each header: refused, or exactly the same samples."""
     generator = np.random.default_rng(0)
     places = [offset + byte for offset in _headers(fuzzed) for byte in range(generator.integers(4), 512, 4)]
@@ -392,19 +376,7 @@ def test_every_cut_and_every_repetition(tmp_path, fuzzed):
 def test_what_is_admitted_is_read_as_webdataset_reads_it(tmp_path):
     """Random mixtures of odd members: an admitted tar has the same samples for webdataset."""
     generator = np.random.default_rng(1)
-    names = [
-        "a.png",
-        "a.cls",
-        "b.png",
-        "b.cls",
-        "a.json",
-        "x/a.png",
-        "x/a.cls",
-        "./a.png",
-        "a.PNG",
-        "._a.png",
-        "__c__.png",
-    ]
+    names = ["a.png", "a.cls", "b.png", "b.cls", "a.json", "x/a.png", "x/a.cls", "./a.png", "a.PNG", "._a.png", "__c__.png"]
     counts, image = Counter[str](), encoded(IMAGES[0], "PNG")
     for _ in range(300):
         members = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,12 @@ def npy(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array)
     return content.getvalue()
+
+
+def npy_header(shape: str, dtype: str = "|u1", fortran_order: str = "False") -> bytes:
+    """The header of an .npy file that states this text."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 def encoded(image: np.ndarray | Image.Image, kind: str, **options: object) -> bytes:

@@ -5,7 +5,6 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -89,10 +88,16 @@ def _member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Path) -
 def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacked: Path) -> np.ndarray:
     """uint8 [file_size]: the bytes of a member, mapped in place if it is stored, else decompressed into `unpacked`."""
     is_stored = info.compress_type == zipfile.ZIP_STORED
-    with archive.open(info) as member, nullcontext() if is_stored else open(unpacked, "wb") as output:
-        while chunk := member.read(CHUNK):  # verifies the local header, and the checksum at the end
-            if output is not None:
-                _write(output, chunk, path, info)
+    try:
+        with archive.open(info) as member, nullcontext() if is_stored else open(unpacked, "wb") as output:
+            while chunk := member.read(CHUNK):  # verifies the local header, and the checksum at the end
+                if output is not None:
+                    output.write(chunk)
+    except OSError as error:
+        raise UserError(
+            f"`{info.filename}` in {path} cannot be read, or decompressed beside --out ({error.strerror or error}), which "
+            f"temporarily needs {info.file_size / 1e6:.1f} MB. Free some space, or choose another --out."
+        ) from error
     if is_stored:
         with open(path, "rb") as file:  # the name and extra field of the local header may differ from the zip directory
             file.seek(info.header_offset + 26)
@@ -103,13 +108,3 @@ def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacke
     if info.file_size < 1 or info.file_size != num_bytes:
         raise zipfile.BadZipFile(f"{info.filename} does not have the size in the zip directory")
     return np.asarray(np.memmap(source, np.uint8, mode="r", offset=start, shape=(num_bytes,)))
-
-
-def _write(output: BinaryIO, chunk: bytes, path: Path, info: zipfile.ZipInfo) -> None:
-    try:
-        output.write(chunk)
-    except OSError as error:
-        raise UserError(
-            f"`{info.filename}` in {path} is compressed and cannot be decompressed beside --out ({error.strerror or error}): "
-            f"that temporarily needs {info.file_size / 1e6:.1f} MB. Free some space, or choose another --out."
-        ) from error
