@@ -36,15 +36,12 @@ def _at_least_one(text: str) -> int:
     return value
 
 
+_SIZE: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
 _WRITING = (
     argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards"),
-    argument(
-        "--block-size", type=_at_least_one, default=BLOCK_SIZE, metavar="N", help="images per block (%(default)s)"
-    ),
-    argument(
-        "--shard-size", type=_at_least_one, default=SHARD_SIZE, metavar="N", help="images per shard (%(default)s)"
-    ),
-    argument("--seed", type=int, default=0, metavar="N", help="of every random choice (%(default)s)"),
+    argument("--block-size", default=BLOCK_SIZE, help="images per block (default: %(default)s)", **_SIZE),
+    argument("--shard-size", default=SHARD_SIZE, help="images per shard (default: %(default)s)", **_SIZE),
+    argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: %(default)s)"),
     argument("--push", metavar="ADDRESS", help="then upload the shards to hf://datasets/USER/REPO[@REVISION]"),
 )
 _WHERE = argument("where", metavar="DIR", help="folder of shards, or its address (https://, s3://, hf://)")
@@ -121,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         "download published generated data; resumes, and verifies size and sha256",
         (
             argument("names", nargs="*", metavar="NAME", help="a name of --list, or hf://datasets/USER/REPO/FILE"),
-            argument("--to", type=Path, default=Path("data/downloads"), metavar="DIR", help="folder (%(default)s)"),
+            argument(
+                "--to", type=Path, default=Path("data/downloads"), metavar="DIR", help="folder (default: %(default)s)"
+            ),
             argument("--list", action="store_true", help="show the names and their files"),
         ),
         "--list",
@@ -161,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
-            argument("--per-class", type=_at_least_one, metavar="N", help="N of each class, drawn with --seed"),
+            argument("--per-class", help="N of each class, drawn with --seed", **_SIZE),
             argument("--ids", type=Path, metavar="FILE", help="source ids: .npy (integers), or .txt (one per line)"),
             argument("--scores", type=Path, metavar="FILE.npy", help="one number for each source id; see --keep"),
             argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8"),

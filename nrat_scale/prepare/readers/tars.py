@@ -127,13 +127,10 @@ def _samples(path: Path, *, load: bool) -> Iterator[Sample]:
 
 def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[Sample]:
     """Members -> complete samples."""
-    names: set[str] = set()
     keys: set[str] = set()
     sample: Sample | None = None
     for name, start, num_bytes in _members(file, size):
         key, extension = _split(name)
-        if name in names:
-            raise _Refused("the tar has this member twice", name)
         if sample is None or key != sample.key:
             if sample is not None:
                 yield _complete(sample)
@@ -142,10 +139,9 @@ def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[Sample]:
             sample = Sample(key, {})
             keys.add(key)
         if extension in sample.members:
-            raise _Refused("the tar has this member twice, except for upper and lower case", name)
+            raise _Refused("the tar has this member twice (upper and lower case are the same)", name)
         if num_bytes > (_MAX_LABEL_BYTES if extension in _LABELS else _MAX_IMAGE_BYTES):
             raise _Refused(f"it has {num_bytes} bytes, too many for {_EXPECTED}", name)
-        names.add(name)
         file.seek(start)
         sample.members[extension] = file.read(num_bytes) if load else b""
     if sample is None:
