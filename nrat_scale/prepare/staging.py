@@ -48,6 +48,7 @@ def staged(out: Path) -> Iterator[Staging]:
                 shutil.rmtree(path, ignore_errors=True)  # left by a killed process
                 path.mkdir()
             yield staging
+            shutil.rmtree(staging.scratch)  # a kill after the rename must not leave large files
             for path in [*staging.whole.rglob("*"), staging.whole]:
                 if path.is_dir():
                     fsync_folder(path)

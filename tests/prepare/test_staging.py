@@ -20,28 +20,28 @@ FORK = multiprocessing.get_context("fork")  # nothing has to be imported again
 class _Pausing:
     """Images whose third block waits until the test says so."""
 
-    def __init__(self, reached, go_on) -> None:
+    def __init__(self, reached, resume) -> None:
         self._images, self._calls = random_source().images, 0
-        self._reached, self._go_on = reached, go_on
+        self._reached, self._resume = reached, resume
         self.shape = self._images.shape
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         self._calls += 1
         if self._calls == 3:
             self._reached.set()
-            assert self._go_on.wait(60)
+            assert self._resume.wait(60)
         return self._images[rows]
 
 
 @pytest.fixture
 def paused(tmp_path):
     """(a process that has written one shard of tmp_path/out and waits, the event that lets it finish)."""
-    reached, go_on = FORK.Event(), FORK.Event()
-    source = replace(random_source(), images=_Pausing(reached, go_on))
+    reached, resume = FORK.Event(), FORK.Event()
+    source = replace(random_source(), images=_Pausing(reached, resume))
     process = FORK.Process(target=small_shards, args=(tmp_path / "out", source))
     process.start()
     assert reached.wait(60)
-    yield process, go_on
+    yield process, resume
     process.kill()
     process.join()
 
@@ -62,10 +62,10 @@ def test_a_killed_writer_leaves_one_hidden_folder(tmp_path, paused):
 
 def test_two_writers_of_one_place(tmp_path, paused):
     """The second one ends with a sentence and does not disturb the first."""
-    process, go_on = paused
+    process, resume = paused
     with pytest.raises(UserError, match="Another process is writing"):
         small_shards(tmp_path / "out")
-    go_on.set()
+    resume.set()
     process.join(60)
     assert process.exitcode == 0
     open_shards(tmp_path / "out").verify()
