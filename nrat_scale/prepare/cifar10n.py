@@ -22,7 +22,7 @@ _MAX_BYTES = 1 << 28  # the published file has 2.4 MB
 
 # numpy's function that creates an empty array to be filled; numpy 2 renamed its module, and files contain either name.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_ADMITTED: list[Any] = [
+_ALLOWED: list[Any] = [
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
     np.ndarray,
@@ -91,7 +91,7 @@ def _unpickled(path: Path) -> object:
     import torch
 
     try:
-        with torch.serialization.safe_globals(_ADMITTED):
+        with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch's unpickler raise anything
         raise UserError(f"{path} is not the file of CIFAR-10N's labels ({_reason(error)}).") from error
@@ -100,7 +100,7 @@ def _unpickled(path: Path) -> object:
 def _reason(error: Exception) -> str:
     """The reason without torch's advice to load the file with `weights_only=False`."""
     if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it asks for {asked[1]}, which is not admitted and was not run"
+        return f"it asks for {asked[1]}, which is not allowed and was not run"
     if isinstance(error, pickle.UnpicklingError):
         return "it is damaged, or contains something other than arrays of int64, and was not opened any further"
     return first_line(error)[:200]

@@ -161,7 +161,7 @@ def fetch_file(remote: RemoteFile, path: Path) -> str:
     make_folder(path.parent)
     if shutil.disk_usage(path.parent).free < remote.num_bytes - num_done:
         raise UserError(
-            f"There is no room for {path.name} ({remote.num_bytes / 1e9:.1f} GB) in {path.parent}. Free some space, or "
+            f"There is not enough space for {path.name} ({remote.num_bytes / 1e9:.1f} GB) in {path.parent}. Free some space, or "
             "choose another folder with --to."
         )
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "desc": path.name, "disable": not sys.stderr.isatty()}

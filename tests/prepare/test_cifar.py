@@ -167,7 +167,7 @@ def test_a_pickle_that_asks_for_a_function_is_refused(tmp_path, cli, monkeypatch
     name = "test_batch" if dataset == "cifar10" else "test"
     (folder / name).write_bytes(pickle.dumps({b"data": call, b"labels": [0], b"fine_labels": [0]}, protocol=4))
     _publish(monkeypatch, folder, dataset)
-    assert_refused(cli, tmp_path, [dataset, tmp_path, "--split", "test"], name, "not admitted")
+    assert_refused(cli, tmp_path, [dataset, tmp_path, "--split", "test"], name, "not allowed")
 
 
 @CIFAR
@@ -217,7 +217,7 @@ def test_a_batch_of_something_else_is_refused(tmp_path, cli, monkeypatch, name):
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, cli):
-    """No folder, a missing batch, records that are cut short, and a label that is no class."""
+    """No folder, a missing batch, records that are cut short, and a label outside the classes."""
     assert_refused(cli, tmp_path, ["cifar10", tmp_path, "--split", "train"], "There is no CIFAR-10 at", "--download")
     assert_refused(cli, tmp_path, ["cifar100", tmp_path / "nowhere", "--split", "test"], "There is no CIFAR-100 at")
     (tmp_path / "data_batch_2").write_bytes(b"x")

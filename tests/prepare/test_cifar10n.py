@@ -76,11 +76,11 @@ def _changed(key: str, value: object) -> object:
 HUMAN_MISTAKES = {
     "a program": (
         lambda sets, folder: {**sets, "worse_label": CallOnUnpickling(os.mkdir, str(folder / "trap"))},
-        "mkdir, which is not admitted",
+        "mkdir, which is not allowed",
     ),
     "a program instead": (
         lambda sets, folder: CallOnUnpickling(os.mkdir, str(folder / "trap")),
-        "not admitted and was not run",
+        "not allowed and was not run",
     ),
     "objects": (_changed("worse_label", np.array([None] * 60)), "not the file of CIFAR-10N's labels"),
     "floats": (_changed("worse_label", np.zeros(60)), "not the file of CIFAR-10N's labels"),
@@ -121,8 +121,8 @@ def test_human_labels_files(tmp_path, cli, shards):
     assert not (tmp_path / "n.npz").exists()
 
 
-def test_torch_forgets_what_was_admitted(tmp_path, cli, shards):
-    """The types admitted for this file are not admitted for other files of the process."""
+def test_torch_forgets_what_was_allowed(tmp_path, cli, shards):
+    """The types allowed for this file are not allowed for other files of the process."""
     before = torch.serialization.get_safe_globals()
     torch.save(_human(shards), tmp_path / "h.pt")
     argv = ["cifar10n", tmp_path / "h.pt", "--shards", tmp_path / "shards", "--out", tmp_path / "cifar10n.npz"]

@@ -152,7 +152,7 @@ def test_a_damaged_beginning_is_fetched_again(hub, tmp_path):
 
 
 def test_the_list_shows_the_table(cli):
-    """Every name stands for files of a known data set, and --list shows them."""
+    """Every name belongs to files of a known data set, and --list shows them."""
     printed = cli("download", "--list").out
     for name, published in PUBLISHED.items():
         assert name in printed and all(file in printed for file in published.files)
@@ -177,8 +177,8 @@ def test_mistakes_are_sentences(tmp_path, cli, names, words):
 
 
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
-    """Without room for the file, nothing is fetched."""
+    """Without space for the file, nothing is fetched."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"no room for a\.npz"):
+    with pytest.raises(UserError, match=r"not enough space for a\.npz"):
         fetch_file(RemoteFile("hf://datasets/a/b/a.npz", 11, None), tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []

@@ -202,7 +202,7 @@ MISTAKES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "no extension": ((*ONE, _member("README", b"")), ("'README'", "webdataset skips")),
     "meta": ((_member("__meta__/a.json", b"1"), *ONE), ("webdataset skips",)),
     "control characters": ((*ONE, _member("b\n\x1b[2J.txt", b"")), ("b\\n\\x1b[2J.txt",)),
-    "not unicode": ((*ONE, _member("b\udcff.txt", b"")), ("'hdrcharset'", "not admitted")),
+    "not unicode": ((*ONE, _member("b\udcff.txt", b"")), ("'hdrcharset'", "not allowed")),
     "extended size": (_pax(size="5"), ("sets 'size'",)),
     "extended sparse": (_pax(**{"GNU.sparse.major": "1"}), ("sets 'GNU.sparse.major'",)),
     "large label": (_labelled(json=b" " * (1 << 20) + b"1"), ("'a.json'", "too many")),
@@ -373,8 +373,8 @@ def test_every_cut_and_every_repetition(tmp_path, fuzzed):
             assert _outcome(tmp_path / "a.tar", b"".join(content), tmp_path) == "refused"
 
 
-def test_what_is_admitted_is_read_as_webdataset_reads_it(tmp_path):
-    """Random mixtures of odd members: an admitted tar has the same samples for webdataset."""
+def test_what_is_accepted_is_read_as_webdataset_reads_it(tmp_path):
+    """Random mixtures of odd members: an accepted tar has the same samples for webdataset."""
     generator = np.random.default_rng(1)
     names = [
         "a.png",

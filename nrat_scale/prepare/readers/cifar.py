@@ -156,7 +156,7 @@ def _read_pickle(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray]
 
 def _uint8_only(name: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
     if name not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"it contains an array of dtype {name!r}; only uint8 is admitted")
+        raise pickle.UnpicklingError(f"it contains an array of dtype {name!r}; only uint8 is allowed")
     return np.dtype("u1", copy=True)
 
 
@@ -165,7 +165,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
     # numpy's function that creates an empty array to be filled; numpy 2 renamed its module.
     _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-    _ADMITTED: dict[tuple[str, str], Any] = {  # noqa: RUF012
+    _ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
@@ -173,9 +173,9 @@ class _BatchUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not admitted and was not run")
-        return self._ADMITTED[module, name]
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed and was not run")
+        return self._ALLOWED[module, name]
 
 
 def _download(version: _Version, root: Path) -> None:

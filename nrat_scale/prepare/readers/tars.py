@@ -25,7 +25,7 @@ from nrat_scale.remote.address import expand, is_remote
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "npy": ""}
 _LABELS = ("cls", "json")
 _EXPECTED = f"one image (.{', .'.join(_FORMATS)}) and a label (.{', .'.join(_LABELS)})"
-_MAX_IMAGE_BYTES, _MAX_LABEL_BYTES = 1 << 25, 1 << 20  # 32 MiB is ten times the largest admitted image
+_MAX_IMAGE_BYTES, _MAX_LABEL_BYTES = 1 << 25, 1 << 20  # 32 MiB is ten times the largest allowed image
 _MAX_PAX_BYTES = 1 << 16
 _ZEROS = bytes(TAR_BLOCK)
 # webdataset splits a name at the first dot of its last part, and skips names without one, and `__meta__`.
@@ -98,7 +98,7 @@ class Sample(NamedTuple):
 
 
 class _Refused(Exception):
-    """Why a tar is not admitted; `member` is the name of the member at fault."""
+    """Why a tar is refused; `member` is the name of the member at fault."""
 
     def __init__(self, why: str, member: str | None = None) -> None:
         super().__init__(why)
@@ -238,7 +238,7 @@ def _extended_name(info: tarfile.TarInfo, content: bytes) -> str:
         if key == "path":
             name = value.decode("utf-8", "surrogateescape")
         elif not _HARMLESS.fullmatch(key):
-            raise _Refused(f"an extended header sets {quoted(key)}, which is not admitted")
+            raise _Refused(f"an extended header sets {quoted(key)}, which is not allowed")
         content = content[length:]
     return name
 
