@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nrat_scale.core.errors import run_cli
 from nrat_scale.prepare import download
@@ -65,7 +65,7 @@ def _writing(write: Callable[[argparse.Namespace], str]) -> Callable[[argparse.N
     return run
 
 
-def _converted(reader: Reader) -> Callable[[argparse.Namespace], str]:
+def _convert(reader: Reader) -> Callable[[argparse.Namespace], str]:
     return lambda given: convert(lambda scratch: reader.read(given, scratch), given.out, **_options(given))
 
 
@@ -74,35 +74,17 @@ def _subset(given: argparse.Namespace) -> str:
     return subset(given.where, given.out, **selection, **_options(given))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands: those of `READERS`, and those that maintain shards."""
-    parser = argparse.ArgumentParser(
-        prog=_PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", help="`COMMAND --help` shows its options")
+class Command(NamedTuple):
+    """One command; `run` returns the lines to print."""
 
-    def add(
-        name: str,
-        run: Callable[[argparse.Namespace], Iterable[str]],
-        summary: str,
-        arguments: Sequence[Argument],
-        *examples: str,
-    ) -> None:
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog="\n  ".join(["examples:", *(f"{_PROGRAM} {name} {example}" for example in examples)]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for flag, options in arguments:
-            command.add_argument(flag, **options)
-        command.set_defaults(run=run)
+    run: Callable[[argparse.Namespace], Iterable[str]]
+    summary: str
+    arguments: Sequence[Argument]
+    examples: Sequence[str]
 
-    for name, reader in READERS.items():
-        add(name, _writing(_converted(reader)), reader.summary, (*reader.arguments, *_WRITING), *reader.examples)
-    add(
-        "cifar10n",
+
+COMMANDS: dict[str, Command] = {  # besides those of `READERS`
+    "cifar10n": Command(
         lambda given: [convert_human_labels(given.file, given.shards, given.out)],
         "convert CIFAR-10N's human labels (CIFAR-10_human.pt) to an npz for data.real.noise.human_labels",
         (
@@ -110,52 +92,40 @@ def build_parser() -> argparse.ArgumentParser:
             argument("--shards", type=Path, required=True, metavar="DIR", help="of CIFAR-10's training images"),
             argument("--out", type=Path, required=True, metavar="FILE", help="new npz"),
         ),
-        "CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz",
-    )
-    add(
-        "download",
+        ("CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz",),
+    ),
+    "download": Command(
         lambda given: [download.listing()] if given.list else download.download(given.names, given.to),
         "download published generated data; resumes, and verifies size and sha256",
         (
             argument("names", nargs="*", metavar="NAME", help="a name of --list, or hf://datasets/USER/REPO/FILE"),
-            argument(
-                "--to", type=Path, default=Path("data/downloads"), metavar="DIR", help="folder (default: %(default)s)"
-            ),
+            argument("--to", type=Path, default=Path("data/downloads"), metavar="DIR", help="default: %(default)s"),
             argument("--list", action="store_true", help="show the names and their files"),
         ),
-        "--list",
-        "cifar10_1m",
-        "cifar10_20m cifar100_1m --to /big/disk",
-    )
-    add(
-        "verify",
+        ("--list", "cifar10_1m", "cifar10_20m cifar100_1m --to /big/disk"),
+    ),
+    "verify": Command(
         lambda given: [verify(given.where)],
         "check every byte of shards, and that they match their index",
         (_WHERE,),
-        "data/cifar10_1m",
-        "hf://datasets/USER/REPO",
-    )
-    add(
-        "info",
+        ("data/cifar10_1m", "hf://datasets/USER/REPO"),
+    ),
+    "info": Command(
         lambda given: [info(given.where, given.sheet)],
         "describe shards: counts, classes, source files, stored order; a contact sheet",
         (_WHERE, argument("--sheet", type=Path, metavar="FILE.png", help="new image: samples, one row per class")),
-        "data/cifar10_1m --sheet data/sheet.png",
-    )
-    add(
-        "merge",
+        ("data/cifar10_1m --sheet data/sheet.png",),
+    ),
+    "merge": Command(
         lambda given: [merge(given.folders, given.out)],
-        "write one index over several folders of shards below it, without copying them",
+        "write the index PARENT/index.json over several folders of shards in PARENT, without copying them",
         (
             argument("folders", type=Path, nargs="+", metavar="DIR", help="in the order of the source ids"),
-            argument(
-                "--out", type=Path, required=True, metavar="PARENT/index.json", help="new; PARENT contains every DIR"
-            ),
+            argument("--out", type=Path, required=True, metavar="PARENT/index.json", help="new index"),
         ),
-        "data/all/first data/all/second --out data/all/index.json",
-    )
-    add(
-        "subset",
+        ("data/all/first data/all/second --out data/all/index.json",),
+    ),
+    "subset": Command(
         _writing(_subset),
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
@@ -166,20 +136,39 @@ def build_parser() -> argparse.ArgumentParser:
             argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8"),
             *_WRITING,
         ),
-        "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
-        "data/cifar10_1m --ids data/kept.txt --out data/kept",
-        "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
-    )
-    add(
-        "push",
+        (
+            "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
+            "data/cifar10_1m --ids data/kept.txt --out data/kept",
+            "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
+        ),
+    ),
+    "push": Command(
         lambda given: [push(given.folder, given.address)],
         "verify shards and upload them to the Hugging Face Hub (token from HF_TOKEN or `hf auth login`)",
         (
             argument("folder", type=Path, metavar="DIR"),
             argument("address", metavar="ADDRESS", help="hf://datasets/USER/REPO[@REVISION]"),
         ),
-        "data/cifar10_1m hf://datasets/USER/REPO",
-    )
+        ("data/cifar10_1m hf://datasets/USER/REPO",),
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands: those of `READERS`, and `COMMANDS`."""
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__, **style)
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND", help="`COMMAND --help` shows its options")
+    conversions = {
+        name: Command(_writing(_convert(reader)), reader.summary, (*reader.arguments, *_WRITING), reader.examples)
+        for name, reader in READERS.items()
+    }
+    for name, command in {**conversions, **COMMANDS}.items():
+        examples = "\n  ".join(["examples:", *(f"{_PROGRAM} {name} {example}" for example in command.examples)])
+        added = parsers.add_parser(name, help=command.summary, description=command.summary, epilog=examples, **style)
+        for flag, options in command.arguments:
+            added.add_argument(flag, **options)
+        added.set_defaults(run=command.run)
     return parser
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nrat_scale.prepare.__main__ import build_parser
+from nrat_scale.prepare.__main__ import COMMANDS, build_parser
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers import READERS, Reader, argument
 from tests.support.preparation import assert_refused, holds, random_images
 
 TOOLS = Path(__file__).parents[2] / "tools"
-COMMANDS = [*READERS, "cifar10n", "download", "verify", "info", "merge", "subset", "push"]
 IMAGES, LABELS = random_images(20)
 
 
@@ -37,7 +36,7 @@ def test_a_reader_is_added_by_one_entry(tmp_path, cli, convert, monkeypatch):
     assert_refused(cli, tmp_path, ["raw", tmp_path / "no.raw"], "No such file")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*READERS, *COMMANDS])
 def test_the_examples_in_the_help_can_be_typed(cli, command):
     """Every example parses."""
     result = cli(command, "--help")
