@@ -291,19 +291,22 @@ def convert(work: Path, num_images: int) -> None:
     make_npz(work / "source.npz", num_images, 0)
     size = (work / "source.npz").stat().st_size
     command = [sys.executable, str(TOOLS / "shard_dataset.py"), "npz", str(work / "source.npz"), "--dataset", "cifar10"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([*command, "--out", str(work / "out")])
-    while process.poll() is None:
-        peak = max(peak, _anonymous_bytes(psutil.Process(process.pid)))
-        time.sleep(0.05)
-    assert process.returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(
-        f"{num_images:,} images ({size / 1e9:.2f} GB): {seconds:.1f} core-seconds, {time.perf_counter() - start:.1f} s, "
-        f"at most {peak / 1e6:.0f} MB of anonymous memory"
-    )
+    for jobs in (1, 2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start, peak = time.perf_counter(), 0
+        process = subprocess.Popen([*command, "--out", str(work / f"out{jobs}"), "--jobs", str(jobs)])
+        while process.poll() is None:
+            peak = max(peak, _anonymous_bytes(psutil.Process(process.pid)))
+            time.sleep(0.05)
+        assert process.returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(
+            f"{num_images:,} images ({size / 1e9:.2f} GB), --jobs {jobs}: {seconds:.1f} core-seconds, "
+            f"{time.perf_counter() - start:.1f} s, at most {peak / 1e6:.0f} MB of anonymous memory"
+        )
+        if jobs == 1:
+            ours = seconds / num_images
     sample = min(num_images, 10_000)
     with np.load(work / "source.npz", mmap_mode="r") as file:
         images = file["image"][:sample]
@@ -314,8 +317,7 @@ def convert(work: Path, num_images: int) -> None:
             Image.fromarray(image).save(buffer, "PNG")
             writer.write({"__key__": f"{i:08d}", "png": buffer.getvalue(), "cls": b"0"})
     png_seconds = (_cpu_seconds() - start) / sample
-    ours = seconds / num_images
-    print(f"one PNG per sample ({sample:,} images): {png_seconds / ours:.1f} times the CPU per image of shards")
+    print(f"one PNG per sample ({sample:,} images): {png_seconds / ours:.1f} times the CPU per image of --jobs 1")
 
 
 # ---- soak -----------------------------------------------------------------------------------------------------------

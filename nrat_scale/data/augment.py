@@ -1,7 +1,8 @@
-"""Random crop, flip and CutMix on the device, in this order, drawn for the global batch and sliced.
+"""Random crop, flip and CutMix on the device, in this order.
 
-Every random number belongs to a position of global batch `step` and is a function of (seed, step), so an image is
-augmented alike whichever rank holds it. A CutMix partner is another position of the global batch, augmented as itself.
+Random numbers are drawn for every place of global batch `step` as a function of (seed, step), and each rank uses its
+slice: the augmentation of an image does not depend on the rank. A CutMix partner is the image at another place of the
+global batch, cropped and flipped as it is there.
 """
 
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class AugmentSpec:
     Attributes:
         crop: pixels of zero padding before a random crop back to the image size; 0 for none.
         flip: mirror left to right with probability one half (not for digits).
-        cutmix: probability that a rectangle of an image is replaced by that of another image of the batch, and its label
-            by the mixture in proportion to the areas (Yun et al. 2019, lambda ~ Beta(1, 1)); 0 for never.
+        cutmix: probability of CutMix (Yun et al. 2019, lambda ~ Beta(1, 1)): a rectangle comes from another image of the
+            batch, and the label is the mixture of both labels in proportion to the areas.
     """
 
     crop: int = 4
@@ -38,31 +39,29 @@ class AugmentSpec:
 
 
 def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:
-    """int64 [global_size]: the position whose image is cut into each position of global batch `step`."""
+    """int64 [global_size]: the place whose image is cut into the image at each place of global batch `step`."""
     return KeyedPermutation(global_size, seed, "cutmix partners", step)(np.arange(global_size))
 
 
-def crop_and_flip(
-    images: Tensor, positions: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int
-) -> Tensor:
+def crop_and_flip(images: Tensor, places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int) -> Tensor:
     """Random crop and flip: uint8 [b, C, H, W] -> uint8 [b, C, H, W], on the device of `images`.
 
     Args:
-        positions: int64 [b] on the CPU, where the images stand in the global batch.
+        places: int64 [b] on the CPU, of the images in the global batch.
     """
     generator = torch_generator("cpu", seed, "augment", step)
     offsets = torch.randint(0, 2 * spec.crop + 1, (global_size, 2), generator=generator)
     mirrored = torch.rand(global_size, generator=generator) < 0.5
     if spec.crop:
-        images = _crop(images, offsets[positions].to(images.device, non_blocking=True), spec.crop)
+        images = _crop(images, offsets[places].to(images.device, non_blocking=True), spec.crop)
     if spec.flip:
-        chosen = mirrored[positions].to(images.device, non_blocking=True)
+        chosen = mirrored[places].to(images.device, non_blocking=True)
         images = torch.where(chosen[:, None, None, None], images.flip(3), images)
     return images
 
 
 def _crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Each image, padded with zeros, cut out anew at its offset [b, 2] (row, column)."""
+    """Crops of the zero-padded images, at offsets [b, 2] (row, column)."""
     height, width = images.shape[2:]
     padded = F.pad(images, (padding,) * 4)
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
@@ -72,19 +71,19 @@ def _crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
 
 def cutmix(
-    images: Tensor, partners: Tensor, positions: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int
+    images: Tensor, partners: Tensor, places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Rectangles of `partners` in `images`, both [b, C, H, W] of any dtype and already cropped and flipped.
+    """Paste rectangles of `partners` into `images`, both [b, C, H, W] of any dtype and already cropped and flipped.
 
-    The rectangle has the shape of the image, an area of 1 - lambda with lambda ~ U(0, 1) before it is clipped at the
-    border, and its centre is uniform.
+    The rectangle has the aspect ratio of the image, a uniform centre, and the area 1 - lambda with lambda ~ U(0, 1)
+    before it is clipped at the border.
 
     Returns:
-        The images, and float32 [b] on their device: the part of each that is still its own, by area.
+        The images, and float32 [b] on their device: the fraction of each image's area that is still its own.
     """
     height, width = images.shape[2:]
     generator = torch_generator("cpu", seed, "cutmix", step)
-    draws = torch.rand(global_size, 4, generator=generator, dtype=torch.float64)[positions]
+    draws = torch.rand(global_size, 4, generator=generator, dtype=torch.float64)[places]
     chosen = draws[:, 0] < spec.cutmix
     half = 0.5 * (1.0 - draws[:, 1]).sqrt() * chosen
     top, bottom = _interval(draws[:, 2], half, height)
@@ -98,11 +97,11 @@ def cutmix(
 
 
 def _interval(centre: Tensor, half: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """[b] int64 start and end of the pixels that lie within `half` (a fraction of `length`) of `centre`, clipped."""
+    """[b] int64 start and end of the pixels within `half` (a fraction of `length`) of `centre`, clipped."""
     ends = [((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1)]
     return ends[0], ends[1]
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [0, 1], contiguous: the one place where 255 is divided by."""
+    """uint8 pixels -> float32 in [0, 1], contiguous; the only place that divides by 255."""
     return images.float().div(255).contiguous()

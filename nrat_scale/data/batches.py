@@ -1,189 +1,84 @@
-"""Planned samples -> batches of this rank: fetch, gather, in a thread of their own.
+"""Planned samples -> batches of this rank.
 
-plan     step t -> source and sample number of each of the B positions      webdataset.DataPipeline
-fetch    remote shards: those of this window are there, the next one's come  in the background
-gather   this rank's positions -> uint8 images [b, C, H, W], labels [b]      out of memory maps
-         or, where the images are on the device already, their rows [b]      see `resident`
-pin      where there is a GPU
+plan     step t -> source number and sample of each of the B places of the global batch
+fetch    remote shards: those of this window are needed now, those of the next are fetched in the background
+gather   this rank's places -> uint8 images [b, C, H, W], labels [b], out of memory maps or of resident images
+pin      if there is a GPU
 """
 
-import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from nrat_scale.data.augment import cutmix_partners
 from nrat_scale.data.plan import SamplePlan
-from nrat_scale.data.shards import ShardUnusable, concatenated
+from nrat_scale.data.prefetch import ShardPrefetcher
+from nrat_scale.data.resident import ResidentImages
+from nrat_scale.data.shards import concatenated
 from nrat_scale.data.source import TrainingSource
 from nrat_scale.data.spec import GENERATED
-from nrat_scale.remote.transfer import Cancelled
-
-T = TypeVar("T")
-_FETCHES = 4  # at a time, for each remote source
-
-
-@dataclass(frozen=True)
-class Partners:
-    """The CutMix partners of a batch: images as in `Batch`, labels int64 [b], global positions int64 [b]."""
-
-    images: Tensor
-    labels: Tensor
-    positions: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of global batch `step`; `first` is its place in the global batch.
+    """This rank's part of global batch `step`.
 
     Attributes:
-        images: uint8 [b, C, H, W], in channels-last memory; where the images are resident, their rows int64 [b], which
-            `TrainingData.augmented` looks up on the device.
+        places: int64 [b] in the global batch; consecutive, but for `partners`.
+        images: uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident.
         labels: int64 [b], as given.
-        clean_labels: int64 [b], `UNKNOWN_LABEL` where unknown.
+        clean_labels: int64 [b], `UNKNOWN_LABEL` if unknown.
         generated: bool [b].
         ids: int64 [b], source ids.
-        partners: where CutMix is used.
+        partners: the images that CutMix mixes in; None without CutMix.
     """
 
     step: int
-    first: int
+    places: Tensor
     images: Tensor
     labels: Tensor
     clean_labels: Tensor
     generated: Tensor
     ids: Tensor
-    partners: Partners | None = None
+    partners: "Batch | None" = None
 
     @property
-    def positions(self) -> Tensor:
-        """int64 [b]: places in the global batch."""
-        return torch.arange(self.first, self.first + len(self.labels))
+    def first(self) -> int:
+        """The first place in the global batch."""
+        return int(self.places[0])
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The samples `start` .. `stop` - 1 of the batch."""
+        return self._mapped(lambda column: column[start:stop])
 
     def pinned(self) -> "Batch":
-        """The same in page-locked memory, from which a GPU copies while it computes."""
-        partners = self.partners
-        if partners is not None:
-            partners = replace(partners, images=partners.images.pin_memory(), labels=partners.labels.pin_memory())
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            clean_labels=self.clean_labels.pin_memory(),
-            partners=partners,
-        )
+        """The same in page-locked memory, from which a GPU copies asynchronously; unchanged without a GPU."""
+        if not torch.cuda.is_available():
+            return self
+        pinned = self._mapped(lambda column: column if column.is_cuda else column.pin_memory())
+        return replace(pinned, partners=self.partners.pinned() if self.partners is not None else None)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        columns: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **columns)
 
 
 def to_nchw(images: np.ndarray) -> Tensor:
-    """uint8 [n, H, W, C] -> the same memory as a tensor [n, C, H, W] (channels last): nothing is copied."""
+    """uint8 [n, H, W, C] -> the same memory as a tensor [n, C, H, W] (channels last), without a copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-# ---- stages of the pipeline -----------------------------------------------------------------------------------------
-
-Planned = tuple[int, np.ndarray, np.ndarray]
-
-
 @dataclass(frozen=True)
-class PlanStage:
-    """Yields (step, sources [B], samples [B]); loader worker w of W takes every W-th step, which the loader puts in order."""
-
-    plan: SamplePlan
-    start: int
-    stop: int
-
-    def __call__(self) -> Iterator[Planned]:
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for step in range(self.start + first, self.stop, stride):
-            yield (step, *self.plan.batch(step))
-
-
-@dataclass(frozen=True)
-class FetchStage:
-    """Has the shards of the next window fetched while the ones before are used."""
-
-    plan: SamplePlan
-    sources: list[TrainingSource]
-    stop: int
-
-    def __call__(self, plans: Iterator[Planned]) -> Iterator[Planned]:
-        ahead = {number: _Ahead(source) for number, source in enumerate(self.sources) if source.shards.is_remote}
-        try:
-            for planned in plans:
-                for number, fetcher in ahead.items():
-                    now = self.plan.shards_of(number, planned[0])
-                    then = self.plan.shards_after(number, planned[0], self.stop)
-                    fetcher.want([*now.tolist(), *then.tolist()])
-                yield planned
-        finally:
-            for fetcher in ahead.values():
-                fetcher.close()
-
-
-class _Ahead:
-    """Threads that fetch the shards of one source, in the order in which they are wanted."""
-
-    def __init__(self, source: TrainingSource) -> None:
-        self._source = source
-        self._wanted: list[int] = []
-        self._queue: deque[int] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(_FETCHES)]
-        for thread in self._threads:
-            thread.start()
-
-    def want(self, numbers: list[int]) -> None:
-        """Fetch these shards, and forget those wanted before that nobody began."""
-        if numbers == self._wanted:
-            return
-        new = [number for number in numbers if number not in self._wanted]
-        self._wanted = numbers
-        # The processes of a node share one cache: each begins elsewhere, and finds the rest there.
-        turn = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(new))
-        with self._changed:
-            begun = [number for number in self._queue if number in numbers]
-            self._queue = deque([*begun, *new[turn:], *new[:turn]])
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Give up, and wait for the threads: a transfer stops at its next chunk and can be resumed."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._queue)
-                if self._closed:
-                    return
-                number = self._queue.popleft()
-            try:
-                self._source.shards.fetch(number, stopped=lambda: self._closed)
-            except Cancelled:
-                return
-            except ShardUnusable:
-                continue  # the shards remember it, and whoever needs this one decides
-
-
-@dataclass(frozen=True)
-class GatherStage:
-    """Turns the planned samples of this rank's slice into a `Batch`.
+class PlannedBatches:
+    """This rank's batches of a sample plan.
 
     Attributes:
-        cutmix_seed: gather CutMix partners under this seed; None for no CutMix.
-        first_rows: of each source among resident images, whose rows are gathered; None gathers pixels.
+        cutmix_seed: of the CutMix partners; None gathers none.
+        resident: where the pixels are; None reads them out of memory maps.
     """
 
     plan: SamplePlan
@@ -191,49 +86,59 @@ class GatherStage:
     rank: int
     world_size: int
     cutmix_seed: int | None = None
-    first_rows: tuple[int, ...] | None = None
+    resident: ResidentImages | None = None
 
-    def __call__(self, plans: Iterator[Planned]) -> Iterator[Batch]:
-        for step, kinds, samples in plans:
-            size = len(kinds) // self.world_size
-            mine = np.arange(self.rank * size, (self.rank + 1) * size)
-            positions = mine
-            if self.cutmix_seed is not None:
-                positions = np.concatenate([mine, cutmix_partners(len(kinds), self.cutmix_seed, step)[mine]])
-            batch = self._gather(step, positions[0], kinds[positions], samples[positions])
-            yield batch if self.cutmix_seed is None else _with_partners(batch, size, positions[size:])
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches `start` .. `stop` - 1, while the shards of the next window are fetched in the background."""
+        remote = {n: ShardPrefetcher(source.shards) for n, source in enumerate(self.sources) if source.shards.is_remote}
+        try:
+            for step in range(start, stop):
+                for number, prefetcher in remote.items():
+                    now, after = self.plan.shards_of(number, step), self.plan.shards_after(number, step, stop)
+                    prefetcher.want([*now.tolist(), *after.tolist()])
+                yield self.batch(step).pinned()
+        finally:
+            for prefetcher in remote.values():
+                prefetcher.close()
 
-    def _gather(self, step: int, first: int, kinds: np.ndarray, samples: np.ndarray) -> Batch:
-        given, clean, ids, rows = (np.empty(len(kinds), np.int64) for _ in range(4))
-        generated = np.zeros(len(kinds), bool)
+    def batch(self, step: int) -> Batch:
+        """This rank's part of global batch `step`."""
+        numbers, samples = self.plan.batch(step)
+        size = len(numbers) // self.world_size
+        own = np.arange(self.rank * size, (self.rank + 1) * size)
+        if self.cutmix_seed is None:
+            return self._gathered(step, own, numbers[own], samples[own])
+        # Partners are gathered together with the batch, in one pass over the memory maps.
+        places = np.concatenate([own, cutmix_partners(len(numbers), self.cutmix_seed, step)[own]])
+        both = self._gathered(step, places, numbers[places], samples[places])
+        return replace(both.rows(0, size), partners=both.rows(size, 2 * size))
+
+    def _gathered(self, step: int, places: np.ndarray, numbers: np.ndarray, samples: np.ndarray) -> Batch:
+        given, clean, ids, rows = (np.empty(len(places), np.int64) for _ in range(4))
+        generated = np.zeros(len(places), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
-            here = np.flatnonzero(kinds == number)
-            if self.first_rows is None:
-                positions, views, given[here] = source.read(samples[here], self._near(number, step))
+            here, near = np.flatnonzero(numbers == number), self._near(number, step)
+            if self.resident is None:
+                positions, (views, stored) = source.read(samples[here], source.shards.rows, near)
                 pixels.append(iter(views))
             else:
-                positions, given[here] = source.locate(samples[here], self._near(number, step))
-                rows[here] = self.first_rows[number] + positions
+                # Reads the labels even if `given` replaces them: the same shards are found unusable as without.
+                positions, stored = source.read(samples[here], source.shards.labels, near)
+                rows[here] = self.resident.first_rows[number] + positions
+            given[here] = stored if source.given is None else source.given[positions]
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
-        images = torch.from_numpy(rows) if self.first_rows is not None else self._copied(pixels, kinds)
-        labels, clean_labels, kind, source_ids = (torch.from_numpy(a) for a in (given, clean, generated, ids))
-        return Batch(step, int(first), images, labels, clean_labels, kind, source_ids)
+        images = self._copied(pixels, numbers) if self.resident is None else self.resident.gather(rows)
+        columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
+        return Batch(step, torch.from_numpy(places), images, *columns)
 
-    def _copied(self, pixels: list[Iterator[memoryview]], kinds: np.ndarray) -> Tensor:
-        """uint8 [m, C, H, W]: one copy, out of the memory maps; each source's images come in the order of their places."""
-        images = concatenated([next(pixels[kind]) for kind in kinds.tolist()])
-        return to_nchw(images.reshape(len(kinds), *self.sources[0].shards.image_shape))
+    def _copied(self, pixels: list[Iterator[memoryview]], numbers: np.ndarray) -> Tensor:
+        """uint8 [m, C, H, W]: one copy out of the memory maps; each source's images come in the order of their places."""
+        images = concatenated([next(pixels[number]) for number in numbers.tolist()])
+        return to_nchw(images.reshape(len(numbers), *self.sources[0].shards.image_shape))
 
     def _near(self, number: int, step: int) -> Callable[[], np.ndarray] | None:
         if self.plan.sources[number].window is None:
             return None
         return lambda: self.plan.shards_of(number, step)
-
-
-def _with_partners(batch: Batch, size: int, positions: np.ndarray) -> Batch:
-    """Split what was gathered together into the batch and its partners."""
-    partners = Partners(batch.images[size:], batch.labels[size:], torch.from_numpy(positions))
-    own = {name: getattr(batch, name)[:size] for name in ("images", "labels", "clean_labels", "generated", "ids")}
-    return replace(batch, **own, partners=partners)

@@ -1,43 +1,79 @@
-"""Prepare batches in one background thread, pinned where there is a GPU."""
+"""Threads that work ahead of the training step: one computes batches, others fetch remote shards."""
 
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from nrat_scale.data.shards import ShardSet, ShardUnusable
+from nrat_scale.remote.transfer import Cancelled
 
-from nrat_scale.data.batches import Batch, T
-
+T = TypeVar("T")
 _PREFETCHED = 4  # batches
+_FETCHES = 4  # concurrent, per remote source
 
 
-def pin(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Page-locked batches where there is a GPU."""
-    return (batch.pinned() for batch in batches) if torch.cuda.is_available() else batches
+class ShardPrefetcher:
+    """Fetches remote shards into the cache, in the order in which `want` names them."""
 
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._wanted: list[int] = []
+        self._queue: deque[int] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(_FETCHES)]
+        for thread in self._threads:
+            thread.start()
 
-# ---- one thread ahead -----------------------------------------------------------------------------------------------
+    def want(self, numbers: list[int]) -> None:
+        """Fetch these shards; earlier ones that are no longer wanted are dropped from the queue."""
+        if numbers == self._wanted:
+            return
+        new = [number for number in numbers if number not in self._wanted]
+        self._wanted = numbers
+        # The processes of a node share one cache: each starts at another shard and finds the rest there.
+        turn = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(new))
+        with self._changed:
+            queued = [number for number in self._queue if number in numbers]
+            self._queue = deque([*queued, *new[turn:], *new[:turn]])
+            self._changed.notify_all()
 
+    def close(self) -> None:
+        """Cancel transfers at their next chunk, resumably, and wait for the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-@dataclass
-class _Raised:
-    error: BaseException
-
-
-_END: Any = object()
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._queue)
+                if self._closed:
+                    return
+                number = self._queue.popleft()
+            try:
+                self._shards.fetch(number, stopped=lambda: self._closed)
+            except Cancelled:
+                return
+            except ShardUnusable:
+                continue  # kept in `unusable`; reading a sample of the shard raises it
 
 
 def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> Iterator[T]:
-    """What `items()` yields, computed up to `depth` items ahead in one thread, which ends with this generator."""
-    waiting: queue.Queue[Any] = queue.Queue(depth)
+    """The items of `items()`, computed up to `depth` ahead in a thread that ends with this generator."""
+    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
+    end = object()
 
-    def put(item: Any) -> bool:
+    def put(item: Any, error: BaseException | None = None) -> bool:
         while not closed.is_set():
             try:
-                waiting.put(item, timeout=0.1)
+                waiting.put((item, error), timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -49,9 +85,9 @@ def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> It
             for item in iterator:
                 if not put(item):
                     return
-            put(_END)
-        except BaseException as error:  # whatever it is, it belongs to whoever waits for the item
-            put(_Raised(error))
+            put(end)
+        except BaseException as error:  # re-raised by the consumer
+            put(end, error)
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()
@@ -59,9 +95,12 @@ def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> It
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (item := waiting.get()) is not _END:
-            if isinstance(item, _Raised):
-                raise item.error
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
             yield item
     finally:
         closed.set()

@@ -1,4 +1,4 @@
-"""The images of all sources in the memory of the device that trains: batches are gathered there, and only rows travel."""
+"""The images of all sources in the memory of the device that trains, where batches are gathered."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,22 @@ from nrat_scale.data.source import TrainingSource
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """All images of a run's sources, held-out ones too, in the order of their positions, one source after the other.
+    """All images of a run's sources, held-out ones too, by position, one source after the other.
 
     Attributes:
         images: uint8 [N, H, W, C] on the device.
-        first_rows: where in them each source begins.
+        first_rows: row of each source's first image.
     """
 
     images: Tensor
     first_rows: tuple[int, ...]
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """uint8 [b, C, H, W], in channels-last memory, of the rows int64 [b] on the same device."""
-        assert rows.dtype == torch.int64, "these are pixels: the batch was made before the images were placed"
-        return self.images[rows].permute(0, 3, 1, 2)
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """uint8 [b, C, H, W] on the device, in channels-last memory, of the rows int64 [b]; only the rows are copied there."""
+        on_host = torch.from_numpy(rows)
+        if self.images.device.type == "cuda":
+            on_host = on_host.pin_memory()
+        return self.images[on_host.to(self.images.device, non_blocking=True)].permute(0, 3, 1, 2)
 
 
 def image_bytes(sources: Sequence[TrainingSource]) -> int:
@@ -35,15 +37,15 @@ def image_bytes(sources: Sequence[TrainingSource]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The free memory of a GPU; None for other devices, whose memory maps serve as well."""
+    """The free memory of a GPU; None for other devices, which gain nothing over memory maps."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def load_images(sources: Sequence[TrainingSource], device: torch.device) -> ResidentImages:
-    """Copy the images of local `sources` to `device`; the host never holds more than one shard of them.
+    """Copy the images of local `sources` to `device`; the host holds one shard of them at a time.
 
-    Where bad shards may be skipped, the rows of one that cannot be opened stay unwritten, and it is refused from now on:
-    whoever needs its samples replaces them, as without resident images.
+    If bad shards may be skipped, the rows of a shard that cannot be opened stay unwritten and the shard counts as
+    unusable from then on, so that its samples are replaced as without resident images.
 
     Raises:
         ShardUnusable: a shard cannot be used and may not be skipped.

@@ -1,5 +1,6 @@
-"""The specs of a recipe's data section, which validate themselves."""
+"""The specs of a recipe's `data` section."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nrat_scale.core.errors import UserError, did_you_mean
@@ -8,7 +9,16 @@ from nrat_scale.labels import NoiseSpec
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
-TAKES = ("stratified", "first")
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} is '{value}'. {did_you_mean(value, choices)}")
+
+
+def _check_at_least_one(key: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(f"{key} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -17,10 +27,10 @@ class RealSpec:
 
     Attributes:
         shards: folder or address of shards; None trains on generated images alone.
-        noise: label noise put on them, drawn over the whole set before the validation split.
+        noise: label noise, drawn over the whole set before the validation split.
         exclude: an .npy file of source ids (integers [m]) that are never trained on, such as a test split of the same
             shards.
-        prepare: the commands that make the shards, one a line, shown where they are missing.
+        prepare: the commands that make the shards, one a line, shown if the shards are missing.
     """
 
     shards: str | None = None
@@ -35,7 +45,7 @@ class GeneratedSpec:
 
     Attributes:
         shards: folder or address of shards; None trains on real images alone.
-        fraction: part of every batch, in (0, 1]: floor(batch_size * fraction) images, the rest is real.
+        fraction: generated part of every batch, in (0, 1]: floor(batch_size * fraction) images.
         exclude, prepare: as for `RealSpec`.
     """
 
@@ -43,6 +53,10 @@ class GeneratedSpec:
     fraction: float = 0.7
     exclude: str | None = None
     prepare: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise UserError(f"data.generated.fraction is {self.fraction}; it must be in (0, 1].")
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class ValidationSpec:
         take: `stratified` (each class in proportion, by the labels stored in the shards) or `first` (in the order of the
             source).
         labels: `given` (as training sees them, with the noise) or `clean`.
-        seed: of the choice; apart from the run's seed, so that runs with several seeds share one split.
+        seed: of the choice; separate from the run's seed, so that runs with several seeds share one split.
     """
 
     source: str = REAL
@@ -64,16 +78,16 @@ class ValidationSpec:
     labels: str = "given"
     seed: int = 0
 
-
-RESIDENT = ("auto", "always", "never")
-
-LOADERS = ("indexed", "webdataset")
-ON_BAD_SHARD = ("stop", "skip")
+    def __post_init__(self) -> None:
+        _check_at_least_one("data.validation.size", self.size)
+        _check_choice("data.validation.source", self.source, (REAL, GENERATED))
+        _check_choice("data.validation.take", self.take, ("stratified", "first"))
+        _check_choice("data.validation.labels", self.labels, ("given", "clean"))
 
 
 @dataclass(frozen=True)
 class RemoteSpec:
-    """Where shards behind an address are kept.
+    """The cache of shards behind an address.
 
     Attributes:
         cache: folder for verified shards, shared by the processes of a node; by default $NRAT_SCALE_CACHE or
@@ -84,24 +98,27 @@ class RemoteSpec:
     cache: str | None = None
     cache_gb: float = DEFAULT_CACHE_GB
 
+    def __post_init__(self) -> None:
+        if not self.cache_gb > 0:
+            raise UserError(f"data.remote.cache_gb is {self.cache_gb}; it must be greater than 0.")
+
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is trained on.
+    """The training data.
 
     Attributes:
         batch_size: images of the global batch, over all processes and accumulation steps.
-        epoch_samples: images that make an epoch (rounded up to whole batches); by default the number of real training
-            images, or of generated ones where there are no real ones.
+        epoch_samples: images of an epoch (rounded up to whole batches); by default the number of real training images,
+            or of generated ones if there are no real ones.
         real, generated, validation, augment, remote: see the specs.
-        window: shards that are shuffled together; by default the whole source where it is local and 8 shards where it is
+        window: shards that are shuffled together; by default the whole source if it is local and 8 shards if it is
             remote.
-        loader: `indexed` (the plan: exact, resumable, the same for any number of processes) or `webdataset` (the
+        loader: `indexed` (the sample plan: exact, resumable, the same for any number of processes) or `webdataset` (the
             standard pipeline of that library).
-        workers: loader processes; 0 gathers in a thread of the training process, which is faster.
-        resident: `always` keeps the images of all sources in the memory of the device, so that only row numbers travel;
-            `auto` does it on a GPU where local images take at most half of its free memory; `never`. It changes no batch.
-        on_bad_shard: `stop`, or `skip`: train without a shard that stays missing or damaged.
+        resident: `always` keeps the images of all sources in the memory of the device; `auto` does so on a GPU if all
+            images are local and take at most half of its free memory; `never`. It changes no batch.
+        on_bad_shard: `stop`, or `skip`: train without a shard that is missing or damaged for good.
         max_bad_shards: how many may be skipped.
     """
 
@@ -114,47 +131,25 @@ class DataSpec:
     remote: RemoteSpec = field(default_factory=RemoteSpec)
     window: int | None = None
     loader: str = "indexed"
-    workers: int = 0
     resident: str = "auto"
     on_bad_shard: str = "stop"
     max_bad_shards: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, low in (
-            ("batch_size", self.batch_size, 1),
-            ("epoch_samples", self.epoch_samples or 1, 1),
-            ("validation.size", self.validation.size, 1),
-            ("window", self.window or 1, 1),
-            ("workers", self.workers, 0),
-            ("max_bad_shards", self.max_bad_shards, 1),
-        ):
-            if value < low:
-                raise UserError(f"data.{name} is {value}; it must be at least {low}.")
-        for name, choice, known in (
-            ("validation.source", self.validation.source, (REAL, GENERATED)),
-            ("validation.take", self.validation.take, TAKES),
-            ("validation.labels", self.validation.labels, ("given", "clean")),
-            ("loader", self.loader, LOADERS),
-            ("resident", self.resident, RESIDENT),
-            ("on_bad_shard", self.on_bad_shard, ON_BAD_SHARD),
-        ):
-            if choice not in known:
-                raise UserError(f"data.{name} is '{choice}'. {did_you_mean(choice, known)}")
-        if not 0.0 < self.generated.fraction <= 1.0:
-            raise UserError(f"data.generated.fraction is {self.generated.fraction}; it must be in (0, 1].")
-        if not self.remote.cache_gb > 0:
-            raise UserError(f"data.remote.cache_gb is {self.remote.cache_gb}; it must be greater than 0.")
+        for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):
+            _check_at_least_one(f"data.{name}", getattr(self, name))
+        _check_choice("data.loader", self.loader, ("indexed", "webdataset"))
+        _check_choice("data.resident", self.resident, ("auto", "always", "never"))
+        _check_choice("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         if self.real.shards is None and self.generated.shards is None:
             raise UserError("Nothing to train on: give data.real.shards, data.generated.shards, or both.")
-        if getattr(self, self.validation.source).shards is None:
+        source = self.validation.source
+        if getattr(self, source).shards is None:
+            raise UserError(f"data.validation.source is '{source}', but data.{source}.shards is not set.")
+        if self.loader == "webdataset" and self.augment.cutmix:
+            raise UserError("data.loader webdataset does not support data.augment.cutmix. Use data.loader: indexed.")
+        if self.loader == "webdataset" and self.resident == "always":
             raise UserError(
-                f"data.validation.source is '{self.validation.source}', but data.{self.validation.source}.shards is not set."
-            )
-        if self.loader == "webdataset" and (self.workers or self.augment.cutmix):
-            raise UserError("data.loader webdataset takes neither data.workers nor data.augment.cutmix: use indexed.")
-        if self.resident == "always" and (self.loader == "webdataset" or self.workers):
-            other = "data.loader webdataset" if self.loader == "webdataset" else f"data.workers {self.workers}"
-            raise UserError(
-                f"data.resident is 'always', which {other} does not take. "
-                "Use the indexed loader with data.workers 0, or set data.resident: auto."
+                "data.loader webdataset does not support data.resident always. "
+                "Use data.loader: indexed, or set data.resident: auto."
             )

@@ -1,4 +1,4 @@
-"""The validation split and excluded samples: which positions of a source are not trained on."""
+"""Which samples of a source are not trained on: the validation split, and ids that the recipe excludes."""
 
 import numpy as np
 
@@ -7,27 +7,28 @@ from nrat_scale.core.seeds import KeyedPermutation
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.data.spec import ValidationSpec
 
-# ---- held out and excluded ------------------------------------------------------------------------------------------
-
 
 def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
     """The sorted positions int64 [size] that validation holds out: a function of (index, spec), not of label noise.
 
     `stratified` takes classes in proportion to their number in the index (largest remainders first), by the stored
-    labels. Shards are met in a keyed random order, and the samples of each too: written shards are permuted, so one or
-    two of them have enough, and of remote ones no others are fetched.
+    labels. It visits shards, and the samples of each, in a keyed random order: written shards are permuted, so one or
+    two of them are enough, and no other remote shard is fetched.
 
     Raises:
-        UserError: there are not enough images, or a class would be missing.
+        UserError: there are too few images, or a class would be missing.
     """
     if spec.size >= len(shards):
         raise UserError(
-            f"data.validation.size is {spec.size}, but {shards.folder} has only {len(shards)} images; some must be left to train on."
+            f"data.validation.size is {spec.size}, but {shards.folder} has only {len(shards)} images. "
+            "Choose a smaller size, so that some are left to train on."
         )
     chosen = shards.first_in_source_order(spec.size) if spec.take == "first" else _stratified(shards, spec)
-    found = np.bincount(shards.labels(chosen), minlength=shards.num_classes)
+    held_out = np.bincount(shards.labels(chosen), minlength=shards.num_classes)
     missing = [
-        name for name, n, there in zip(shards.class_names, found, shards.class_counts, strict=True) if there and not n
+        name
+        for name, n, total in zip(shards.class_names, held_out, shards.class_counts, strict=True)
+        if total and not n
     ]
     if missing:
         why = "the source is sorted by class, as the published 1m.npz is" if spec.take == "first" else "it is too small"
@@ -58,6 +59,7 @@ def _stratified(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
 
 
 def _proportional(counts: np.ndarray, size: int) -> np.ndarray:
+    """`size` divided in proportion to `counts`, by largest remainders."""
     exact = counts * size / counts.sum()
     quota = exact.astype(np.int64)
     order = np.argsort(-(exact - quota), kind="stable")
@@ -68,8 +70,11 @@ def _proportional(counts: np.ndarray, size: int) -> np.ndarray:
 def read_excluded(path: str, shards: ShardSet, key: str) -> np.ndarray:
     """The sorted positions of the source ids in an .npy file.
 
+    Args:
+        key: the recipe key that names the file, for errors.
+
     Raises:
-        UserError: no such file, no integers, or ids that the shards do not have.
+        UserError: no such file, not integers [m], or ids that the shards do not have.
     """
     try:
         with open(path, "rb") as file:

@@ -1,13 +1,7 @@
-"""The data of a run: which sources, how they are mixed, and the batches that come of them.
+"""The data of a run: its sources, their mix, and this rank's batches.
 
-    sources   real and generated shards, what is held out, the labels that training sees
-    sampling  (index, seed, step) -> the samples of the global batch
-    loader    those samples -> this rank's uint8 batch, or its rows in
-    resident  the images of all sources on the device
-    augment   crop, flip, CutMix and floats in [0, 1] on the device
-
-The same images arrive in the same steps whatever runs the training: ranks, workers and restarts are no arguments of
-the plan, and augmentation is drawn for the global batch. docs/data.md explains formats and choices.
+The same images arrive in the same steps on any number of ranks and after any restart: neither is an argument of the
+sample plan, and augmentation is drawn for the global batch. docs/data.md explains formats and choices.
 """
 
 from collections.abc import Iterator
@@ -17,22 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
-from nrat_scale.data.batches import Batch, FetchStage, GatherStage, PlanStage, to_nchw
+from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
 from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
-from nrat_scale.data.prefetch import pin, prefetched
+from nrat_scale.data.prefetch import prefetched
 from nrat_scale.data.resident import ResidentImages, free_bytes, image_bytes, load_images
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.source import SkipLog, TrainingSource, check_compatible, noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL, DataSpec
 from nrat_scale.data.split import choose_held_out, read_excluded
-from nrat_scale.data.webdataset_stream import WebDatasetStream
+from nrat_scale.data.webdataset_stream import WebDatasetBatches
 from nrat_scale.datasets import DATASETS
 from nrat_scale.remote.cache import Cache
 
@@ -41,7 +33,7 @@ REMOTE_WINDOW = 8  # shards
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A held-out set in memory: images uint8 [n, C, H, W], labels int64 [n], clean labels where they are known."""
+    """A held-out set in memory: images uint8 [n, C, H, W], labels int64 [n], clean labels or None if unknown."""
 
     images: Tensor
     labels: Tensor
@@ -49,7 +41,11 @@ class LabelledImages:
 
 
 class TrainingData:
-    """The sources of one recipe, split and labelled. Make it with `open_training_data`."""
+    """The sources of one recipe, split and labelled. Make it with `open_training_data`.
+
+    Attributes:
+        resident: the images on the device, once `place_images` has put them there.
+    """
 
     def __init__(self, spec: DataSpec, sources: dict[str, TrainingSource], seed: int, skips: SkipLog) -> None:
         self.spec = spec
@@ -57,24 +53,27 @@ class TrainingData:
         self.skips = skips
         self._seed = seed
         self._by_kind = sources
-        self._resident: ResidentImages | None = None
+        self.resident: ResidentImages | None = None
         counts = _counts(spec, len(self.sources))
         for source in self.sources:
             if len(source) < 1:
                 raise UserError(
-                    f"No {source.kind} image is left for training after {len(source.left_out)} were held out."
+                    f"No {source.kind} image is left for training after {len(source.untrained)} were held out."
                 )
         orders = [
             SourceOrder(count, tuple(source.starts.tolist()), _window(spec, source.shards))
             for count, source in zip(counts, self.sources, strict=True)
         ]
+        for source, order in zip(self.sources, orders, strict=True):
+            if source.shards.is_remote and order.window is not None:
+                source.shards.max_open = 3 * order.window + 1  # an open map keeps an evicted file on disk
         self.plan = SamplePlan(tuple(orders), derive(seed, "plan"))
         self.epoch_samples = spec.epoch_samples or len(self.sources[0])
         self.steps_per_epoch = -(-self.epoch_samples // spec.batch_size)
 
     @property
     def shards(self) -> ShardSet:
-        """The first source's shards: they name the classes and the image shape."""
+        """The shards of the first source, which name the classes and the image shape."""
         return self.sources[0].shards
 
     @property
@@ -90,21 +89,23 @@ class TrainingData:
         if self.spec.validation.labels == "clean":
             if clean is None:
                 raise UserError(
-                    f"data.validation.labels is 'clean', but nobody knows the clean labels of the {source.kind} data."
+                    f"data.validation.labels is 'clean', but the {source.kind} data have no clean labels. "
+                    "Set data.validation.labels: given."
                 )
             given = clean
         return LabelledImages(to_nchw(source.shards.images(source.held_out)), given, clean)
 
     def place_images(self, device: torch.device) -> None:
-        """Keep all images on `device` if `data.resident` wants it. Call it once, before `batches`.
+        """Keep all images on `device` if `data.resident` asks for it. Call it once, before `batches`.
 
         Raises:
-            UserError: `always`, and they do not fit into the memory of `device`; a shard that cannot be used.
+            UserError: `data.resident` is `always` and the images do not fit into the memory of `device`.
+            ShardUnusable: a shard cannot be used and may not be skipped.
         """
-        if self._wants_resident(device):
-            self._resident = load_images(self.sources, device)
+        if self._fits_resident(device):
+            self.resident = load_images(self.sources, device)
 
-    def _wants_resident(self, device: torch.device) -> bool:
+    def _fits_resident(self, device: torch.device) -> bool:
         spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
         if spec.resident == "always":
             if free is not None and needed > free:
@@ -113,72 +114,55 @@ class TrainingData:
                     f"{free / 1e9:.2f} GB free. Set data.resident: auto."
                 )
             return True
-        if spec.resident == "never" or spec.loader == "webdataset" or spec.workers or free is None:
+        if spec.resident == "never" or spec.loader == "webdataset" or free is None:
             return False
         return not any(source.shards.is_remote for source in self.sources) and 2 * needed <= free
 
     def batches(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """This rank's parts of the global batches `start` .. `stop` - 1, in order; `augmented` makes their images.
+        """This rank's parts of the global batches `start` .. `stop` - 1, in order, prepared ahead in a thread.
 
         Raises:
-            UserError: the batch does not divide by the number of processes; while it iterates, a shard that cannot be
-                used.
+            UserError: the batch is not divisible by the number of processes.
+            ShardUnusable: while iterating, a shard cannot be used and may not be skipped.
         """
         spec = self.spec
-        assert self._resident is not None or spec.resident != "always", "place_images comes first"
+        assert self.resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
             raise UserError(
-                f"data.batch_size {spec.batch_size} does not divide by {world_size} processes. "
+                f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. "
                 f"Use a batch size that is a multiple of {world_size}, or another number of processes."
             )
         if spec.loader == "webdataset":
-            return self._webdataset_batches(start, stop, rank, world_size)
+            counts = self.plan.counts
+            if any(count % world_size for count in counts):
+                raise UserError(
+                    f"data.loader webdataset mixes within each process: {' + '.join(map(str, counts))} images are not "
+                    f"divisible by {world_size} processes. Use data.loader: indexed, or another batch size."
+                )
+            stream = WebDatasetBatches(self.sources, counts, self.plan.seed, rank, world_size)
+            return prefetched(lambda: stream(start, stop))
         cutmix_seed = self._seed if spec.augment.cutmix else None
-        first_rows = self._resident.first_rows if self._resident is not None else None
-        pipeline = webdataset.DataPipeline(
-            PlanStage(self.plan, start, stop),
-            FetchStage(self.plan, self.sources, stop),
-            GatherStage(self.plan, self.sources, rank, world_size, cutmix_seed, first_rows),
-        )
-        if spec.workers == 0:
-            return prefetched(lambda: pin(iter(pipeline)))
-        loader = DataLoader(
-            pipeline, batch_size=None, num_workers=min(spec.workers, max(1, stop - start)), collate_fn=_as_it_is
-        )
-        return pin(iter(loader))
-
-    def _webdataset_batches(self, start: int, stop: int, rank: int, world_size: int) -> Iterator[Batch]:
-        counts = self.plan.counts
-        if any(count % world_size for count in counts):
-            raise UserError(
-                f"data.loader webdataset mixes within each process: {' + '.join(map(str, counts))} images do not divide "
-                f"by {world_size} processes. Use the indexed loader, or another batch size."
-            )
-        stream = WebDatasetStream(self.sources, counts, self.plan.seed, start, stop, rank, world_size)
-        return prefetched(lambda: pin(stream()))
+        planned = PlannedBatches(self.plan, self.sources, rank, world_size, cutmix_seed, self.resident)
+        return prefetched(lambda: planned(start, stop))
 
     def augmented(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(x float32 [b, C, H, W] in [0, 1], y) on `device`: y is int64 [b], or float32 [b, K] where CutMix mixes labels."""
-        spec, seed = self.spec.augment, self._seed
-        size = self.spec.batch_size
+        """(x float32 [b, C, H, W] in [0, 1], y) on `device`: y is int64 [b], or float32 [b, K] if CutMix mixes labels."""
+        spec, size, seed = self.spec.augment, self.spec.batch_size, self._seed
 
-        def moved(images: Tensor, positions: Tensor) -> Tensor:
-            images = images.to(device, non_blocking=True)
-            if self._resident is not None:
-                images = self._resident.gather(images)
-            return crop_and_flip(images, positions, spec, size, seed, batch.step)
+        def cropped(images: Tensor, places: Tensor) -> Tensor:
+            return crop_and_flip(images.to(device, non_blocking=True), places, spec, size, seed, batch.step)
 
-        x, y = moved(batch.images, batch.positions), batch.labels.to(device, non_blocking=True)
+        x, y = cropped(batch.images, batch.places), batch.labels.to(device, non_blocking=True)
         if batch.partners is None:
             return to_float(x), y
-        partners = moved(batch.partners.images, batch.partners.positions)
-        x, own = cutmix(x, partners, batch.positions, spec, size, seed, batch.step)
+        partners = cropped(batch.partners.images, batch.partners.places)
+        x, own = cutmix(x, partners, batch.places, spec, size, seed, batch.step)
         other = batch.partners.labels.to(device, non_blocking=True)
         one_hot = [F.one_hot(labels, self.shards.num_classes).float() for labels in (y, other)]
         return to_float(x), own[:, None] * one_hot[0] + (1 - own[:, None]) * one_hot[1]
 
     def describe(self) -> dict[str, Any]:
-        """What a run stores about its data: by source, what it is and which samples are not trained on."""
+        """The description that a run stores: by source, its fingerprint and the samples that are not trained on."""
         return {
             source.kind: {
                 "fingerprint": source.shards.fingerprint,
@@ -192,10 +176,6 @@ class TrainingData:
         }
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def _counts(spec: DataSpec, num_sources: int) -> tuple[int, ...]:
     """Images of each source in every batch."""
     if num_sources == 1:
@@ -204,13 +184,13 @@ def _counts(spec: DataSpec, num_sources: int) -> tuple[int, ...]:
     if min(counts) == 0:
         raise UserError(
             f"With data.batch_size {spec.batch_size} and data.generated.fraction {spec.generated.fraction} every batch "
-            f"would hold {counts[0]} real and {counts[1]} generated images. Change one of them, or leave out a source."
+            f"would hold {counts[0]} real and {counts[1]} generated images. Change one of them, or train on one source."
         )
     return counts
 
 
 def _window(spec: DataSpec, shards: ShardSet) -> int | None:
-    """The window of a source, in shards; for a remote one, two of them must fit into the cache."""
+    """The window of a source, in shards; two windows of a remote source must fit into the cache."""
     window = spec.window or (REMOTE_WINDOW if shards.is_remote else None)
     if shards.is_remote:
         assert window is not None
@@ -220,7 +200,6 @@ def _window(spec: DataSpec, shards: ShardSet) -> int | None:
                 f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
                 f"{needed / 1e9:.3f} GB. Raise it, or lower data.window."
             )
-        shards.max_open = 3 * window + 1
     return window
 
 
@@ -228,7 +207,7 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
     """Open, verify, split and label the sources of `spec`.
 
     Raises:
-        UserError: shards missing or damaged, sources that do not fit together, a split that cannot be made.
+        UserError: missing or damaged shards, sources that do not fit together, an impossible split.
     """
     prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
     commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
@@ -242,13 +221,13 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
     for kind, shards in opened.items():
         if spec.resident == "always" and shards.is_remote:
             raise UserError(
-                f"data.resident is 'always', but data.{kind}.shards is the address {shards.folder}: only local shards are "
-                "kept on the device. Copy them to a folder, or set data.resident: auto."
+                f"data.resident is 'always', but data.{kind}.shards is the address {shards.folder}: only local shards can "
+                "be kept on the device. Copy them to a folder, or set data.resident: auto."
             )
     skips = SkipLog(spec.max_bad_shards if spec.on_bad_shard == "skip" else 0)
     for shards in opened.values():
         if verify and skips.limit:
-            shards.check()  # what is found bad is refused from now on, and skipped when it is needed
+            shards.check()  # a bad shard is skipped when one of its samples is needed
         elif verify:
             shards.verify()
     sources = {kind: _source(kind, shards, spec, skips) for kind, shards in opened.items()}
@@ -267,7 +246,7 @@ def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> Trai
 
 
 def normalisation(shards: ShardSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the data set, for inside the model; (0.5, 0.5) for every channel where it is not a known one."""
+    """(mean, std) of the data set, for the normalisation inside the model; 0.5 and 0.5 for every channel of an unknown one."""
     known = DATASETS.get(shards.dataset)
     if known is not None and len(known.mean) == shards.image_shape[2]:
         return known.mean, known.std

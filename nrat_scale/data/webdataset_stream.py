@@ -1,9 +1,14 @@
-"""Batches by the standard pipeline of the webdataset library, as an alternative to the plan."""
+"""Batches by the standard pipeline of the webdataset library, for comparison: `data.loader: webdataset`.
+
+Each pass reads every shard of the rank once, in a shuffled order, through a shuffle buffer. Unlike the sample plan, the
+samples of a step depend on the number of ranks, and a resumed run begins a new pass.
+"""
 
 import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -17,88 +22,74 @@ from nrat_scale.data.batches import Batch, to_nchw
 from nrat_scale.data.source import TrainingSource
 from nrat_scale.data.spec import GENERATED
 
-_SHUFFLE_BUFFER = 10_000  # samples, of the webdataset loader
+_SHUFFLE_BUFFER = 10_000  # samples
 
-
-# ---- the standard webdataset pipeline, for comparison ----------------------------------------------------------------
+Sample = tuple[np.ndarray, int, int, int]  # image, given label, clean label, source id
 
 
 @dataclass(frozen=True)
-class WebDatasetStream:
-    """Batches by webdataset's own shuffling, in one process a rank: `data.loader: webdataset`.
-
-    Each pass reads every shard of the rank once, in a shuffled order, through a shuffle buffer. What it lacks beside the
-    plan: samples of a step depend on the number of ranks, and a resumed run begins a new pass.
-    """
+class WebDatasetBatches:
+    """This rank's batches; `counts` are the images of each source in every global batch."""
 
     sources: list[TrainingSource]
     counts: tuple[int, ...]
     seed: int
-    start: int
-    stop: int
     rank: int
     world_size: int
 
-    def __call__(self) -> Iterator[Batch]:
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches `start` .. `stop` - 1."""
         counts = [count // self.world_size for count in self.counts]
-        streams = [self._samples(source) for source in self.sources]
-        for step in range(self.start, self.stop):
+        streams = [self._samples(source, start) for source in self.sources]
+        for step in range(start, stop):
             rows = [(number, *next(streams[number])) for number, count in enumerate(counts) for _ in range(count)]
             order = KeyedPermutation(len(rows), self.seed, "positions", step)(np.arange(len(rows)))
-            kinds, images, given, clean, ids = zip(*(rows[i] for i in order), strict=True)
-            generated = np.asarray([self.sources[kind].kind == GENERATED for kind in kinds])
-            labels, clean_labels, kind, source_ids = (
-                torch.from_numpy(np.asarray(a)) for a in (given, clean, generated, ids)
-            )
-            images_nchw = to_nchw(np.stack(images))
-            yield Batch(step, self.rank * len(rows), images_nchw, labels, clean_labels, kind, source_ids)
+            numbers, images, given, clean, ids = zip(*(rows[i] for i in order), strict=True)
+            generated = [self.sources[number].kind == GENERATED for number in numbers]
+            places = torch.arange(self.rank * len(rows), (self.rank + 1) * len(rows))
+            columns: Any = map(torch.tensor, (given, clean, generated, ids))
+            yield Batch(step, places, to_nchw(np.stack(images)), *columns).pinned()
 
-    def _samples(self, source: TrainingSource) -> Iterator[tuple[np.ndarray, int, int, int]]:
-        """(image, given label, clean label, source id) of one source, pass after pass."""
+    def _samples(self, source: TrainingSource, start: int) -> Iterator[Sample]:
+        """The samples of one source, pass after pass."""
         shards = [str(number) for number in range(len(source.shards.names))]
         if len(shards) < self.world_size:
             raise UserError(
-                f"data.loader webdataset gives whole shards to processes: {len(shards)} of the {source.kind} data are too "
-                f"few for {self.world_size}. Use the indexed loader, or smaller shards."
+                f"data.loader webdataset gives whole shards to processes: {len(shards)} shards of the {source.kind} data are "
+                f"too few for {self.world_size} processes. Use data.loader: indexed, or smaller shards."
             )
         for number in itertools.count():
-            seed = derive(self.seed, "webdataset", source.kind, self.start, number)
-            blocks = _Blocks(source)
+            seed = derive(self.seed, "webdataset", source.kind, start, number)
+            first: dict[str, int] = {}  # file -> position of the first image of its next block
             yield from webdataset.DataPipeline(
                 webdataset.SimpleShardList(shards),
                 webdataset.shuffle(len(shards), rng=random.Random(seed)),
                 webdataset.split_by_node,
-                blocks.located,
+                partial(_located, source, first),
                 webdataset.tarfile_to_samples(),
-                blocks.unpacked,
+                partial(_unpacked, source, first),
                 webdataset.shuffle(_SHUFFLE_BUFFER, rng=random.Random(seed + 1)),
             )
 
 
-class _Blocks:
-    """The two stages of ours in one pass of the webdataset pipeline."""
+def _located(
+    source: TrainingSource, first: dict[str, int], shards: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Shard numbers -> verified local files."""
+    for shard in shards:
+        number = int(shard["url"])
+        path = str(source.shards.fetch(number))
+        first[path] = int(source.shards.shard_starts[number])
+        yield {"url": path}
 
-    def __init__(self, source: TrainingSource) -> None:
-        self._source = source
-        self._next: dict[str, int] = {}  # file -> position of the first image of its next block
 
-    def located(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Numbers of shards -> verified local files."""
-        for shard in shards:
-            number = int(shard["url"])
-            path = str(self._source.shards.fetch(number))
-            self._next[path] = int(self._source.shards.shard_starts[number])
-            yield {"url": path}
-
-    def unpacked(self, blocks: Iterator[dict[str, Any]]) -> Iterator[tuple[np.ndarray, int, int, int]]:
-        """Blocks -> (image, given label, clean label, source id) of the samples that are trained on."""
-        source = self._source
-        for block in blocks:
-            images = np.load(BytesIO(block["images.npy"]), allow_pickle=False)
-            first = self._next[block["__url__"]]
-            self._next[block["__url__"]] = first + len(images)
-            positions = np.arange(first, first + len(images))
-            given, clean = source.given_labels(positions), source.clean_labels(positions)
-            ids = source.shards.source_ids(positions)
-            for row in np.flatnonzero(~np.isin(positions, source.left_out)):
-                yield images[row], int(given[row]), int(clean[row]), int(ids[row])
+def _unpacked(source: TrainingSource, first: dict[str, int], blocks: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+    """Blocks -> the samples that are trained on."""
+    for block in blocks:
+        images = np.load(BytesIO(block["images.npy"]), allow_pickle=False)
+        positions = first[block["__url__"]] + np.arange(len(images))
+        first[block["__url__"]] += len(images)
+        given, clean = source.given_labels(positions), source.clean_labels(positions)
+        ids = source.shards.source_ids(positions)
+        for row in np.flatnonzero(~np.isin(positions, source.untrained)):
+            yield images[row], int(given[row]), int(clean[row]), int(ids[row])

@@ -17,7 +17,7 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.checkpoint.format import Checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json, sha256_of
-from nrat_scale.data.source import SKIPPED
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
 from nrat_scale.loading.release_folder import resolve
@@ -130,8 +130,7 @@ def run_model(run: Path, checkpoint: Checkpoint, weights: str | None = None) -> 
 
 def skipped_shards(run: Path) -> list[dict[str, Any]]:
     """The shards that a run did without (`data.on_bad_shard: skip`): source, name, number of images, reason."""
-    path = run / SKIPPED
-    return list(read_json(path, "log of skipped shards").get("skipped", [])) if path.is_file() else []
+    return RunFolder(run).read_skipped_shards()
 
 
 def run_subjects(run: Path, names: Sequence[str], weights: Sequence[str] = ("evaluated",)) -> list[Target]:

@@ -40,7 +40,7 @@ def info(where: str, sheet: Path | None = None) -> str:
         *(
             f"  {part.num_images} images, source ids {part.first_id}..{part.first_id + part.num_ids - 1}, "
             + ("ids stored" if part.seed is None else f"permuted with seed {part.seed}")
-            for part in shards.parts
+            for part in shards.segments
         ),
     ]
     if shards.is_remote:

@@ -10,7 +10,8 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json, write_json
-from nrat_scale.data.shards import INDEX, ShardSet, open_shards
+from nrat_scale.data.index import INDEX
+from nrat_scale.data.shards import ShardSet, open_shards
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")  # as shard names in an index
 

@@ -7,7 +7,8 @@ it names. The Hub skips content that it already has. The token comes from HF_TOK
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.data.shards import INDEX, open_shards
+from nrat_scale.data.index import INDEX
+from nrat_scale.data.shards import open_shards
 from nrat_scale.remote.address import HubAddress, parse_hub
 from nrat_scale.remote.hub import HubRepository, check_repository, names_of
 

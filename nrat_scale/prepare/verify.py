@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.data.shards import TAR_BLOCK, Block, ShardSet, ShardUnusable, open_shards
+from nrat_scale.data.index import TAR_BLOCK, Block
+from nrat_scale.data.shards import ShardSet, ShardUnusable, open_shards
 
 _MAX_NAMED = 10  # problems in one message
 

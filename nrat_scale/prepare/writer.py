@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import write_json
 from nrat_scale.core.seeds import KeyedPermutation
-from nrat_scale.data.shards import FORMAT, INDEX, PERMUTATION, TAR_BLOCK, VERSION
+from nrat_scale.data.index import FORMAT, INDEX, PERMUTATION, TAR_BLOCK, VERSION
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.staging import staged
 

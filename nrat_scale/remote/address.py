@@ -53,11 +53,6 @@ def is_remote(where: str) -> bool:
     return "://" in where
 
 
-def scheme_of(address: str) -> str:
-    """`https` of https://host/path."""
-    return address.partition("://")[0]
-
-
 def expand(where: str) -> tuple[str, list[str] | None]:
     """(folder, names of tars or None for all) of a folder, of one tar, or of a brace list of tars.
 

@@ -1,13 +1,4 @@
-"""Files behind an address, fetched completely or not at all: retried, resumed, verified, kept in a bounded cache.
-
-    https://host/path, http://...        the standard library
-    hf://datasets/USER/REPO[@REV]/path   resolved by huggingface_hub (endpoint, login, redirects), then as https
-    s3://bucket/path                     fsspec with s3fs (the extra `s3`)
-
-A transfer that is cut goes on at the byte where it stopped. What may pass (no answer, HTTP 429 or 5xx, a cut) is tried
-again with exponential backoff and jitter, or when the server says so; what will not (404, no permission) ends at once.
-A file is used only after its size and sha256 were those of the index.
-"""
+"""A bounded cache of verified remote files, shared by the processes of a node."""
 
 import contextlib
 import json
@@ -25,22 +16,18 @@ from nrat_scale.remote.transfer import Cancelled, download, sleep_unless
 
 CACHE_VARIABLE = "NRAT_SCALE_CACHE"
 DEFAULT_CACHE_GB = 50.0
-_CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # nothing else in the folder is the cache's to remove
-
-
-# ---- the cache ------------------------------------------------------------------------------------------------------
+_CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # only these are evicted
 
 
 class Cache:
-    """A folder of verified files, named by their sha256, shared by all processes of a node and bounded in size.
+    """A folder of verified files, named by their sha256, with a size limit.
 
-    A file is fetched by one process while the others wait for it (file locks, which end with the process that holds
-    them). It belongs to the cache: the files that were used longest ago are removed when room is needed, also while
-    somebody reads them, who keeps his open map. Other files in the folder are left alone.
+    One process fetches a file while the others wait for its lock; the lock of a killed process is released. Least
+    recently used files are evicted even while mapped; an open mapping stays valid. Other files in the folder are ignored.
 
     Args:
         folder: by default $NRAT_SCALE_CACHE, or ~/.cache/nrat_scale.
-        limit_gb: of all files together, 10^9 bytes.
+        limit_gb: of all files together, in 10^9 bytes.
     """
 
     def __init__(self, folder: str | Path | None = None, limit_gb: float = DEFAULT_CACHE_GB) -> None:
@@ -50,14 +37,16 @@ class Cache:
         self.limit_bytes = int(limit_gb * 1e9)
 
     def fetch(self, url: str, num_bytes: int, sha256: str, *, stopped: Callable[[], bool] = lambda: False) -> Path:
-        """The verified local file with the content of `url`. Another process may remove it before it is opened.
+        """The verified local file with the content of `url`. Another process may evict it before it is opened.
 
         Raises:
-            UserError: it cannot be had, is not what it should be, or finds no room.
-            Stopped: `stopped` said so.
+            UserError: the file cannot be fetched, differs from the expected one, or does not fit.
+            Cancelled: `stopped` returned True.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise UserError(f"The index states no sha256 for {url}. Make the shards again with tools/shard_dataset.py.")
+            raise UserError(
+                f"The index has no valid sha256 for {url}. Make the shards again with tools/shard_dataset.py."
+            )
         path = self.folder / f"{sha256}.tar"
         if self._stamped(path):
             return path
@@ -75,7 +64,7 @@ class Cache:
 
     def _fill(self, path: Path, url: str, num_bytes: int, sha256: str, stopped: Callable[[], bool]) -> None:
         if path.exists() and (path.stat().st_size != num_bytes or sha256_of(path) != sha256):
-            path.unlink()  # no longer what it was when it was verified
+            path.unlink()  # changed since it was verified
         if not path.exists():
             part = self.folder / f"{sha256}.{num_bytes}.part"
             self._make_room(num_bytes, part, stopped)
@@ -87,7 +76,7 @@ class Cache:
         lock = FileLock(self.folder / f"{name}.lock")
         while True:
             try:
-                lock.acquire(timeout=1.0, poll_interval=0.05)
+                lock.acquire(timeout=0.2, poll_interval=0.05)
                 break
             except Timeout:
                 if stopped():
@@ -103,7 +92,7 @@ class Cache:
         return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _stamped(self, path: Path) -> bool:
-        """Whether `path` is the very file that was verified; if so it counts as used now."""
+        """Whether `path` is unchanged since it was verified; if so, it counts as used now."""
         stamp = path.with_suffix(".json")
         try:
             if json.loads(stamp.read_text()) != self._state(path):
@@ -115,17 +104,17 @@ class Cache:
         return True
 
     def _make_room(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> None:
-        """Remove what was used longest ago until `num_bytes` fit, and reserve them by the existence of `part`.
+        """Evict least recently used files until `num_bytes` fit, and reserve them by creating `part`.
 
-        Where all the room is taken by files that others are fetching, wait for these.
+        If transfers of other processes take all the room, wait for them.
         """
         if num_bytes > self.limit_bytes:
             raise UserError(
-                f"The cache {self.folder} may hold {self.limit_bytes / 1e9:.2f} GB, which is too little for a shard of "
+                f"The cache {self.folder} has a limit of {self.limit_bytes / 1e9:.2f} GB, too little for a shard of "
                 f"{num_bytes / 1e9:.2f} GB. Raise data.remote.cache_gb."
             )
         while not self._reserved(num_bytes, part, stopped):
-            part.unlink(missing_ok=True)  # it counts as a reservation: two that wait would wait for each other
+            part.unlink(missing_ok=True)  # a reservation: two waiting processes would block each other
             sleep_unless(stopped, 0.2)
 
     def _reserved(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> bool:
@@ -136,40 +125,38 @@ class Cache:
             for sha256, (_, size) in sorted(contents.items(), key=lambda item: item[1]):
                 if total <= self.limit_bytes:
                     break
-                if self._removed(sha256):
+                if self._evicted(sha256):
                     total -= size
             if total > self.limit_bytes:
                 return False
             if shutil.disk_usage(self.folder).free < num_bytes - (part.stat().st_size if part.exists() else 0):
                 raise UserError(
-                    f"There is no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. Free some "
+                    f"The disk has no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. Free some "
                     "space, lower data.remote.cache_gb, or choose another place with data.remote.cache."
                 )
             part.touch()
             return True
 
     def _contents(self) -> dict[str, tuple[float, int]]:
-        """sha256 -> (when it was last used, bytes).
-
-        An unfinished file counts as whole: somebody is filling it, or a killed run left it.
-        """
+        """sha256 -> (time of last use, bytes); an unfinished file counts with its full size."""
         contents = {}
-        for pattern in ("*.part", "*.tar"):  # in this order one that is finished meanwhile is seen twice, not missed
+        for pattern in ("*.part", "*.tar"):  # a file completed in between is counted twice, never missed
             for path in self.folder.glob(pattern):
                 if (match := _CACHED.fullmatch(path.name)) is None:
                     continue
-                with contextlib.suppress(FileNotFoundError):  # finished or given up meanwhile
+                with contextlib.suppress(FileNotFoundError):  # completed or evicted in between
                     stamp = path if match[2] else path.with_suffix(".json")
                     used = stamp.stat().st_mtime if stamp.exists() else 0.0
                     contents[match[1]] = used, int(match[2]) if match[2] else path.stat().st_size
         return contents
 
-    def _removed(self, sha256: str) -> bool:
+    def _evicted(self, sha256: str) -> bool:
+        """Remove a file; False if it is being fetched."""
         lock = FileLock(self.folder / f"{sha256}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            return False  # being fetched
+            return False
         try:
             (self.folder / f"{sha256}.json").unlink(missing_ok=True)
             for path in (self.folder / f"{sha256}.tar", *self.folder.glob(f"{sha256}.*.part")):

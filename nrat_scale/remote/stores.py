@@ -16,7 +16,7 @@ from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any, NamedTuple
 
 from nrat_scale.core.errors import UserError, printable
-from nrat_scale.remote.address import parse_hub, scheme_of
+from nrat_scale.remote.address import parse_hub
 
 STALL_SECONDS = 30.0  # without a byte
 _URL_SAFE = "%/:?&=#~+!$,;'@()*[]"  # already quoted, or has a meaning in an address
@@ -61,10 +61,10 @@ def open_at(url: str, start: int) -> AbstractContextManager[RemoteFile]:
         UserError: unknown scheme.
         TransientError, PermanentError: also while the chunks are read.
     """
-    opener = OPENERS.get(scheme_of(url))
-    if opener is None:
-        raise UserError(f"{url} cannot be read: the scheme '{scheme_of(url)}' is not one of {', '.join(OPENERS)}.")
-    return opener(url, start)
+    scheme = url.partition("://")[0]
+    if scheme not in OPENERS:
+        raise UserError(f"{url} cannot be read: the scheme '{scheme}' is not one of {', '.join(OPENERS)}.")
+    return OPENERS[scheme](url, start)
 
 
 # ---- https ----------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def _open_http(url: str, start: int, private_headers: Mapping[str, str] | None =
         length = response.length  # None if the body is chunked or ends with the connection
         begin, size = 0, length
         if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-            raise PermanentError(f"the server sends it compressed ({printable(encoding)}), which was not asked for")
+            raise PermanentError(f"the server sends it compressed ({printable(encoding)}), which was not requested")
         if response.headers.get_content_type() == "text/html":
             raise PermanentError("the server answers with a web page instead of the file")
         if response.status == 206:
@@ -169,12 +169,7 @@ def hub_failure(error: Exception) -> TransientError | PermanentError:
 
 
 def _open_hub(url: str, start: int) -> AbstractContextManager[RemoteFile]:
-    location, private_headers = _resolve_hub(url)
-    return _open_http(location, start, private_headers)
-
-
-def _resolve_hub(url: str) -> tuple[str, dict[str, str]]:
-    """(https address, headers for its host alone) of a file on the Hugging Face Hub."""
+    """Open the https address that the Hub names; the token goes to the host of the Hub alone."""
     import huggingface_hub
     from huggingface_hub.utils import build_hf_headers
 
@@ -188,7 +183,7 @@ def _resolve_hub(url: str) -> tuple[str, dict[str, str]]:
         raise hub_failure(error) from None
     same_host = urllib.parse.urlsplit(location).netloc == urllib.parse.urlsplit(public).netloc
     authorization = build_hf_headers().get("authorization") if same_host else None
-    return location, {"Authorization": authorization} if authorization else {}
+    return _open_http(location, start, {"Authorization": authorization} if authorization else {})
 
 
 # ---- s3 -------------------------------------------------------------------------------------------------------------

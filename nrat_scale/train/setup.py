@@ -21,8 +21,8 @@ from nrat_scale.core.distributed import on_main, use_all_cores
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, write_atomically, write_json
 from nrat_scale.core.modes import batchnorms
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
-from nrat_scale.data.source import SKIPPED
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
 from nrat_scale.optim import build_optimizer
 from nrat_scale.recipe import RecipeSpec, build_objective, difference, load_recipe, to_yaml
@@ -76,8 +76,8 @@ def start(recipe: RecipeSpec) -> TrainState:
     arguments, base = _model(recipe, data)
     run = Path(recipe.run_dir)
     on_main(accelerator, lambda: _claim(run, recipe))  # from here on something is written
-    on_main(accelerator, lambda: data.skips.attach(run / SKIPPED))
-    data.skips.attach(run / SKIPPED)
+    on_main(accelerator, lambda: data.skips.attach(RunFolder(run)))
+    data.skips.attach(RunFolder(run))
     data.place_images(accelerator.device)
     return _build(recipe, run, data, accelerator, arguments, base)
 

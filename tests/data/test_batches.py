@@ -1,6 +1,6 @@
-"""Streaming: remote shards give the batches of local ones, bad shards are named or skipped, threads end."""
+"""Batches: exact for any number of ranks and any restart, local or remote, around bad shards; threads end."""
 
-import json
+import tempfile
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -10,18 +10,103 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import nrat_scale.remote.transfer
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.augment import AugmentSpec
 from nrat_scale.data.batches import Batch
-from nrat_scale.data.prefetch import prefetched
-from nrat_scale.data.shards import open_shards
-from nrat_scale.data.spec import DataSpec, RealSpec, RemoteSpec
+from nrat_scale.data.source import UNKNOWN_LABEL
+from nrat_scale.data.spec import DataSpec, GeneratedSpec, RealSpec, RemoteSpec, ValidationSpec
 from nrat_scale.data.training_data import TrainingData, open_training_data
-from tests.support.numbered_shards import damage, not_validated, numbered_shards, two_sources
+from tests.support.numbered_shards import COLUMNS, columns, damage, not_validated, numbered_shards, two_sources
 
-COLUMNS = ("images", "labels", "clean_labels", "generated", "ids")
+# ---- any split ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_split_gives_the_same_batches(spec: DataSpec, world: int) -> None:
+    """Ranks and a restart change nothing: the slices of all ranks together are the global batches."""
+    whole = list(open_training_data(spec, 5).batches(0, 9))
+    assert whole[0].images.is_contiguous(memory_format=torch.channels_last)
+    ranks = [
+        [
+            *open_training_data(spec, 5).batches(0, 4, rank, world),
+            *open_training_data(spec, 5).batches(4, 9, rank, world),
+        ]
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert [part.first for part in parts] == [24 // world * rank for rank in range(world)]
+        for name, value in columns([batch]).items():
+            assert torch.equal(value, columns(parts)[name]), name
+
+
+def test_the_columns_of_a_batch_agree(spec: DataSpec) -> None:
+    """Images, ids, labels and clean labels of a batch belong together; all images but the held-out ones appear."""
+    data = open_training_data(spec, 0)
+    seen = columns(list(data.batches(0, 40)))
+    ids = seen["images"][:, 0, 0, 0].long() * 256 + seen["images"][:, 0, 0, 1].long()
+    assert torch.equal(ids, seen["ids"])
+    generated = seen["generated"]
+    assert torch.equal(seen["labels"][generated], ids[generated] % 10)
+    assert seen["clean_labels"][generated].eq(UNKNOWN_LABEL).all()
+    assert torch.equal(seen["clean_labels"][~generated], ids[~generated] % 10)
+    assert 0.3 < seen["labels"][~generated].ne(seen["clean_labels"][~generated]).float().mean() < 0.5
+    source = data.sources[0]
+    held_out = set(source.shards.source_ids(source.held_out).tolist())
+    assert set(ids[~generated].tolist()) == set(range(130)) - held_out
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    n=st.tuples(st.integers(25, 150), st.integers(25, 300)),
+    batch=st.sampled_from([4, 12, 24]),
+    fraction=st.floats(0.3, 0.7),
+    window=st.none() | st.integers(1, 4),
+    world=st.sampled_from([1, 2, 4]),
+    restart=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_exact_ids_whatever_the_split(n, batch, fraction, window, world, restart, seed) -> None:  # type: ignore[no-untyped-def]
+    """For any sizes, mix, ranks and restart the ids of every step are those of one undisturbed process, and every pass over a
+    source has each of its training samples once."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        real, generated = (
+            numbered_shards(folder / "real", n[0], size=4),
+            numbered_shards(folder / "generated", n[1], size=4),
+        )
+        spec = DataSpec(
+            batch_size=batch,
+            real=RealSpec(str(real)),
+            generated=GeneratedSpec(str(generated), fraction),
+            validation=ValidationSpec(size=20),
+            window=window,
+        )
+        steps = 25
+        whole = [b.ids for b in open_training_data(spec, seed).batches(0, steps)]
+        for rank in range(world):
+            again = open_training_data(spec, seed)
+            parts = [*again.batches(0, restart, rank, world), *again.batches(restart, steps, rank, world)]
+            size = batch // world
+            assert all(
+                torch.equal(p.ids, w[rank * size : (rank + 1) * size]) for p, w in zip(parts, whole, strict=True)
+            )
+        data = open_training_data(spec, seed)
+        kinds = torch.cat([b.generated for b in data.batches(0, steps)])
+        for source, mask in zip(data.sources, (~kinds, kinds), strict=True):
+            ids = torch.cat(whole)[mask].tolist()
+            untrained = set(source.shards.source_ids(source.untrained).tolist())
+            times = Counter(ids)
+            assert set(times) <= set(range(len(source.shards))) - untrained
+            assert all(len(ids) // len(source) <= times[i] <= -(-len(ids) // len(source)) for i in times)
+            assert len(times) == min(len(source), len(ids)) or len(ids) > len(source) == len(times)
+
+
+# ---- remote shards --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -44,11 +129,6 @@ def remote(local: DataSpec, server: SimpleNamespace, tmp_path: Path) -> DataSpec
     )
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nrat_scale.remote.transfer, "FIRST_PAUSE_SECONDS", 0.01)
-
-
 def take(data: TrainingData, start: int, stop: int, rank: int = 0, world: int = 1) -> list[Batch]:
     return list(data.batches(start, stop, rank, world))
 
@@ -57,11 +137,8 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
 
 
-# ---- remote shards --------------------------------------------------------------------------------------------------
-
-
 def test_remote_shards_give_the_batches_of_local_ones(local: DataSpec, remote: DataSpec) -> None:
-    """Where shards lie changes nothing: same ids, images, labels and split in the same steps, over several passes."""
+    """Same ids, images, labels and split in the same steps, over several passes."""
     here, there = open_training_data(local, 1), open_training_data(remote, 1)
     assert here.describe() == there.describe()
     assert torch.equal(here.validation().images, there.validation().images)
@@ -74,7 +151,7 @@ def test_remote_shards_give_the_batches_of_local_ones(local: DataSpec, remote: D
 
 
 def test_training_starts_with_the_first_window(remote: DataSpec, server: SimpleNamespace) -> None:
-    """The first batches need the shards of one window only; what comes later may still be missing."""
+    """The first batches need the shards of one window only; later ones may still be missing."""
     data = open_training_data(remote, 1)
     first = set(data.plan.shards_of(1, 0).tolist()) | set(data.plan.shards_after(1, 0, 4).tolist())
     for number, name in enumerate(data.sources[1].shards.names):
@@ -83,8 +160,8 @@ def test_training_starts_with_the_first_window(remote: DataSpec, server: SimpleN
     assert len(take(data, 0, 4)) == 4
 
 
-def test_a_window_holds_what_a_pass_needs_once(remote: DataSpec, server: SimpleNamespace) -> None:
-    """With a cache of two windows every shard is fetched about once a pass, and the cache stays within its limit."""
+def test_a_pass_fetches_each_shard_about_once(remote: DataSpec, server: SimpleNamespace) -> None:
+    """With a cache of two windows; the cache stays within its limit."""
     # Real: 3 shards in one window. Generated: 10 shards of about 13 kB; the cache holds 12 of them.
     data = open_training_data(replace(remote, remote=replace(remote.remote, cache_gb=1.9e-4)), 1)
     take(data, 0, 74)  # two passes over the generated images
@@ -95,13 +172,13 @@ def test_a_window_holds_what_a_pass_needs_once(remote: DataSpec, server: SimpleN
 
 
 def test_a_cache_too_small_for_two_windows_is_refused(remote: DataSpec) -> None:
-    """Otherwise every batch would fetch again what the one before threw away."""
+    """Otherwise every batch would fetch again the shards that the batch before evicted."""
     with pytest.raises(UserError, match=r"cache_gb is 5e-05, but two windows of 3 shards"):
         open_training_data(replace(remote, remote=replace(remote.remote, cache_gb=5e-5)), 1)
 
 
-def test_a_missing_remote_shard_stops_with_its_name(remote: DataSpec, server: SimpleNamespace) -> None:
-    """Nothing is left out silently."""
+def test_a_missing_remote_shard_is_named(remote: DataSpec, server: SimpleNamespace) -> None:
+    """By default no shard is skipped."""
     data = open_training_data(remote, 1)
     number = not_validated(data, 1)[0]
     del server.files[f"/generated/shard-{number:05d}.tar"]
@@ -114,13 +191,13 @@ def test_a_missing_remote_shard_stops_with_its_name(remote: DataSpec, server: Si
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_bad_shard_can_be_skipped(local: DataSpec, tmp_path: Path, window: int | None) -> None:
-    """Its samples are replaced by those of other shards, the batches keep their size, and the run knows it."""
+    """Its samples are replaced by samples of other shards, the batches keep their size, and the run records it."""
     spec = replace(local, window=window, on_bad_shard="skip")
     whole = take(open_training_data(spec, 1), 0, 40)
     number = not_validated(open_training_data(spec, 1), 1)[0]
     damage(local.generated.shards, number)
     data = open_training_data(spec, 1)
-    data.skips.attach(tmp_path / "skipped.json")
+    data.skips.attach(RunFolder(tmp_path))
     batches = take(data, 0, 40)
     source = data.sources[1]
     bad = set(source.shards.source_ids(np.arange(*source.shards.shard_starts[number : number + 2])).tolist())
@@ -130,16 +207,18 @@ def test_a_bad_shard_can_be_skipped(local: DataSpec, tmp_path: Path, window: int
         assert torch.equal(old.ids[~lost], new.ids[~lost])
         assert torch.equal(old.images[~lost], new.images[~lost])
         assert not (set(new.ids[new.generated].tolist()) & (bad | held_out))
-    entry = json.loads((tmp_path / "skipped.json").read_text())["skipped"]
-    assert [(e["source"], e["shard"], e["num_images"]) for e in entry] == [("generated", f"shard-{number:05d}.tar", 64)]
-    # Another process that goes on with the run skips the same shard without looking at it.
+    entries = RunFolder(tmp_path).read_skipped_shards()
+    assert [(e["source"], e["shard"], e["num_images"]) for e in entries] == [
+        ("generated", f"shard-{number:05d}.tar", 64)
+    ]
+    # A resumed run skips the same shard without opening it.
     again = open_training_data(spec, 1, verify=False)
-    again.skips.attach(tmp_path / "skipped.json")
+    again.skips.attach(RunFolder(tmp_path))
     assert all(same(a, b) for a, b in zip(batches, take(again, 0, 40), strict=True))
 
 
 def test_skipping_has_a_limit(local: DataSpec) -> None:
-    """A data set that falls to pieces stops the run, and the message names the shards."""
+    """More bad shards than `max_bad_shards` stop the run, and the message names them."""
     spec = replace(local, on_bad_shard="skip", max_bad_shards=2)
     numbers = not_validated(open_training_data(spec, 1), 3)
     for number in numbers:
@@ -159,44 +238,11 @@ def test_a_validation_shard_is_never_skipped(local: DataSpec) -> None:
         open_training_data(replace(local, on_bad_shard="skip"), 1).validation()
 
 
-# ---- the webdataset loader ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_webdataset_loader_sees_the_same_multiset(local: DataSpec) -> None:
-    """One pass of the standard pipeline holds exactly the samples of one pass of the plan, with their labels."""
-    spec = replace(local, real=RealSpec(), batch_size=24, window=None)
-    spec = replace(spec, generated=replace(spec.generated, fraction=1.0))
-    indexed, standard = (open_training_data(replace(spec, loader=name), 1) for name in ("indexed", "webdataset"))
-    steps = len(indexed.sources[0]) // 24  # 600 of 640 images are trained on: a whole number of batches
-    assert steps * 24 == len(indexed.sources[0]) == 600
-
-    def rows(batches: list[Batch]) -> Counter[tuple[object, ...]]:
-        return Counter(
-            (int(i), int(y), x.numpy().tobytes())
-            for b in batches
-            for i, y, x in zip(b.ids, b.labels, b.images, strict=True)
-        )
-
-    assert rows(take(indexed, 0, steps)) == rows(take(standard, 0, steps))
-    order = torch.cat([b.ids for b in take(standard, 0, steps)])
-    assert not torch.equal(order, torch.cat([b.ids for b in take(standard, steps, 2 * steps)]))
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_webdataset_loader_mixes_exactly(local: DataSpec) -> None:
-    """Both sources in every batch, with the counts of the plan and the noise of the recipe."""
-    batches = take(open_training_data(replace(local, loader="webdataset"), 1), 0, 20)
-    assert {int(b.generated.sum()) for b in batches} == {16}
-    real = torch.cat([b.labels[~b.generated].ne(b.clean_labels[~b.generated]) for b in batches])
-    assert 0.25 < real.float().mean() < 0.55
-
-
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
 def test_threads_end_with_the_batches(remote: DataSpec) -> None:
-    """Neither a loop that is left early nor one that runs to its end leaves a thread behind."""
+    """Neither a loop that ends early nor one that runs to its end leaves a thread behind."""
     before = threading.active_count()
     for steps in (3, 50):
         batches = open_training_data(remote, 1).batches(0, 50)
@@ -205,38 +251,3 @@ def test_threads_end_with_the_batches(remote: DataSpec) -> None:
         batches.close()  # type: ignore[attr-defined]
         del batches
     assert threading.active_count() == before
-
-
-def test_an_error_in_the_thread_reaches_the_consumer() -> None:
-    """Items before it come first, then the very exception."""
-
-    def items():  # type: ignore[no-untyped-def]
-        yield 1
-        yield 2
-        raise ZeroDivisionError("in the thread")
-
-    seen = []
-    with pytest.raises(ZeroDivisionError, match="in the thread"):
-        seen.extend(prefetched(items))
-    assert list(prefetched(lambda: iter(range(100)))) == list(range(100))
-
-
-# ---- a large index --------------------------------------------------------------------------------------------------
-
-
-def test_an_index_of_50_million_images(tmp_path: Path) -> None:
-    """The plan and the ids of a huge set cost no memory that grows with it: nothing of its size is ever allocated."""
-    folder = numbered_shards(tmp_path / "small", 512)
-    index = json.loads((folder / "index.json").read_text())
-    num_shards, per_shard = 977, 51_200
-    block = [640, 640 + 512 * 64 + 600, 512]
-    shard = {"bytes": 157_000_000, "sha256": "0" * 64, "class_counts": [5120] * 10, "blocks": [block] * 100}
-    index["shards"] = [{"name": f"shard-{i:05d}.tar", **shard} for i in range(num_shards)]
-    n = num_shards * per_shard
-    index.update(num_images=n, class_counts=[n // 10] * 10)
-    index["parts"] = [{"num_images": n, "first_id": 0, "num_ids": n, "seed": 0}]
-    (folder / "index.json").write_text(json.dumps(index))
-    found = open_shards(folder)
-    assert len(found) == 50_022_400
-    positions = np.random.default_rng(0).integers(0, n, 1000)
-    assert np.array_equal(found.positions_of(found.source_ids(positions)), positions)

@@ -1,4 +1,4 @@
-"""Shards behind an address, whole or some of them, are the same data as on the disk they came from."""
+"""Shards behind an address, all or some of them, are the same data as on disk."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nrat_scale.remote.transfer
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.shards import ShardSet, ShardUnusable, open_shards
 from nrat_scale.prepare.input import LabelledArrays
@@ -35,13 +34,6 @@ def _same(one: ShardSet, other: ShardSet) -> bool:
         np.array_equal(getattr(one, what)(everywhere), getattr(other, what)(everywhere))
         for what in ("images", "labels", "source_ids", "positions_of", "shards_of")
     )
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Pauses of a millisecond, and no proxy between the tests and their server."""
-    monkeypatch.setattr(nrat_scale.remote.transfer, "FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setenv("NO_PROXY", "*")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +67,7 @@ def opened(server, tmp_path) -> Callable[..., ShardSet]:
 
 
 def test_shards_behind_an_address_are_the_same_data(server, opened, local):
-    """Images, labels and ids; each shard is fetched once and only when it is needed, also for a second run."""
+    """Images, labels and ids; each shard is fetched once, when it is needed, and not again by a second run."""
     remote = opened("/")
     assert remote.is_remote and not local.is_remote
     assert len(server.requests) == 1  # the index
@@ -88,8 +80,8 @@ def test_shards_behind_an_address_are_the_same_data(server, opened, local):
     assert remote.class_counts == local.class_counts and remote.names == local.names
 
 
-def test_faults_on_the_way_do_not_change_the_data(server, opened, local):
-    """A bad line under the whole: index and shards arrive as they are."""
+def test_transfer_faults_do_not_change_the_data(server, opened, local):
+    """Index and shards arrive intact over a bad line."""
     server.faults["/data/index.json"] = [Fault(status=503), Fault(cut_after=100)]
     for number, fault in enumerate((Fault(cut_after=99), Fault(corrupt=True), Fault(status=429), Fault(chunked=True))):
         server.faults[f"/data/shard-{number:05d}.tar"] = [fault]
@@ -97,7 +89,7 @@ def test_faults_on_the_way_do_not_change_the_data(server, opened, local):
 
 
 def test_a_cache_for_a_single_shard_is_enough(server, local, tmp_path):
-    """Slow, but the maps of what was removed stay good."""
+    """Slow, but the maps of evicted shards stay valid."""
     remote = open_shards(
         f"{server.url}/data", cache=Cache(tmp_path, max(map(local.bytes_of, ([n] for n in range(5)))) * 1e-9)
     )
@@ -105,8 +97,8 @@ def test_a_cache_for_a_single_shard_is_enough(server, local, tmp_path):
     assert len(list(tmp_path.glob("*.tar"))) == 1
 
 
-def test_a_shard_that_is_removed_before_it_is_opened_is_fetched_again(opened, local, monkeypatch):
-    """Another process may need the room in just that moment; a cache that loses everything at once is an error."""
+def test_a_shard_evicted_before_it_is_opened_is_fetched_again(opened, local, monkeypatch):
+    """Another process may evict it between fetch and open; a cache that evicts every time is an error."""
     fetch, left = Cache.fetch, 3
 
     def removed(self: Cache, *arguments: object, **more: object) -> Path:
@@ -124,8 +116,8 @@ def test_a_shard_that_is_removed_before_it_is_opened_is_fetched_again(opened, lo
         opened().images(np.arange(3))
 
 
-def test_prefetching_brings_the_verified_file_and_can_be_stopped(server, opened, local):
-    """What a loader's thread does ahead of the reader."""
+def test_fetch_returns_the_verified_file_and_can_be_cancelled(server, opened, local):
+    """As the prefetching thread uses it."""
     remote = opened()
     path = remote.fetch(3)
     assert path.read_bytes() == (Path(local.folder) / local.names[3]).read_bytes()
@@ -140,7 +132,7 @@ def test_prefetching_brings_the_verified_file_and_can_be_stopped(server, opened,
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_brace_list_restricts_to_its_shards(server, opened, local, remote):
-    """Positions are numbered anew, ids stay those of the whole set, and no other shard is touched."""
+    """Positions are renumbered, ids stay those of the whole set, and no other shard is read."""
     shards = (
         opened("/shard-{00001..00002}.tar") if remote else open_shards(f"{local.folder}/shard-{{00001..00002}}.tar")
     )
@@ -156,7 +148,7 @@ def test_a_brace_list_restricts_to_its_shards(server, opened, local, remote):
 
 
 def test_a_single_shard_may_be_named(opened, local):
-    """The address of a tar is that tar and no folder."""
+    """The address of a tar is that tar, not a folder."""
     shards = opened("/shard-00004.tar")
     assert len(shards) == 22
     assert np.array_equal(shards.source_ids(np.arange(22)), local.source_ids(np.arange(128, 150)))
@@ -165,7 +157,7 @@ def test_a_single_shard_may_be_named(opened, local):
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(kept=st.sets(st.integers(0, 4), min_size=1), shuffled=st.randoms(use_true_random=False))
 def test_ids_and_positions_are_inverse_on_any_subset(folder, kept, shuffled):
-    """Whatever shards are named, in whatever order: every id found leads back, and ids of other shards are not there."""
+    """For any shards in any order: ids and positions are inverse, and ids of other shards are not found."""
     names = [f"{number:05d}" for number in kept]
     shuffled.shuffle(names)
     local = open_shards(folder)
@@ -186,12 +178,12 @@ def test_ids_and_positions_are_inverse_on_any_subset(folder, kept, shuffled):
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_shard_that_the_index_does_not_list_is_named(opened, folder, remote):
-    """A brace list that reaches too far is a mistake, not a smaller data set."""
+    """A brace list beyond the last shard is a mistake, not a smaller data set."""
     with pytest.raises(UserError, match=r"lists no shard shard-00005\.tar"):
         opened("/shard-{00003..00005}.tar") if remote else open_shards(f"{folder}/shard-{{00003..00005}}.tar")
 
 
-# ---- what is wrong over there ---------------------------------------------------------------------------------------
+# ---- damage ---------------------------------------------------------------------------------------------------------
 
 
 def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
@@ -203,16 +195,19 @@ def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda entry: entry.update(sha256="0" * 64), "does not have the expected sha256 000000000000... after 3 transfers"),
+        (
+            lambda entry: entry.update(sha256="0" * 64),
+            "does not have the expected sha256 000000000000... after 3 transfers",
+        ),
         (lambda entry: entry.update(bytes=entry["bytes"] + 512), "bytes there instead of"),
         (lambda entry: entry.update(bytes=entry["bytes"] - 512), "bytes there instead of"),
-        (lambda entry: entry.update(sha256="none"), "states no sha256"),
+        (lambda entry: entry.update(sha256="none"), "has no valid sha256"),
         (lambda entry: entry.update(name="shard-00009.tar"), "HTTP 404"),
     ],
     ids=["sha256", "too short", "too long", "no sha256", "missing"],
 )
-def test_a_shard_that_is_not_what_the_index_says_is_named(server, opened, local, tmp_path, edit, words):
-    """By its name in the index, with the reason; the other shards can be used, and nothing wrong is in the cache."""
+def test_a_shard_that_contradicts_the_index_is_named(server, opened, local, tmp_path, edit, words):
+    """By its name in the index, with the reason; the other shards can be used, and the cache holds only verified files."""
     _edited(server, lambda index: edit(index["shards"][1]))
     remote = opened()
     with pytest.raises(ShardUnusable) as caught:
@@ -236,8 +231,8 @@ def test_a_shard_that_is_not_what_the_index_says_is_named(server, opened, local,
     ],
     ids=["web page", "empty", "another JSON", "another format", "newer", "incomplete", "missing"],
 )
-def test_an_index_that_is_none_is_a_sentence(server, opened, content, words):
-    """With its address, before any shard is asked for."""
+def test_a_file_that_is_not_an_index_is_refused(server, opened, content, words):
+    """The message has its address; no shard is requested."""
     if content is None:
         del server.files["/data/index.json"]
     else:
@@ -248,23 +243,23 @@ def test_an_index_that_is_none_is_a_sentence(server, opened, content, words):
     assert {request.path for request in server.requests} == {"/data/index.json"}
 
 
-def test_a_page_that_says_so_is_no_index(server, opened):
-    """A portal in between that answers everything with its own page."""
+def test_a_web_page_is_not_an_index(server, opened):
+    """A login portal answers every request with its own page."""
     server.always["/data/index.json"] = Fault(page=True)
     with pytest.raises(UserError, match="a web page instead of the file"):
         opened()
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(server, opened):
-    """A foreign index must not lead to other addresses than its own."""
+    """A hostile index must not lead to other addresses than its own."""
     for name in ("../other/shard.tar", "https://elsewhere/shard.tar", "//elsewhere/shard.tar"):
         _edited(server, lambda index, name=name: index["shards"][1].update(name=name))
-        with pytest.raises(UserError, match="is no name of a shard"):
+        with pytest.raises(UserError, match="is not the name of a shard"):
             opened()
 
 
-def test_another_version_of_the_data_is_other_data(server, opened, local, tmp_path):
-    """The same address with new shards: the cache goes by content and never mixes the two."""
+def test_new_shards_at_the_same_address_are_new_data(server, opened, local, tmp_path):
+    """The cache is keyed by content and never mixes the two."""
     assert _same(opened(), local)
     other = _write(tmp_path / "other", seed=1)
     server.files |= {f"/data/{path.name}": path.read_bytes() for path in other.iterdir()}

@@ -1,4 +1,4 @@
-"""Resident images: the same batches bit for bit, where they are used, what refuses them, and shards that are damaged."""
+"""Resident images: bitwise the same batches, chosen if they fit, refused with a reason, and damaged shards replaced."""
 
 import dataclasses
 from dataclasses import replace
@@ -36,7 +36,7 @@ def placed(spec: DataSpec, device: torch.device = CPU, resident: str = "always")
 
 
 def check_equal(mapped: DataSpec, steps: range, *, rank: int = 0, world: int = 1, device: torch.device = CPU) -> None:
-    """Every tensor that training takes from a batch is the same with resident images as without."""
+    """Batches and augmented images are the same with resident images as without."""
     one, two = open_training_data(mapped, 3), placed(mapped, device)
     pairs = zip(
         one.batches(steps.start, steps.stop, rank, world),
@@ -53,12 +53,12 @@ def check_equal(mapped: DataSpec, steps: range, *, rank: int = 0, world: int = 1
 
 def check_batches_equal(a: Batch, b: Batch) -> None:
     assert (a.step, a.first) == (b.step, b.first)
-    for name in ("labels", "clean_labels", "generated", "ids", "positions"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("images", "labels", "clean_labels", "generated", "ids", "places"):
+        assert torch.equal(getattr(a, name).cpu(), getattr(b, name).cpu()), name
     assert (a.partners is None) == (b.partners is None)
     if a.partners is not None and b.partners is not None:
-        assert torch.equal(a.partners.labels, b.partners.labels)
-        assert torch.equal(a.partners.positions, b.partners.positions)
+        for name in ("images", "labels", "places"):
+            assert torch.equal(getattr(a.partners, name).cpu(), getattr(b.partners, name).cpu()), name
 
 
 # ---- the same batches -----------------------------------------------------------------------------------------------
@@ -67,13 +67,13 @@ def check_batches_equal(a: Batch, b: Batch) -> None:
 @pytest.mark.parametrize("augment", [AugmentSpec(crop=0, flip=False), AugmentSpec(crop=2), CUTMIX])
 @pytest.mark.parametrize(("world", "steps"), [(1, range(30)), (2, range(7, 20)), (4, range(41, 45))])
 def test_resident_images_change_no_batch(spec: DataSpec, augment: AugmentSpec, world: int, steps: range) -> None:
-    """For any rank, number of ranks, start and augmentation: images, mixed labels, ids and partners are the same."""
+    """For any rank, number of ranks, start and augmentation."""
     for rank in range(world):
         check_equal(replace(spec, augment=augment), steps, rank=rank, world=world)
 
 
 def test_one_source_in_windows_with_excluded_images(spec: DataSpec, tmp_path: Path) -> None:
-    """Rows are positions in the shards, so what is held out or excluded, and the order of a window, cannot shift them."""
+    """Rows are positions in the shards, which held-out or excluded images and windows do not shift."""
     np.save(tmp_path / "ids.npy", np.arange(100, 180))
     alone = GeneratedSpec(str(spec.generated.shards), 1.0, exclude=str(tmp_path / "ids.npy"))
     check_equal(replace(spec, real=RealSpec(), generated=alone, window=3), range(40))
@@ -81,24 +81,27 @@ def test_one_source_in_windows_with_excluded_images(spec: DataSpec, tmp_path: Pa
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_resident_images_on_a_gpu(spec: DataSpec) -> None:
-    """The pixels are gathered where they lie, `auto` chooses it where there is room, and nothing else changes."""
+    """The same batches, gathered on the GPU; `auto` chooses it if there is room."""
     device = torch.device("cuda")
     check_equal(replace(spec, augment=CUTMIX), range(5, 25), device=device)
     data = placed(spec, device, "auto")
-    assert data._resident is not None and data._resident.images.device.type == "cuda"
+    assert data.resident is not None and data.resident.images.device.type == "cuda"
 
 
-def test_only_rows_travel(spec: DataSpec) -> None:
-    """What the loader hands over has no pixels: row numbers of the batch, and of its CutMix partners."""
+def test_batches_are_gathered_from_the_resident_images(spec: DataSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards' pixels are not read again, neither of the batch nor of its CutMix partners."""
     data = placed(replace(spec, augment=CUTMIX))
+    for source in data.sources:
+        monkeypatch.setattr(source.shards, "rows", None)
+        monkeypatch.setattr(source.shards, "images", None)
     (batch,) = data.batches(0, 1)
     assert batch.partners is not None
-    for rows in (batch.images, batch.partners.images):
-        assert (rows.dtype, rows.shape) == (torch.int64, (24,))
+    for images in (batch.images, batch.partners.images):
+        assert (images.dtype, images.shape) == (torch.uint8, (24, 1, 8, 8))
 
 
 def test_the_host_holds_one_shard_at_a_time(spec: DataSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading copies shard by shard: a set that fits on the device need not fit into the host's memory beside it."""
+    """Loading copies shard by shard: a set that fits on the device need not fit into host memory."""
     data = open_training_data(spec, 3)
     asked = []
     for source in data.sources:
@@ -110,20 +113,19 @@ def test_the_host_holds_one_shard_at_a_time(spec: DataSpec, monkeypatch: pytest.
     assert resident.images.numel() == image_bytes(data.sources)
 
 
-# ---- where it is used -----------------------------------------------------------------------------------------------
+# ---- the choice -----------------------------------------------------------------------------------------------------
 
 
-def test_a_cpu_keeps_its_memory_maps(spec: DataSpec) -> None:
-    """`auto`, the default, and `never` hand over pixels on a CPU."""
+def test_a_cpu_reads_memory_maps(spec: DataSpec) -> None:
+    """`auto`, the default, and `never` keep no images on a CPU."""
     assert DataSpec(real=RealSpec("x")).resident == "auto"
     for resident in ("auto", "never"):
-        (batch,) = placed(spec, CPU, resident).batches(0, 1)
-        assert batch.images.shape == (24, 1, 8, 8) and batch.images.dtype == torch.uint8
+        assert placed(spec, CPU, resident).resident is None
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A device of which all but `free` bytes are taken, and which only says whether images were put on it."""
+    """A fake device with `free` bytes; images placed on it stay on the CPU."""
     found = SimpleNamespace(free=0, device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found.free, 10**12))
     monkeypatch.setattr("nrat_scale.data.training_data.load_images", lambda sources, device: load_images(sources, CPU))
@@ -131,11 +133,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def used(spec: DataSpec, gpu: SimpleNamespace) -> bool:
-    return placed(spec, gpu.device, spec.resident)._resident is not None
+    return placed(spec, gpu.device, spec.resident).resident is not None
 
 
 def test_auto_takes_half_of_the_free_memory_at_most(spec: DataSpec, gpu: SimpleNamespace) -> None:
-    """The model, its activations and the attack need the rest."""
+    """The model, its activations and the attack need the other half."""
     size = 770 * 64
     for free, expected in ((2 * size - 1, False), (2 * size, True)):
         gpu.free = free
@@ -143,12 +145,13 @@ def test_auto_takes_half_of_the_free_memory_at_most(spec: DataSpec, gpu: SimpleN
         assert not used(spec, gpu), "never"
 
 
-def test_auto_gives_way(spec: DataSpec, gpu: SimpleNamespace, server: SimpleNamespace, tmp_path: Path) -> None:
-    """Remote shards, worker processes and the webdataset loader go on as they did, whatever room there is."""
+def test_auto_excludes_remote_shards_and_the_webdataset_loader(
+    spec: DataSpec, gpu: SimpleNamespace, server: SimpleNamespace, tmp_path: Path
+) -> None:
+    """They stream, however much memory is free."""
     gpu.free = 10**12
     auto = replace(spec, resident="auto")
     assert used(auto, gpu)
-    assert not used(replace(auto, workers=1), gpu)
     assert not used(replace(auto, loader="webdataset"), gpu)
     assert not used(remote(auto, server, tmp_path), gpu)
 
@@ -160,26 +163,20 @@ def remote(spec: DataSpec, server: SimpleNamespace, tmp_path: Path) -> DataSpec:
     return replace(spec, generated=generated, remote=RemoteSpec(str(tmp_path / "cache"), 0.01))
 
 
-def test_it_is_no_part_of_what_a_run_computes() -> None:
-    """A run that was interrupted goes on with another value, on a machine that has more or less memory."""
+def test_the_identity_of_a_run_ignores_it() -> None:
+    """An interrupted run can resume with another value, on a machine with more or less memory."""
     recipes = [load_recipe(QUICK, [f"data.resident={value}"]) for value in ("auto", "always", "never")]
     assert len({recipe.identity for recipe in recipes}) == 1
     assert dataclasses.asdict(recipes[0]) != dataclasses.asdict(recipes[1])
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-def test_always_says_what_it_cannot_take(
+def test_always_is_refused_with_a_reason(
     spec: DataSpec, gpu: SimpleNamespace, server: SimpleNamespace, tmp_path: Path
 ) -> None:
-    """Who insists on resident images is told why he cannot have them, and never gets something else silently."""
-    with pytest.raises(UserError, match=r"which data\.loader webdataset does not take.*data\.resident: auto"):
-        replace(spec, resident="always", loader="webdataset")
-    with pytest.raises(UserError, match=r"which data\.workers 2 does not take"):
-        replace(spec, resident="always", workers=2)
-    with pytest.raises(UserError, match=r"data\.resident is 'alway'.*Did you mean 'always'"):
-        replace(spec, resident="alway")
+    """`always` never falls back silently."""
     with pytest.raises(UserError, match=r"data\.generated\.shards is the address http.*only local shards"):
         placed(remote(spec, server, tmp_path))
     with pytest.raises(UserError, match=r"images take 0\.00 GB and cuda has 0\.00 GB free.*auto"):
@@ -187,14 +184,9 @@ def test_always_says_what_it_cannot_take(
 
 
 def test_images_come_before_batches(spec: DataSpec) -> None:
-    """A program that forgets to place the images must not train without what its recipe insists on."""
+    """A program that forgets `place_images` must not train without the resident images that its recipe requires."""
     with pytest.raises(AssertionError, match="place_images"):
         open_training_data(replace(spec, resident="always"), 3).batches(0, 1)
-    data = open_training_data(spec, 3)
-    (batch,) = data.batches(0, 1)
-    data._resident = load_images(data.sources, CPU)
-    with pytest.raises(AssertionError, match="made before"):
-        data.augmented(batch, CPU)
 
 
 # ---- damaged shards -------------------------------------------------------------------------------------------------
@@ -202,9 +194,10 @@ def test_images_come_before_batches(spec: DataSpec) -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("augment", [AugmentSpec(crop=0), CUTMIX])
-def test_bad_shards_are_replaced_as_without(spec: DataSpec, window: int | None, augment: AugmentSpec) -> None:
-    """With `skip` the substitutes are those of the usual way, which depend on the order in which shards are found bad;
-    both log the same shards."""
+def test_bad_shards_are_replaced_as_without_resident_images(
+    spec: DataSpec, window: int | None, augment: AugmentSpec
+) -> None:
+    """The substitutes depend on the order in which bad shards are found, which is the same; so is the log."""
     skipping = replace(spec, window=window, augment=augment, on_bad_shard="skip", max_bad_shards=2)
     for number in not_validated(open_training_data(skipping, 3), 2):
         damage(spec.generated.shards, number)
@@ -216,8 +209,8 @@ def test_bad_shards_are_replaced_as_without(spec: DataSpec, window: int | None, 
     assert len(two.skips.entries) == 2
 
 
-def test_bad_shards_have_their_limit(spec: DataSpec) -> None:
-    """More bad shards than `max_bad_shards` stop the run, as they do without resident images."""
+def test_bad_shards_have_a_limit(spec: DataSpec) -> None:
+    """More bad shards than `max_bad_shards` stop the run, as without resident images."""
     skipping = replace(spec, on_bad_shard="skip", max_bad_shards=1)
     for number in not_validated(open_training_data(skipping, 3), 2):
         damage(spec.generated.shards, number)
@@ -225,22 +218,29 @@ def test_bad_shards_have_their_limit(spec: DataSpec) -> None:
         list(placed(skipping).batches(0, 40))
 
 
+def close(data: TrainingData, number: int) -> None:
+    """Close the map of a generated shard by opening another one."""
+    shards = data.sources[1].shards
+    shards.max_open = 1
+    shards.open(number - 1)
+
+
 def test_a_shard_that_vanishes_is_named(spec: DataSpec) -> None:
-    """One that went after it was verified: with `stop` loading ends with its name."""
+    """A shard that was removed after verification: with `stop` the error names it."""
     data = open_training_data(replace(spec, resident="always"), 3)
     number = not_validated(data, 1)[0]
-    data.sources[1].shards._maps.clear()
+    close(data, number)
     (Path(str(spec.generated.shards)) / f"shard-{number:05d}.tar").unlink()
     with pytest.raises(UserError, match=f"shard-{number:05d}.tar: it cannot be read"):
         data.place_images(CPU)
 
 
-def test_a_shard_that_returns_is_not_trained_on_unwritten(spec: DataSpec) -> None:
-    """With `skip`, rows that could not be loaded are never gathered, even where their shard can be read again later."""
+def test_rows_that_could_not_be_loaded_are_never_gathered(spec: DataSpec) -> None:
+    """With `skip`, even if their shard can be read again later."""
     data = open_training_data(replace(spec, resident="always", on_bad_shard="skip"), 3)
     source, number = data.sources[1], not_validated(data, 1)[0]
     path = Path(str(spec.generated.shards)) / f"shard-{number:05d}.tar"
-    source.shards._maps.clear()
+    close(data, number)
     away = path.rename(path.with_suffix(".away"))
     data.place_images(CPU)
     away.rename(path)

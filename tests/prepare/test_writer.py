@@ -32,6 +32,15 @@ def test_the_tars_are_those_of_webdataset(tmp_path):
     assert (folder / "shard-00000.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
+def test_the_bytes_depend_on_the_arguments_only(tmp_path, monkeypatch):
+    """Clock and folder do not change a byte; another seed does."""
+    first = tree(small_shards(tmp_path / "one"))
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert tree(small_shards(tmp_path / "deeper" / "two")) == first
+    assert list(first) == ["index.json", "shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
+    assert tree(small_shards(tmp_path / "three", seed=1)) != first
+
+
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(num_images=st.integers(1, 90), block_size=st.integers(1, 40), shard_size=st.integers(1, 100))
 def test_every_layout_holds_every_sample(num_images, block_size, shard_size):
@@ -59,7 +68,7 @@ def test_given_ids_are_stored_and_found(num_images, block_size, seed, spare):
         num_ids = int(ids.max()) + 1 + spare if spare else None
         shards = open_shards(small_shards(Path(name) / "out", source, block_size=block_size, ids=ids, num_ids=num_ids))
         positions = np.arange(num_images)
-        assert shards.parts[0].seed is None and shards.num_ids == int(ids.max()) + 1 + spare
+        assert shards.segments[0].seed is None and shards.num_ids == int(ids.max()) + 1 + spare
         assert np.array_equal(shards.images(positions), source.images)
         assert np.array_equal(shards.labels(positions), source.labels)
         assert np.array_equal(shards.source_ids(positions), ids)

@@ -1,17 +1,68 @@
-"""s3:// and hf://, against an object store and a Hub on loopback, in real processes."""
+"""Stores: a new one in one entry; s3:// and hf:// against an object store and a Hub on loopback, in real processes."""
 
 import hashlib
-import random
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from nrat_scale.core.errors import UserError
+from nrat_scale.data.shards import open_shards
+from nrat_scale.remote.cache import Cache
+from nrat_scale.remote.stores import OPENERS, PermanentError, RemoteFile, TransientError
+from nrat_scale.remote.transfer import fetch_bytes
+from tests.support.contents import random_bytes, sha256_hex
 from tests.support.faulty_server import HUB_COMMIT, Fault, FaultyServer
+from tests.support.numbered_shards import numbered_shards
 from tests.support.processes import started, told
+
+# ---- a store from outside -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A store of the scheme mem://, whose first connection to each file is cut after 1000 bytes."""
+    files: dict[str, bytes] = {}
+    opened: set[str] = set()
+
+    @contextmanager
+    def open_memory(url: str, start: int) -> Iterator[RemoteFile]:
+        if url not in files:
+            raise PermanentError("there is no such file")
+
+        def chunks() -> Iterator[bytes]:
+            if url in opened:
+                yield files[url][start:]
+                return
+            opened.add(url)
+            yield files[url][:1000]
+            raise TransientError("cut")
+
+        yield RemoteFile(chunks(), start, len(files[url]))
+
+    monkeypatch.setitem(OPENERS, "mem", open_memory)
+    return files
+
+
+def test_a_new_store_is_one_entry(memory: dict[str, bytes], tmp_path: Path) -> None:
+    """Retries, resumption, cache and shards work with a scheme that is only an entry in `OPENERS`."""
+    content = random_bytes(5000)
+    memory["mem://a.bin"] = content
+    path = Cache(tmp_path / "cache").fetch("mem://a.bin", 5000, sha256_hex(content))
+    assert path.read_bytes() == content
+    folder = numbered_shards(tmp_path / "shards", 70)
+    memory |= {f"mem://data/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    remote, local = open_shards("mem://data/", cache=Cache(tmp_path / "cache")), open_shards(folder)
+    assert np.array_equal(remote.images(np.arange(70)), local.images(np.arange(70)))
+    with pytest.raises(UserError, match="mem://none cannot be fetched: there is no such file"):
+        fetch_bytes("mem://none", 1)
+
 
 # ---- s3 -------------------------------------------------------------------------------------------------------------
 
@@ -24,7 +75,7 @@ print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 server.stop()
 """
-# `FETCH` tells [url, sha256 or the error, byte ranges that were asked for] of each file.
+# `FETCH` answers [url, sha256 or the error, requested byte ranges] of each file.
 SPY = """
 import hashlib, s3fs
 asked, cat_file = [], s3fs.S3FileSystem.cat_file
@@ -85,7 +136,7 @@ def store() -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def run(store, tmp_path) -> Callable[..., list]:
-    """`run(files, script=FETCH, **environment)`: what a process with a cache in `tmp_path` tells."""
+    """`run(files, script=FETCH, **environment)`: the answers of a process with a cache in `tmp_path`."""
 
     def run(files: list, script: str = FETCH, **environment: str | None) -> list:
         given = {"cache": str(tmp_path), "files": files}
@@ -94,14 +145,10 @@ def run(store, tmp_path) -> Callable[..., list]:
     return run
 
 
-def _bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def test_s3_files_arrive_and_the_rest_is_a_sentence(store, run):
-    """In pieces of 8 MiB; what is missing, a folder, too short or damaged is named and asked for as often as it helps."""
+def test_s3_files_arrive_or_fail_with_a_reason(store, run):
+    """In chunks of 8 MiB; a missing, too short or damaged object or a folder is named and retried only if that may help."""
     size = (8 << 20) + 1000
-    good = store.put("data/shard-00000.tar", _bytes(size))
+    good = store.put("data/shard-00000.tar", random_bytes(size))
     url, _, sha256 = good
     files = [
         good,
@@ -109,7 +156,7 @@ def test_s3_files_arrive_and_the_rest_is_a_sentence(store, run):
         ("s3://no-such-bucket/a.tar", size, "2" * 64),
         ("s3://bucket/data", size, "3" * 64),
         (url, size - 1, "4" * 64),
-        (*store.put("data/small.tar", _bytes(1000))[:2], "5" * 64),
+        (*store.put("data/small.tar", random_bytes(1000))[:2], "5" * 64),
     ]
     answers = run(files)
     assert answers[0] == [url, sha256, [[0, 8 << 20], [8 << 20, size]]]
@@ -129,10 +176,10 @@ def test_s3_files_arrive_and_the_rest_is_a_sentence(store, run):
         assert len(asked) == count
 
 
-def test_s3_goes_on_where_it_stopped(store, run, tmp_path):
-    """Only the missing bytes are asked for; a .part of a longer file is thrown away."""
-    url, size, sha256 = store.put("resumed.tar", _bytes(10_000, seed=1))
-    (tmp_path / f"{sha256}.{size}.part").write_bytes(_bytes(10_000, seed=1)[:7000])
+def test_s3_transfers_resume(store, run, tmp_path):
+    """Only the missing bytes are requested; a .part of a longer file is dropped."""
+    url, size, sha256 = store.put("resumed.tar", random_bytes(10_000, seed=1))
+    (tmp_path / f"{sha256}.{size}.part").write_bytes(random_bytes(10_000, seed=1)[:7000])
     assert run([(url, size, sha256)]) == [[url, sha256, [[7000, 10_000]]]]
     script = """
 from pathlib import Path
@@ -144,15 +191,15 @@ tell(transfer.sha256_of(path))
     assert run([(url, size, sha256)], script) == [sha256]
 
 
-def test_s3_without_credentials_says_what_to_set(store, run):
-    """At once, and without searching the network for them."""
-    file = store.put("private.tar", _bytes(1000, seed=2))
+def test_s3_without_credentials_names_the_variables(store, run):
+    """At once, without searching the network for credentials."""
+    file = store.put("private.tar", random_bytes(1000, seed=2))
     ((_, message, _),) = run([file], AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
     assert "credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)" in message
     assert "attempts" not in message
 
 
-def test_s3_without_s3fs_says_what_to_install(store, run):
+def test_s3_without_s3fs_names_the_package(store, run):
     """It is an optional dependency."""
     script = """
 sys.modules["s3fs"] = None
@@ -164,15 +211,15 @@ except UserError as error:
     assert run([store.put("x.tar", b"x")], script) == ["s3://bucket/x.tar needs s3fs: pip install s3fs"]
 
 
-def test_s3_store_that_is_not_there_is_a_sentence(run):
-    """Nobody listens at the endpoint."""
+def test_an_unreachable_s3_endpoint_is_named(run):
+    """The connection is refused."""
     ((_, message, _),) = run([("s3://bucket/a.tar", 1, "6" * 64)], AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert "127.0.0.1:9" in message and "Check address and network." in message
 
 
 def test_s3_transfers_are_shared_by_processes(store, tmp_path):
     """Two processes and one cache: each object is fetched by one of them."""
-    files = [store.put(f"shared-{number}.tar", _bytes(20_000, seed=10 + number)) for number in range(8)]
+    files = [store.put(f"shared-{number}.tar", random_bytes(20_000, seed=10 + number)) for number in range(8)]
     given = {"cache": str(tmp_path), "files": files}
     processes = [started(FETCH, given, **store.environment) for _ in range(2)]
     first, second = (told(process) for process in processes)
@@ -182,8 +229,8 @@ def test_s3_transfers_are_shared_by_processes(store, tmp_path):
 
 
 def test_s3_can_be_read_in_a_forked_process(store, run):
-    """Data loader workers are forks of a process that read the index; before and after, both go on fetching."""
-    files = [store.put(f"forked-{number}.tar", _bytes(20_000, seed=20 + number)) for number in range(3)]
+    """An fsspec file system does not survive a fork; parent and child both keep fetching."""
+    files = [store.put(f"forked-{number}.tar", random_bytes(20_000, seed=20 + number)) for number in range(3)]
     script = """
 fetched(*given["files"][0])
 child = os.fork()
@@ -209,7 +256,7 @@ for url in given["urls"]:
 
 @pytest.fixture
 def hub() -> Iterator[FaultyServer]:
-    """A Hub whose files lie on another host name, for which the token is not meant."""
+    """A Hub that redirects files to another host name, which must not receive the token."""
     with FaultyServer(hub=True, token="Bearer hf_secret") as server:
         for revision in ("main", "v1", "refs%2Fpr%2F1", HUB_COMMIT):
             path = f"/datasets/someone/images/resolve/{revision}/data/index.json"
@@ -223,7 +270,7 @@ def _asked(hub: FaultyServer, urls: list[str], tmp_path, **environment: str | No
     return told(started(HUB, {"urls": urls}, **{**settings, **environment}))
 
 
-def test_hf_files_come_from_where_the_hub_sends(hub, tmp_path):
+def test_hf_files_follow_the_redirect_of_the_hub(hub, tmp_path):
     """With and without a revision; the token goes to the Hub and to no other host."""
     urls = [
         f"hf://datasets/someone/images{at}/data/index.json" for at in ("", "@v1", "@refs%2Fpr%2F1", f"@{HUB_COMMIT}")
@@ -231,13 +278,13 @@ def test_hf_files_come_from_where_the_hub_sends(hub, tmp_path):
     hub.faults["/cdn/datasets/someone/images/resolve/v1/data/index.json"] = [Fault(status=503), Fault(cut_after=1)]
     answers = _asked(hub, urls, tmp_path, HF_TOKEN="hf_secret")
     assert answers == ["main", "v1", "refs%2Fpr%2F1", HUB_COMMIT]
-    # The client asks for other things too, such as /api/agent-harnesses.
+    # The client requests other paths too.
     files = [request for request in hub.requests if request.path.endswith("index.json")]
     hosts = {(request.host, request.authorization) for request in files}
     assert hosts == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
 
 
-def test_hf_files_on_the_hub_itself_are_asked_for_with_the_token(hub, tmp_path):
+def test_hf_files_on_the_hub_itself_are_requested_with_the_token(hub, tmp_path):
     """Small files are not redirected; a private one needs the token for its bytes too."""
     path = "/datasets/someone/images/resolve/main/small.json"
     hub.files[path] = b"{}"
@@ -246,7 +293,7 @@ def test_hf_files_on_the_hub_itself_are_asked_for_with_the_token(hub, tmp_path):
 
 
 def test_a_token_does_not_follow_a_redirect(hub, tmp_path):
-    """Also where only the request for the bytes is sent on."""
+    """Even if only the request for the bytes is redirected."""
     path = "/datasets/someone/images/resolve/main/late.json"
     hub.files[path] = hub.files[f"/cdn{path}"] = b"late"
     hub.faults[path] = [Fault(redirect=f"{hub.other_name}/cdn")]
@@ -254,8 +301,8 @@ def test_a_token_does_not_follow_a_redirect(hub, tmp_path):
     assert [request.authorization for request in hub.gets(f"/cdn{path}")] == [None]
 
 
-def test_hf_failures_are_sentences(hub, tmp_path):
-    """No permission and no such file are told apart and end at once; a busy Hub is asked again."""
+def test_hf_failures_have_a_reason(hub, tmp_path):
+    """No permission and no such file have different messages and end at once; a busy Hub is retried."""
     url = "hf://datasets/someone/images/data/index.json"
     (denied,) = _asked(hub, [url], tmp_path)
     assert "401" in denied and "HF_TOKEN" in denied and "attempts" not in denied

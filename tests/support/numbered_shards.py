@@ -1,14 +1,19 @@
 """Shards whose images name themselves."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from nrat_scale.data.batches import Batch
 from nrat_scale.data.spec import DataSpec, GeneratedSpec, RealSpec, ValidationSpec
 from nrat_scale.data.training_data import TrainingData
 from nrat_scale.labels import NoiseSpec
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
+
+COLUMNS = ("images", "labels", "clean_labels", "generated", "ids")
 
 
 def numbered_shards(folder: Path, n: int, *, seed: int = 0, size: int = 8, dataset: str = "custom") -> Path:
@@ -28,6 +33,12 @@ def two_sources(folder: Path) -> DataSpec:
         generated=GeneratedSpec(str(generated), 0.7),
         validation=ValidationSpec(source="generated", size=40),
     )
+
+
+def columns(batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    """The columns of several batches, joined."""
+    batches = list(batches)
+    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in COLUMNS}
 
 
 def damage(folder: str | None, number: int) -> None:

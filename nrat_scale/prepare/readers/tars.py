@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.data.shards import TAR_BLOCK
+from nrat_scale.data.index import TAR_BLOCK
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers.checks import CHUNK, MAX_CLASSES, file_facts, npy_array, reading

@@ -1,0 +1,23 @@
+"""Fixtures of the tests of remote files."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import nrat_scale.remote.transfer
+from tests.support.contents import random_bytes
+from tests.support.faulty_server import FaultyServer
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of a millisecond, and no proxy between the tests and their server."""
+    monkeypatch.setattr(nrat_scale.remote.transfer, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    """A server without faults that has /a.tar of 50,000 bytes."""
+    with FaultyServer(files={"/a.tar": random_bytes(50_000)}) as running:
+        yield running
