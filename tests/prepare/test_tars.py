@@ -339,7 +339,7 @@ def _headers(content: bytes) -> list[int]:
     return offsets
 
 
-def test_every_byte_of_everynpy_header(tmp_path, fuzzed):
+def test_every_byte_of_every_header(tmp_path, fuzzed):
     """One flipped bit in each fourth byte of each header: refused, or exactly the same samples."""
     generator = np.random.default_rng(0)
     places = [offset + byte for offset in _headers(fuzzed) for byte in range(generator.integers(4), 512, 4)]
