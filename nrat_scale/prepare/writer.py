@@ -37,7 +37,10 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
         UserError: the input is wrong, or `out` is not new, is being written or cannot be written.
     """
     with staged(out) as staging:
-        given = read(staging.scratch)
+        try:
+            given = read(staging.scratch)
+        except OSError as error:
+            raise UserError(f"The input cannot be read, or not be unpacked beside {out} ({error}).") from error
         sources = {"": given} if isinstance(given, LabelledArrays) else given
         for name, source in sources.items():
             write_into(staging.whole / name, source, **options)

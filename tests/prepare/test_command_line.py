@@ -33,7 +33,7 @@ def test_a_reader_is_added_by_one_entry(tmp_path, cli, convert, monkeypatch):
     assert convert("raw", tmp_path / "a.raw", "--channels", 1).image_shape == (8, 8, 1)
     help_text = cli("raw", "--help").out
     assert "raw bytes of 8 x 8 images" in help_text and "nrat_scale.prepare raw a.raw --out data/raw" in help_text
-    assert_refused(cli, tmp_path, ["raw", tmp_path / "no.raw"], "No such file")
+    assert_refused(cli, tmp_path, ["raw", tmp_path / "no.raw"], "cannot be read", "No such file", "no.raw")
 
 
 @pytest.mark.parametrize("command", [*READERS, *COMMANDS])

@@ -376,7 +376,7 @@ def test_every_cut_and_every_repetition(tmp_path, fuzzed):
 def test_what_is_accepted_is_read_as_webdataset_reads_it(tmp_path):
     """Random mixtures of odd members: an accepted tar has the same samples for webdataset."""
     generator = np.random.default_rng(1)
-    names = [
+    odd = [
         "a.png",
         "a.cls",
         "b.png",
@@ -384,8 +384,8 @@ def test_what_is_accepted_is_read_as_webdataset_reads_it(tmp_path):
         "a.json",
         "x/a.png",
         "x/a.cls",
-        "./a.png",
         "a.PNG",
+        "./a.png",
         "._a.png",
         "__c__.png",
     ]
@@ -393,7 +393,7 @@ def test_what_is_accepted_is_read_as_webdataset_reads_it(tmp_path):
     for _ in range(300):
         members = [
             _member(name, image if name[-3:] == "png" else b"1")
-            for name in generator.choice(names, generator.integers(2, 7))
+            for name in generator.choice(odd, generator.integers(2, 7))
         ]
         if generator.random() < 0.5:
             members.sort(key=lambda member: member[0].name)
