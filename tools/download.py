@@ -1,7 +1,9 @@
-"""Download published generated data, kept under its old name: the same as `python -m nrat_scale.prepare.download`."""
+"""Download published generated data: the old name of `python -m nrat_scale.prepare download`."""
+
+import sys
 
 from nrat_scale.core.errors import run_cli
-from nrat_scale.prepare.download import main
+from nrat_scale.prepare.__main__ import main
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: main(["download", *sys.argv[1:]]))

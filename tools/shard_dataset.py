@@ -1,4 +1,4 @@
-"""The command line of data preparation, kept under its old name: the same as `python -m nrat_scale.prepare`."""
+"""Prepare data: the old name of `python -m nrat_scale.prepare`."""
 
 from nrat_scale.core.errors import run_cli
 from nrat_scale.prepare.__main__ import main

@@ -25,6 +25,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def unfinished_sibling(path: Path) -> Path:
+    """The hidden folder for work on `path` that is not complete: `.NAME.unfinished` beside it."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def temporary_sibling(path: Path) -> Path:
     """A unique name beside `path`, hence on the same file system: an atomic rename to `path` is possible."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

@@ -1,46 +1,32 @@
-"""Convert an image data set into shards: verified, randomly accessible WebDataset tars; look after shards.
+"""Convert an image data set into shards (verified, randomly accessible WebDataset tars), or maintain shards.
 
-    python tools/shard_dataset.py digits --out data/digits
-    python tools/shard_dataset.py cifar10 data --split train --out data/cifar10/train --download
-    python tools/shard_dataset.py npz 1m.npz --dataset cifar10 --out data/cifar10_1m
-    python tools/shard_dataset.py reshard 'other/{0000..0010}.tar' --dataset cifar10 --out data/other
-    python tools/shard_dataset.py idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist
-    python tools/shard_dataset.py verify data/cifar10_1m
-    python tools/shard_dataset.py push data/cifar10_1m hf://datasets/USER/REPO
+    python -m nrat_scale.prepare digits --out data/digits
+    python -m nrat_scale.prepare cifar10 data --split train --out data/cifar10/train --download
+    python -m nrat_scale.prepare npz 1m.npz --dataset cifar10 --out data/cifar10_1m
+    python -m nrat_scale.prepare verify data/cifar10_1m
+    python -m nrat_scale.prepare push data/cifar10_1m hf://datasets/USER/REPO
 
-The way of an image: a reader below gives a `Source`, whose images stay on disk (memory maps: an npz of 150 GB needs no
-more memory than a small one) -> `write_shards` permutes them by --seed and writes blocks -> everything was written
-beside --out (in .OUT.unfinished) and is renamed at the end, so --out is whole or not there. The same command goes on where
-a killed one stopped: finished shards are verified and kept.
-
-A new format is one reader that returns a `Source`, and one block in `_parser`.
+Images are permuted with --seed. The same input and options give the same bytes. --out is whole or absent.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nrat_scale.core.errors import run_cli
-from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare import info as info_module
-from nrat_scale.prepare import merge_subset
-from nrat_scale.prepare import push as push_module
-from nrat_scale.prepare import verify as verify_module
+from nrat_scale.prepare import download
 from nrat_scale.prepare.cifar10n import convert_human_labels
-from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.cifar import SPLITS, read_cifar10, read_cifar100
-from nrat_scale.prepare.readers.digits import read_digits
-from nrat_scale.prepare.readers.idx import read_idx
-from nrat_scale.prepare.readers.npz import read_npz
-from nrat_scale.prepare.readers.svhn import read_svhn
-from nrat_scale.prepare.readers.tars import read_tars
-from nrat_scale.prepare.readers.tiny_imagenet import TINY_SPLITS, read_tiny_imagenet
-from nrat_scale.prepare.staging import hidden_sibling, unfinished
-from nrat_scale.prepare.writer import BLOCK_SIZE, SHARD_SIZE, write_into
+from nrat_scale.prepare.info import info
+from nrat_scale.prepare.merge import merge
+from nrat_scale.prepare.push import push, push_address
+from nrat_scale.prepare.readers import READERS, Argument, Reader, argument
+from nrat_scale.prepare.subset import subset
+from nrat_scale.prepare.verify import verify
+from nrat_scale.prepare.writer import BLOCK_SIZE, SHARD_SIZE, convert
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+_PROGRAM = "python -m nrat_scale.prepare"
 
 
 def _at_least_one(text: str) -> int:
@@ -50,266 +36,147 @@ def _at_least_one(text: str) -> int:
     return value
 
 
-def _add_command(
-    kinds: Any, kind: str, run: Callable[[argparse.Namespace], str], summary: str, *examples: str
-) -> argparse.ArgumentParser:
-    """A subcommand with its help; `run` does it and returns what to print."""
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        kind,
-        help=summary,
-        description=summary,
-        epilog="\n  ".join(["examples:", *(f"python tools/shard_dataset.py {kind} {text}" for text in examples)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(kind=kind, run=run)
-    return parser
+_SIZE: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
+_WRITING = (
+    argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards"),
+    argument("--block-size", default=BLOCK_SIZE, help="images per block (default: %(default)s)", **_SIZE),
+    argument("--shard-size", default=SHARD_SIZE, help="images per shard (default: %(default)s)", **_SIZE),
+    argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: %(default)s)"),
+    argument("--push", metavar="ADDRESS", help="then upload the shards to hf://datasets/USER/REPO[@REVISION]"),
+)
+_WHERE = argument("where", metavar="DIR", help="folder of shards, or its address (https://, s3://, hf://)")
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
-    """The options of every subcommand that writes shards."""
-    sizes: dict[str, Any] = {"type": _at_least_one, "metavar": "N"}
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
-    add("--block-size", default=BLOCK_SIZE, help="images in a block (default: %(default)s)", **sizes)
-    add("--shard-size", default=SHARD_SIZE, help="images in a shard, in whole blocks (default: %(default)s)", **sizes)
-    add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default: %(default)s)")
-    add("--jobs", default=1, help="processes that write shards (default: %(default)s); changes no byte", **sizes)
-    add("--push", metavar="ADDRESS", help="then upload them: hf://datasets/USER/REPO[@REVISION]")
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    sizes = {name: getattr(given, name) for name in ("block_size", "shard_size", "seed")}
+    return {**sizes, "progress": sys.stderr.isatty()}
 
 
-def _add_kind(
-    kinds: Any,
-    kind: str,
-    read: Callable[[argparse.Namespace, Path], dict[str, LabelledArrays]],
-    summary: str,
-    *examples: str,
-) -> argparse.ArgumentParser:
-    """A format; `read` gives the sources, named by their folder in --out ("" is --out)."""
-    parser = _add_command(kinds, kind, _convert, summary, *examples)
-    parser.set_defaults(read=read)
-    _add_writing(parser)
-    return parser
+def _writing(write: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], Iterator[str]]:
+    """A command that writes shards; with --push it uploads them, and checks the address first."""
+
+    def run(given: argparse.Namespace) -> Iterator[str]:
+        if given.push is not None:
+            push_address(given.push)
+        yield write(given)
+        if given.push is not None:
+            yield push(given.out, given.push)
+
+    return run
 
 
-def _add_dataset(parser: argparse.ArgumentParser) -> None:
-    text = f"names the classes: {', '.join(DATASETS)} (without it: 0, 1, 2, ...)"
-    parser.add_argument("--dataset", choices=list(DATASETS), metavar="NAME", help=text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(required=True, metavar="KIND", help="`KIND --help` says more")
-    npz = _add_kind(
-        kinds,
-        "npz",
-        lambda given, scratch: {"": read_npz(given.files, given.dataset, scratch)},
-        "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
-        "1m.npz --dataset cifar10 --out data/cifar10_1m",
-        "part0.npz part1.npz part2.npz --out data/parts",
-        "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
-    )
-    npz.add_argument(
-        "files", nargs="+", metavar="FILE", help="path, or hf://datasets/USER/REPO/FILE; several are parts"
-    )
-    _add_dataset(npz)
-    cifar10 = _add_kind(
-        kinds,
-        "cifar10",
-        lambda given, scratch: {"": read_cifar10(given.root, given.split, download=given.download)},
-        "CIFAR-10 as its authors publish it (Python or binary version)",
-        "data --split train --out data/cifar10/train --download",
-        "data/cifar-10-batches-bin --split test --out data/cifar10/test",
-    )
-    cifar10.add_argument(
-        "root", type=Path, metavar="ROOT", help="holds or is cifar-10-batches-py or cifar-10-batches-bin"
-    )
-    cifar10.add_argument("--split", choices=SPLITS, required=True)
-    cifar10.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
-    cifar100 = _add_kind(
-        kinds,
-        "cifar100",
-        lambda given, scratch: {"": read_cifar100(given.root, given.split, download=given.download)},
-        "CIFAR-100 as its authors publish it (Python or binary version), with its 100 fine labels",
-        "data --split train --out data/cifar100/train --download",
-        "data/cifar-100-binary --split test --out data/cifar100/test",
-    )
-    cifar100.add_argument("root", type=Path, metavar="ROOT", help="holds or is cifar-100-python or cifar-100-binary")
-    cifar100.add_argument("--split", choices=SPLITS, required=True)
-    cifar100.add_argument("--download", action="store_true", help="fetch it into ROOT (170 MB) unless it is there")
-    svhn = _add_kind(
-        kinds,
-        "svhn",
-        lambda given, scratch: {"": read_svhn(given.file)},
-        "SVHN's cropped digits (train_32x32.mat, test_32x32.mat, extra_32x32.mat)",
-        "train_32x32.mat --out data/svhn/train",
-    )
-    svhn.add_argument("file", type=Path, metavar="FILE")
-    tiny = _add_kind(
-        kinds,
-        "tiny_imagenet",
-        lambda given, scratch: {"": read_tiny_imagenet(given.root, given.split, scratch)},
-        "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
-        "data --split train --out data/tiny_imagenet/train",
-    )
-    tiny.add_argument("root", type=Path, metavar="ROOT", help="holds or is tiny-imagenet-200")
-    tiny.add_argument("--split", choices=TINY_SPLITS, required=True)
-    reshard = _add_kind(
-        kinds,
-        "reshard",
-        lambda given, scratch: {"": read_tars(given.files, given.dataset, scratch)},
-        "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
-        "'other/{0000..0010}.tar' --dataset cifar10 --out data/other",
-    )
-    reshard.add_argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'")
-    _add_dataset(reshard)
-    idx = _add_kind(
-        kinds,
-        "idx",
-        lambda given, scratch: {"": read_idx(given.images, given.labels, given.dataset)},
-        "MNIST, Fashion-MNIST and the like: IDX files, plain or .gz",
-        "train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist/train",
-    )
-    idx.add_argument("images", type=Path, metavar="IMAGES")
-    idx.add_argument("labels", type=Path, metavar="LABELS")
-    _add_dataset(idx)
-    _add_kind(
-        kinds,
-        "digits",
-        lambda given, scratch: {split: read_digits(split, given.seed) for split in ("train", "test")},
-        "scikit-learn's handwritten digits, without any download: DIR/train and DIR/test",
-        "--out data/digits",
-    )
-    _add_cifar10n(kinds)
-    _add_admin(kinds)
-    return parser
-
-
-def _add_admin(kinds: Any) -> None:
-    """The subcommands for shards that exist."""
-    place: dict[str, Any] = {"metavar": "DIR", "help": "folder of shards, or its address (https://, s3://, hf://)"}
-    verify = _add_command(
-        kinds,
-        "verify",
-        lambda given: verify_module.verify(given.where),
-        "check every byte of shards, and that they are what their index says",
-        "data/cifar10_1m",
-        "hf://datasets/USER/REPO",
-    )
-    verify.add_argument("where", **place)
-    info = _add_command(
-        kinds,
-        "info",
-        lambda given: info_module.info(given.where, given.sheet),
-        "what is in shards: counts, classes, source files, order; a contact sheet",
-        "data/cifar10_1m --sheet data/sheet.png",
-    )
-    info.add_argument("where", **place)
-    info.add_argument("--sheet", type=Path, metavar="FILE.png", help="new image with samples, one row for each class")
-    merge = _add_command(
-        kinds,
-        "merge",
-        lambda given: merge_subset.merge(given.folders, given.out),
-        "one index over several folders of shards that lie below it; nothing is copied",
-        "data/all/first data/all/second --out data/all/index.json",
-    )
-    merge.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="in the order of the source ids")
-    merge.add_argument(
-        "--out", type=Path, required=True, metavar="PARENT/index.json", help="new index; every DIR lies in PARENT"
-    )
-    subset = _add_command(
-        kinds,
-        "subset",
-        _subset,
-        "some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
-        "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
-        "data/cifar10_1m --ids data/kept.txt --out data/kept",
-        "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
-    )
-    subset.add_argument("where", **place)
-    subset.add_argument("--per-class", type=_at_least_one, metavar="N", help="N of each class, drawn with --seed")
-    subset.add_argument("--ids", type=Path, metavar="FILE", help="source ids: .npy (integers), or .txt (one a line)")
-    subset.add_argument("--scores", type=Path, metavar="FILE.npy", help="one number for each source id; see --keep")
-    subset.add_argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8")
-    _add_writing(subset)
-    push = _add_command(
-        kinds,
-        "push",
-        lambda given: push_module.push(given.folder, given.address),
-        "verify shards and upload them to the Hugging Face Hub (token from HF_TOKEN or `hf auth login`)",
-        "data/cifar10_1m hf://datasets/USER/REPO",
-    )
-    push.add_argument("folder", type=Path, metavar="DIR")
-    push.add_argument("address", metavar="ADDRESS", help="hf://datasets/USER/REPO[@REVISION]")
-
-
-def _add_cifar10n(kinds: Any) -> None:
-    parser = _add_command(
-        kinds,
-        "cifar10n",
-        lambda given: "\n".join(convert_human_labels(given.file, given.shards, given.out)),
-        "CIFAR-10N's human labels (CIFAR-10_human.pt) as an npz for data.real.noise.human_labels",
-        "CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--shards", type=Path, required=True, metavar="DIR", help="of CIFAR-10's training images")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="new npz")
+def _convert(reader: Reader) -> Callable[[argparse.Namespace], str]:
+    return lambda given: convert(lambda scratch: reader.read(given, scratch), given.out, **_options(given))
 
 
 def _subset(given: argparse.Namespace) -> str:
-    return merge_subset.subset(
-        given.where, given.out, per_class=given.per_class, ids=given.ids, scores=given.scores, keep=given.keep,
-        seed=given.seed, block_size=given.block_size, shard_size=given.shard_size, jobs=given.jobs,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    selection = {name: getattr(given, name) for name in ("per_class", "ids", "scores", "keep")}
+    return subset(given.where, given.out, **selection, **_options(given))
 
 
-def _summary(folder: Path, source: LabelledArrays) -> str:
-    shards = sorted(folder.glob("*.tar"))
-    size = sum(path.stat().st_size for path in shards) / 1e6
-    return (
-        f"{folder}: {source.images.shape[0]} images of {len(source.class_names)} classes ({source.dataset}) in "
-        f"{len(shards)} shard{'s'[: len(shards) != 1]}, {size:.1f} MB"
-    )
+class Command(NamedTuple):
+    """One command; `run` returns the lines to print."""
+
+    run: Callable[[argparse.Namespace], Iterable[str]]
+    summary: str
+    arguments: Sequence[Argument]
+    examples: Sequence[str]
 
 
-# Neither changes what is written: another start may go on with other ones.
-_WITHOUT_EFFECT = ("out", "jobs", "download", "push")
+COMMANDS: dict[str, Command] = {  # besides those of `READERS`
+    "cifar10n": Command(
+        lambda given: [convert_human_labels(given.file, given.shards, given.out)],
+        "convert CIFAR-10N's human labels (CIFAR-10_human.pt) to an npz for data.real.noise.human_labels",
+        (
+            argument("file", type=Path, metavar="FILE"),
+            argument("--shards", type=Path, required=True, metavar="DIR", help="of CIFAR-10's training images"),
+            argument("--out", type=Path, required=True, metavar="FILE", help="new npz"),
+        ),
+        ("CIFAR-10_human.pt --shards data/cifar10/train --out data/cifar10n.npz",),
+    ),
+    "download": Command(
+        lambda given: [download.listing()] if given.list else download.download(given.names, given.to),
+        "download published generated data; resumes, and verifies size and sha256",
+        (
+            argument("names", nargs="*", metavar="NAME", help="a name of --list, or hf://datasets/USER/REPO/FILE"),
+            argument("--to", type=Path, default=Path("data/downloads"), metavar="DIR", help="default: %(default)s"),
+            argument("--list", action="store_true", help="show the names and their files"),
+        ),
+        ("--list", "cifar10_1m", "cifar10_20m cifar100_1m --to /big/disk"),
+    ),
+    "verify": Command(
+        lambda given: [verify(given.where)],
+        "check every byte of shards, and that they match their index",
+        (_WHERE,),
+        ("data/cifar10_1m", "hf://datasets/USER/REPO"),
+    ),
+    "info": Command(
+        lambda given: [info(given.where, given.sheet)],
+        "describe shards: counts, classes, source files, stored order; a contact sheet",
+        (_WHERE, argument("--sheet", type=Path, metavar="FILE.png", help="new image: samples, one row per class")),
+        ("data/cifar10_1m --sheet data/sheet.png",),
+    ),
+    "merge": Command(
+        lambda given: [merge(given.folders, given.out)],
+        "write the index PARENT/index.json over several folders of shards in PARENT, without copying them",
+        (
+            argument("folders", type=Path, nargs="+", metavar="DIR", help="in the order of the source ids"),
+            argument("--out", type=Path, required=True, metavar="PARENT/index.json", help="new index"),
+        ),
+        ("data/all/first data/all/second --out data/all/index.json",),
+    ),
+    "subset": Command(
+        _writing(_subset),
+        "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
+        (
+            _WHERE,
+            argument("--per-class", help="N of each class, drawn with --seed", **_SIZE),
+            argument("--ids", type=Path, metavar="FILE", help="source ids: .npy (integers), or .txt (one per line)"),
+            argument("--scores", type=Path, metavar="FILE.npy", help="one number for each source id; see --keep"),
+            argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8"),
+            *_WRITING,
+        ),
+        (
+            "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
+            "data/cifar10_1m --ids data/kept.txt --out data/kept",
+            "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
+        ),
+    ),
+    "push": Command(
+        lambda given: [push(given.folder, given.address)],
+        "verify shards and upload them to the Hugging Face Hub (token from HF_TOKEN or `hf auth login`)",
+        (
+            argument("folder", type=Path, metavar="DIR"),
+            argument("address", metavar="ADDRESS", help="hf://datasets/USER/REPO[@REVISION]"),
+        ),
+        ("data/cifar10_1m hf://datasets/USER/REPO",),
+    ),
+}
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What of the command line decides the images beside the input files, which are known by their hashes."""
-    return {
-        key: value
-        for key, value in vars(arguments).items()
-        if key not in _WITHOUT_EFFECT and isinstance(value, str | int | float | None)
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands: those of `READERS`, and `COMMANDS`."""
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__, **style)
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND", help="`COMMAND --help` shows its options")
+    conversions = {
+        name: Command(_writing(_convert(reader)), reader.summary, (*reader.arguments, *_WRITING), reader.examples)
+        for name, reader in READERS.items()
     }
-
-
-def _convert(arguments: argparse.Namespace) -> str:
-    with unfinished(arguments.out) as work:
-        sources = arguments.read(arguments, work.scratch)
-        for split, source in sources.items():
-            write_into(
-                work, source, split, block_size=arguments.block_size, shard_size=arguments.shard_size,
-                seed=arguments.seed, jobs=arguments.jobs, options=_options(arguments), progress=sys.stderr.isatty(),
-            )  # fmt: skip
-    return "\n".join(_summary(arguments.out / split, source) for split, source in sources.items())
+    for name, command in {**conversions, **COMMANDS}.items():
+        examples = "\n  ".join(["examples:", *(f"{_PROGRAM} {name} {example}" for example in command.examples)])
+        added = parsers.add_parser(name, help=command.summary, description=command.summary, epilog=examples, **style)
+        for flag, options in command.arguments:
+            added.add_argument(flag, **options)
+        added.set_defaults(run=command.run)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
-    arguments = _parser().parse_args(argv)
-    address = getattr(arguments, "push", None)
-    if address is not None:
-        push_module.parse_address(address)  # a mistake in it must not cost a conversion
-    try:
-        print(arguments.run(arguments), flush=True)
-    except KeyboardInterrupt:
-        if hasattr(arguments, "out") and (kept := hidden_sibling(arguments.out.absolute())).exists():
-            print(f"What is finished stays in {kept}: the same command goes on with it.", file=sys.stderr)
-        raise
-    if address is not None:
-        print(push_module.push(arguments.out, address))
+    given = build_parser().parse_args(argv)
+    for line in given.run(given):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

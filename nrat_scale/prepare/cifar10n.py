@@ -1,8 +1,7 @@
-"""CIFAR-10N's human labels: from the published torch file to an npz that training reads without unpickling.
+"""Convert CIFAR-10N's human labels from the published torch file to an npz, which training reads without unpickling.
 
-CIFAR-10_human.pt (https://github.com/UCSC-REAL/cifar-10-100n, Wei et al. 2022) is a pickle of a dict of six NumPy
-arrays. It is opened by torch's restricted unpickler, which here may rebuild int64 arrays and nothing else; its labels are
-checked against the shards that they belong to.
+CIFAR-10_human.pt (https://github.com/UCSC-REAL/cifar-10-100n, Wei et al. 2022) is a pickled dict of six NumPy arrays.
+torch's restricted unpickler opens it and may rebuild nothing but int64 arrays.
 """
 
 import io
@@ -13,19 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, first_line, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.data.shards import open_shards
-from nrat_scale.labels import HUMAN_SETS
-from nrat_scale.prepare.readers.arrays import reading
+from nrat_scale.prepare.readers.checks import reading
 
 CLEAN = "clean_label"
-_KEYS = (CLEAN, *HUMAN_SETS.values())
 _MAX_BYTES = 1 << 28  # the published file has 2.4 MB
 
-# numpy's function that makes an empty array to be filled. torch knows it by the name of this numpy; files carry either.
+# numpy's function that creates an empty array to be filled; numpy 2 renamed its module, and files contain either name.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_ADMITTED: list[Any] = [
+_ALLOWED: list[Any] = [
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
     np.ndarray,
@@ -34,45 +31,47 @@ _ADMITTED: list[Any] = [
 ]
 
 
-def convert_human_labels(path: Path, shards: Path, out: Path) -> list[str]:
+def convert_human_labels(path: Path, shards: Path, out: Path) -> str:
     """Write the five sets of human labels and the clean labels into the new npz `out`, int64 [n] each, in source order.
 
     Args:
         path: CIFAR-10_human.pt.
-        shards: of the training images that they belong to.
+        shards: of CIFAR-10's training images, whose labels must equal the clean labels in the file.
 
     Returns:
-        A line for each set: its name and its share of wrong labels.
+        The name and the error rate of each set, one per line.
 
     Raises:
         UserError: not that file, labels of other images, or `out` exists or cannot be written.
     """
+    from nrat_scale.labels import HUMAN_SETS  # imports torch, which the other commands do not need
+
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already and is never overwritten. Choose another --out, or remove it yourself.")
+        raise UserError(f"{out} already exists and is never overwritten. Choose another --out, or remove it yourself.")
     data = open_shards(shards)
     data.verify()
     clean = data.labels(data.in_source_order())
-    labels = _loaded(path, len(clean), data.num_classes)
+    labels = _read(path, [CLEAN, *HUMAN_SETS.values()], len(clean), data.num_classes)
     if wrong := int((labels[CLEAN] != clean).sum()):
         raise UserError(
             f"`{CLEAN}` in {path} differs from the shards {shards} in {wrong} of {len(clean)} labels: they are not the same "
-            "images in the same order. Convert the training split: shard_dataset.py cifar10 ROOT --split train."
+            "images in the same order. Convert the training split: python -m nrat_scale.prepare cifar10 ROOT --split train."
         )
     content = io.BytesIO()
-    np.savez(content, **labels)  # type: ignore[arg-type]  # a key might be an option's name; these are not
+    np.savez(content, **labels)  # type: ignore[arg-type]  # a key could be the name of an option; these are not
     make_folder(out.parent)
     write_atomically(out, content.getvalue())
     rates = {name: 100 * float((labels[key] != clean).mean()) for name, key in HUMAN_SETS.items()}
-    return [f"{name}: {rate:.2f} % of {len(clean)} labels are wrong" for name, rate in rates.items()]
+    return "\n".join(f"{name}: {rate:.2f} % of {len(clean)} labels are wrong" for name, rate in rates.items())
 
 
-def _loaded(path: Path, num_labels: int, num_classes: int) -> dict[str, np.ndarray]:
-    """The six arrays, int64 [num_labels] in [0, num_classes)."""
+def _read(path: Path, keys: list[str], num_labels: int, num_classes: int) -> dict[str, np.ndarray]:
+    """The arrays `keys`, int64 [num_labels] in [0, num_classes)."""
     content = _unpickled(path)
-    if not isinstance(content, dict) or set(content) != set(_KEYS):
-        there = ", ".join(sorted(map(str, content))[:10]) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {there}; expected a dict of {', '.join(_KEYS)} (CIFAR-10N).")
-    for key in _KEYS:
+    if not isinstance(content, dict) or set(content) != set(keys):
+        found = ", ".join(sorted(map(str, content))[:10]) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} contains {printable(found)}; expected a dict of {', '.join(keys)} (CIFAR-10N).")
+    for key in keys:
         labels = content[key]
         if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.shape != (num_labels,):
             what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
@@ -81,7 +80,7 @@ def _loaded(path: Path, num_labels: int, num_classes: int) -> dict[str, np.ndarr
             raise UserError(
                 f"`{key}` in {path} has values from {labels.min()} to {labels.max()}, expected 0..{num_classes - 1}."
             )
-    return {key: np.ascontiguousarray(content[key]) for key in _KEYS}
+    return {key: np.ascontiguousarray(content[key]) for key in keys}
 
 
 def _unpickled(path: Path) -> object:
@@ -89,19 +88,19 @@ def _unpickled(path: Path) -> object:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path} has {path.stat().st_size} bytes, too many for CIFAR-10N's labels.")
         data = io.BytesIO(path.read_bytes())
-    try:
-        import torch  # the other subcommands do without
+    import torch
 
-        with torch.serialization.safe_globals(_ADMITTED):
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises whatever a damaged file makes its parts raise
-        raise UserError(f"{path} is no file of CIFAR-10N's labels ({_reason(error)}).") from error
+    except Exception as error:  # a damaged file can make torch's unpickler raise anything
+        raise UserError(f"{path} is not the file of CIFAR-10N's labels ({_reason(error)}).") from error
 
 
 def _reason(error: Exception) -> str:
-    """In our words where torch would advise to open the file without any guard."""
+    """The reason without torch's advice to load the file with `weights_only=False`."""
     if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it asks for {asked[1]}, which is not admitted and was not run"
+        return f"it asks for {asked[1]}, which is not allowed and was not run"
     if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or holds something else than arrays of int64, and was not opened any further"
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        return "it is damaged, or contains something other than arrays of int64, and was not opened any further"
+    return first_line(error)[:200]

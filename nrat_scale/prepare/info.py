@@ -1,4 +1,4 @@
-"""Describe shards: counts, input files, a contact sheet."""
+"""Describe shards: counts, classes, input files, stored order; a contact sheet."""
 
 import io
 from collections.abc import Iterator
@@ -6,29 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import write_atomically
 from nrat_scale.data.shards import ShardSet, open_shards
 
-CHUNK = 1 << 16  # samples looked at together
-_SHEET_COLUMNS, _SHEET_CELL, _SHEET_NAME, _SHEET_ROWS = 16, 64, 140, 200  # images, pixels, pixels, classes
-
-
-# ---- info -----------------------------------------------------------------------------------------------------------
+_LABELS_AT_A_TIME = 1 << 16
+_COLUMNS, _MAX_ROWS, _CELL_PIXELS, _NAME_PIXELS = 16, 200, 64, 140  # of a contact sheet
 
 
 def info(where: str, sheet: Path | None = None) -> str:
-    """What the index says of the shards at `where`, and whether their order is mixed; a contact sheet into `sheet`.
+    """A description of the shards at `where`, and a contact sheet in the new file `sheet`.
 
-    Of shards behind an address nothing is fetched but what the sheet shows.
+    If `where` is an address, only the index and the shards of the contact sheet are fetched.
 
     Raises:
         UserError: no shards, damaged ones, or `sheet` exists already.
     """
     if sheet is not None and (sheet.suffix.lower() != ".png" or sheet.exists() or not sheet.parent.is_dir()):
-        why = "exists already" if sheet.exists() else "is no .png in a folder that exists"
+        why = "already exists" if sheet.exists() else "is not a .png in an existing folder"
         raise UserError(f"The contact sheet {sheet} {why}. Choose another --sheet.")
     shards = open_shards(where, where)
     size = shards.bytes_of(range(len(shards.names))) / 1e6
@@ -48,7 +44,7 @@ def info(where: str, sheet: Path | None = None) -> str:
         ),
     ]
     if shards.is_remote:
-        lines.append("The stored order was not looked at: the shards are not here.")
+        lines.append("The stored order was not checked: the shards are remote.")
     elif (warning := _order_warning(shards)) is not None:
         lines.append(warning)
     if sheet is not None:
@@ -59,27 +55,24 @@ def info(where: str, sheet: Path | None = None) -> str:
 
 def _file_line(file: Any) -> str:
     facts = file if isinstance(file, dict) else {"name": file}
-    return ", ".join(
-        f"{facts[key]}" if key == "name" else f"{key} {facts[key]}"
-        for key in ("name", "bytes", "sha256")
-        if key in facts
-    )
+    named = [f"{key} {facts[key]}" for key in ("bytes", "sha256") if key in facts]
+    return ", ".join([*([str(facts["name"])] if "name" in facts else []), *named])
 
 
-def label_chunks(shards: ShardSet) -> Iterator[np.ndarray]:
-    for first in range(0, len(shards), CHUNK):
-        yield shards.labels(np.arange(first, min(first + CHUNK, len(shards))))
+def _label_chunks(shards: ShardSet) -> Iterator[np.ndarray]:
+    for first in range(0, len(shards), _LABELS_AT_A_TIME):
+        yield shards.labels(np.arange(first, min(first + _LABELS_AT_A_TIME, len(shards))))
 
 
 def _order_warning(shards: ShardSet) -> str | None:
-    """A warning where runs of equal labels are far longer than a random order of these classes would have them."""
-    changes, last = 0, -1
-    for labels in label_chunks(shards):
-        changes += int((np.diff(labels, prepend=last) != 0).sum())
+    """A warning if runs of equal labels are far longer than in a random order of these classes."""
+    runs, last = 0, -1
+    for labels in _label_chunks(shards):
+        runs += int((np.diff(labels, prepend=last) != 0).sum())
         last = int(labels[-1])
-    runs, num_images, counts = changes, len(shards), np.asarray(shards.class_counts, np.float64)
+    num_images, counts = len(shards), np.asarray(shards.class_counts, np.float64)
     expected = 1 + (num_images - 1) * (1 - (counts * (counts - 1)).sum() / max(num_images * (num_images - 1.0), 1.0))
-    # Twice as long on average, and beyond chance: the number of runs varies by at most half of sqrt(N).
+    # Twice as long on average, and beyond chance: the standard deviation of the number of runs is at most sqrt(N) / 2.
     if 2 * runs >= expected or expected - runs <= 2 * num_images**0.5:
         return None
     return (
@@ -89,32 +82,39 @@ def _order_warning(shards: ShardSet) -> str | None:
 
 
 def _contact_sheet(shards: ShardSet) -> bytes:
-    """PNG: a row of samples for each class (200 at most) with its name, the first in stored order."""
-    rows = min(shards.num_classes, _SHEET_ROWS)
-    chosen: list[list[int]] = [[] for _ in range(rows)]
-    missing = [min(_SHEET_COLUMNS, count) for count in shards.class_counts[:rows]]
-    first = 0
-    for labels in label_chunks(shards):
-        for label in range(rows):
-            if len(chosen[label]) < missing[label]:
-                found = first + np.flatnonzero(labels == label)
-                chosen[label] += found[: missing[label] - len(chosen[label])].tolist()
-        first += len(labels)
-        if all(len(there) >= wanted for there, wanted in zip(chosen, missing, strict=True)):
-            break
-    cell = min(_SHEET_CELL, max(32, *shards.image_shape[:2]))
-    sheet = Image.new("RGB", (_SHEET_NAME + _SHEET_COLUMNS * (cell + 2), rows * (cell + 2)), "white")
+    """PNG with one row per class (200 at most): its name and its first samples in stored order."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = min(shards.num_classes, _MAX_ROWS)
+    cell = min(_CELL_PIXELS, max(32, *shards.image_shape[:2]))
+    sheet = Image.new("RGB", (_NAME_PIXELS + _COLUMNS * (cell + 2), rows * (cell + 2)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for row, positions in enumerate(chosen):
-        # The font that comes with Pillow knows no other letters.
+    for row, positions in enumerate(_first_of_each_class(shards, rows)):
+        # Pillow's built-in font has only ASCII letters.
         name = shards.class_names[row].encode("ascii", "replace").decode()[:22]
         draw.text((4, row * (cell + 2) + cell // 2 - 6), name, "black", font)
         for column, image in enumerate(shards.images(np.asarray(positions, np.int64))):
             picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0]).convert("RGB")
             scale = cell / max(picture.size)
             size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            filter_ = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize(size, filter_), (_SHEET_NAME + column * (cell + 2), row * (cell + 2)))
+            resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize(size, resampling), (_NAME_PIXELS + column * (cell + 2), row * (cell + 2)))
     stream = io.BytesIO()
     sheet.save(stream, "PNG")
     return stream.getvalue()
+
+
+def _first_of_each_class(shards: ShardSet, num_classes: int) -> list[list[int]]:
+    """The positions of the first samples of each class; labels are read only until every row is full."""
+    chosen: list[list[int]] = [[] for _ in range(num_classes)]
+    wanted = [min(_COLUMNS, count) for count in shards.class_counts[:num_classes]]
+    first = 0
+    for labels in _label_chunks(shards):
+        for label, positions in enumerate(chosen):
+            if len(positions) < wanted[label]:
+                found = first + np.flatnonzero(labels == label)
+                positions += found[: wanted[label] - len(positions)].tolist()
+        first += len(labels)
+        if list(map(len, chosen)) == wanted:
+            break
+    return chosen

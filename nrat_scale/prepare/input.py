@@ -1,20 +1,46 @@
-"""What a reader gives to the writer: images, labels, class names and facts of the input files."""
+"""What a reader returns: labelled images, class names, and facts about the input files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.datasets import DATASETS
 
 
 class ImageArray(Protocol):
-    """What can be converted: anything that gives uint8 [m, H, W, C] for integer ids [m]."""
+    """An array of images that is read only as it is indexed: uint8 [m, H, W, C] for integer rows [m]."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, ids: Any, /) -> np.ndarray: ...
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+class Concatenated:
+    """Several image arrays as one, without copying them.
+
+    Args:
+        arrays: uint8 [n_i, H, W, C] each; memory maps stay on disk.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = list(arrays)
+        self._ends = np.cumsum([len(array) for array in arrays])
+        self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """uint8 [m, H, W, C] of `rows` (integers [m] in [0, N))."""
+        rows = np.asarray(rows, dtype=np.int64)
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        number = np.searchsorted(self._ends, rows, side="right")
+        for i in np.unique(number):
+            here = number == i
+            array = self._arrays[i]
+            out[here] = array[rows[here] - (self._ends[i] - len(array))]
+        return out
 
 
 @dataclass(frozen=True)
@@ -24,9 +50,12 @@ class LabelledArrays:
     Attributes:
         images: uint8 [N, H, W, C], an array or a memory map.
         labels: int64 [N].
-        dataset: name of the data set (a key of `DATASETS` where it is known).
-        class_names: in label order; their number is K.
-        files: name, size and sha256 of each file that was read.
+        dataset: name of the data set (a key of `DATASETS`, or "custom").
+        class_names: in label order; K of them.
+        files: name, size and sha256 of each input file.
+
+    Raises:
+        UserError: images and labels do not match, or a label is not in 0..K-1.
     """
 
     images: ImageArray
@@ -41,9 +70,25 @@ class LabelledArrays:
             raise UserError(f"Images must have shape [N, H, W, C] with 1 or 3 channels and N > 0, not {list(shape)}.")
         if len(self.labels) != shape[0]:
             raise UserError(f"There are {shape[0]} images but {len(self.labels)} labels.")
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.class_names):
+        low, high, num_classes = int(self.labels.min()), int(self.labels.max()), len(self.class_names)
+        if low < 0 or high >= num_classes:
             raise UserError(
-                f"Labels range from {low} to {high}, but the data set '{self.dataset}' has {len(self.class_names)} classes: "
-                f"they must lie in 0..{len(self.class_names) - 1}. Name the right data set with --dataset."
+                f"Labels range from {low} to {high}, but the data set '{self.dataset}' has {num_classes} classes: they "
+                f"must be in 0..{num_classes - 1}. Name the right data set with --dataset."
             )
+
+    @classmethod
+    def of(
+        cls, images: ImageArray, labels: np.ndarray, dataset: str | None, files: Sequence[dict[str, Any]]
+    ) -> "LabelledArrays":
+        """With the class names of `dataset`, or "0".."K-1" if it is None."""
+        if dataset is None:
+            names = tuple(str(label) for label in range(int(labels.max()) + 1))
+            return cls(images, labels, "custom", names, tuple(files))
+        known, channels = DATASETS[dataset], images.shape[3]
+        if len(known.mean) != channels:
+            raise UserError(
+                f"The images have {channels} channel(s), but those of '{dataset}' have {len(known.mean)}. "
+                "Name the right data set with --dataset, or omit --dataset."
+            )
+        return cls(images, labels, dataset, known.class_names, tuple(files))

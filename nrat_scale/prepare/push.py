@@ -1,45 +1,44 @@
-"""Publish shards as a data set on the Hugging Face Hub, from where `open_shards("hf://datasets/USER/REPO")` reads them.
+"""Upload shards to the Hugging Face Hub as a data set that `open_shards("hf://datasets/USER/REPO")` reads.
 
-Only the tars that an index names and the index itself are uploaded, the index last: who sees it can read everything it
-names. Uploading again is cheap, because the Hub knows what it has. The token is the one of the environment (HF_TOKEN) or of
-`hf auth login`, and is never shown.
+Only the index and the tars that it names are uploaded, the index last: a reader that sees the index can read everything
+it names. The Hub skips content that it already has. The token comes from HF_TOKEN or `hf auth login` and is never printed.
 """
 
-import re
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.index import INDEX
 from nrat_scale.data.shards import open_shards
-from nrat_scale.remote.hub import HubRepository, names_of
+from nrat_scale.remote.address import HubAddress, parse_hub
+from nrat_scale.remote.hub import HubRepository, check_repository, names_of
 
-_ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/?", re.ASCII)
-_COMMIT_SHARDS = 50  # in one commit
+_COMMIT_SHARDS = 50  # per commit
 
 
-def parse_address(address: str) -> tuple[str, str | None]:
-    """(USER/REPO, revision or None) of hf://datasets/USER/REPO[@REV].
+def push_address(address: str) -> HubAddress:
+    """The parts of hf://datasets/USER/REPO[@REVISION].
 
     Raises:
-        UserError: it has another form.
+        UserError: the address has another form.
     """
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise UserError(f"{address} is no address to push to. Expected hf://datasets/USER/REPO or .../REPO@REVISION.")
-    return match[1], match[2]
+    parts = parse_hub(address)
+    if parts.path:
+        raise UserError(f"{address} is not an address to push to: expected hf://datasets/USER/REPO[@REVISION].")
+    check_repository(parts.repo, parts.revision)
+    return parts
 
 
 def push(folder: Path, address: str) -> str:
-    """Verify the shards in `folder` (or, where it holds no index, in its subfolders) and upload them to `address`.
+    """Verify the shards in `folder` (or in its subfolders, if it has no index) and upload them; returns a summary line.
 
     Raises:
         UserError: a bad address, damaged shards, no permission, or the Hub cannot be reached.
     """
-    repo, revision = parse_address(address)
-    files = _files(folder)
+    parts = push_address(address)
+    files = _verified_files(folder)
     shards = [name for name in files if name.endswith(".tar")]
     indices = [name for name in files if not name.endswith(".tar")]
-    hub = HubRepository(repo, "dataset", revision, "The shards", address)
+    hub = HubRepository(parts.repo, parts.repo_type, parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
         hub.upload(names_of(folder, shards[first : first + _COMMIT_SHARDS]))
@@ -48,8 +47,8 @@ def push(folder: Path, address: str) -> str:
     return f"{address}: {len(shards)} shards and {INDEX} uploaded, {size:.1f} MB"
 
 
-def _files(folder: Path) -> list[str]:
-    """What is to be uploaded, relative to `folder`, after every byte of it was verified."""
+def _verified_files(folder: Path) -> list[str]:
+    """The files to upload, relative to `folder`, after every byte of them was verified."""
     found = [folder] if (folder / INDEX).exists() else sorted(path.parent for path in folder.glob(f"[!.]*/{INDEX}"))
     files = []
     for place in found or [folder]:

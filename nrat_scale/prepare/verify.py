@@ -1,4 +1,4 @@
-"""Verify shards: every byte, every tar member, every label."""
+"""Verify shards: every byte, every tar member, every label and id."""
 
 import io
 import tarfile
@@ -6,21 +6,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, first_line, quoted
 from nrat_scale.data.index import TAR_BLOCK, Block
 from nrat_scale.data.shards import ShardSet, ShardUnusable, open_shards
 
 _MAX_NAMED = 10  # problems in one message
 
 
-# ---- verify ---------------------------------------------------------------------------------------------------------
-
-
 def verify(where: str) -> str:
-    """Check every byte of the shards at `where`, and that tar, arrays, labels and ids are what the index says.
+    """Check that the shards at `where` are intact and agree with their index; returns a summary line.
 
     Raises:
-        UserError: names the first problems, and every unusable shard up to ten.
+        UserError: names the first ten problems.
     """
     shards = open_shards(where, where)
     problems = _problems(shards)
@@ -30,11 +27,11 @@ def verify(where: str) -> str:
             f"{where} has {len(problems)} problem{'s'[: len(problems) != 1]}: {' '.join(problems[:_MAX_NAMED])}{more}"
         )
     size = shards.bytes_of(range(len(shards.names))) / 1e6
-    return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) are what the index says"
+    return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) match the index"
 
 
 def _problems(shards: ShardSet) -> list[str]:
-    """A sentence for each shard that is damaged or not what the index says, and for ids that name two samples."""
+    """A sentence for each shard that is damaged or contradicts the index, and for duplicate ids."""
     unusable = shards.check(full=True)
     problems: list[str] = []
     for number, name in enumerate(shards.names):
@@ -47,7 +44,7 @@ def _problems(shards: ShardSet) -> list[str]:
             problems.append(f"{name}: {error.reason}.")
         except (UserError, OSError, ValueError) as error:
             problems.append(f"{name}: {error}.")
-    if not problems:  # ids are in the shards
+    if not problems:  # stored ids can only be read from intact shards
         ids = shards.source_ids(np.arange(len(shards)))
         if len(np.unique(ids)) != len(ids):
             problems.append("Some source ids name two samples.")
@@ -64,7 +61,7 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
             name, array, offset = _member(data, offset, at, shape, dtype)
             key = key or name.partition(".")[0]
             if name != f"{key}.{kind}.npy":
-                raise ValueError(f"it has a member {name} where {key or 'KEY'}.{kind}.npy should be")
+                raise ValueError(f"it has a member {quoted(name)}, expected {quoted(f'{key}.{kind}.npy')}")
             if kind == "labels":
                 if array.min() < 0 or array.max() >= shards.num_classes:
                     raise ValueError(f"{name} has labels outside 0..{shards.num_classes - 1}")
@@ -72,12 +69,12 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
             elif kind == "ids" and (array.min() < 0 or array.max() >= block.num_ids):
                 raise ValueError(f"{name} has ids outside 0..{block.num_ids - 1}")
         if key in keys:
-            raise ValueError(f"it has two blocks {key}")
+            raise ValueError(f"it has two blocks {quoted(key)}")
         keys.add(key)
     if len(data) < offset + 2 * TAR_BLOCK or data[offset:].any():
         raise ValueError("it does not end where the index says")
     if (counts != shards.class_counts_of(number)).any():
-        raise ValueError("its labels are not those that the index counts")
+        raise ValueError("its labels do not have the class counts of the index")
 
 
 def _members(block: Block, image_shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
@@ -89,7 +86,7 @@ def _members(block: Block, image_shape: tuple[int, ...]) -> Iterator[tuple[str, 
 
 
 def _member(data: np.ndarray, offset: int, at: int, shape: tuple[int, ...], dtype: str) -> tuple[str, np.ndarray, int]:
-    """(name, array, offset of the next member) of the member at `offset`, whose data should stand at `at`."""
+    """(name, array, offset of the next member) of the member at `offset`, whose data should begin at `at`."""
     try:
         member = tarfile.TarInfo.frombuf(data[offset : offset + TAR_BLOCK].tobytes(), "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
@@ -97,12 +94,13 @@ def _member(data: np.ndarray, offset: int, at: int, shape: tuple[int, ...], dtyp
     start = offset + TAR_BLOCK
     stream = io.BytesIO(data[start:at].tobytes())
     try:
-        assert np.lib.format.read_magic(stream) == (1, 0)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("not version 1.0")
         header = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{member.name} has no readable .npy header ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{quoted(member.name)} has no readable .npy header ({first_line(error)})") from None
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     if header != (shape, False, np.dtype(dtype)) or start + stream.tell() != at or start + member.size != at + size:
-        raise ValueError(f"{member.name} is not the array of shape {list(shape)} that the index says")
+        raise ValueError(f"{quoted(member.name)} is not the array of shape {list(shape)} that the index describes")
     array = data[at : at + size].view(dtype).reshape(shape)
     return member.name, array, start + -(-member.size // TAR_BLOCK) * TAR_BLOCK

@@ -1,20 +1,18 @@
-"""Publishing shards: exactly the bytes of the index and its tars, the index last, failures as sentences."""
+"""Publishing shards: exactly the bytes of the index and its tars, the index last; failures are sentences."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.prepare import __main__ as prepare_cli
-from nrat_scale.prepare import push
-from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.writer import write_shards
-from nrat_scale.remote import hub as hub_module
+from nrat_scale.prepare import __main__ as command_line
+from nrat_scale.prepare.push import push
+from nrat_scale.remote.hub import HubRepository
 from tests.support.hub_server import HubServer
+from tests.support.preparation import flip_bit, small_shards
 
 
 @pytest.fixture
@@ -25,64 +23,61 @@ def hub():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards, and files beside them that are nobody's business."""
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
-    source = LabelledArrays(images, generator.integers(0, 3, 70), "custom", ("a", "b", "c"))
-    folder = write_shards(source, tmp_path / "shards", block_size=16, shard_size=32, progress=False)
+    """Three shards, and other files beside them that must not be uploaded."""
+    folder = small_shards(tmp_path / "shards")
     for name in (".verified.json", ".secret.tar", "notes.txt", "other.tar"):
         (folder / name).write_text("{}")
     return folder
 
 
-def _published(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in [*folder.glob("shard-*.tar"), folder / "index.json"]}
-
-
 def _run(hub: HubServer, home: Path, *commands: list[object], token: str | None = None) -> subprocess.CompletedProcess:
-    """Run commands in one process, one after the other, with short pauses: the client reads its environment at import."""
+    """Run commands one after the other in a new process, because the Hub's client reads its environment at import."""
     lines = [[str(word) for word in command] for command in commands]
     script = (
-        "import nrat_scale.remote.transfer; from nrat_scale.core.errors import run_cli; from nrat_scale.prepare.__main__ import main; "
-        f"nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [main(line) for line in {lines!r}])"
+        "import nrat_scale.remote.transfer\n"
+        "from nrat_scale.core.errors import run_cli\n"
+        "from nrat_scale.prepare.__main__ import main\n"
+        "nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.01\n"
+        f"run_cli(lambda: [main(line) for line in {lines!r}])"
     )
     env = {**os.environ, **hub.environment(home, token), "NRAT_SCALE_CACHE": str(home / "cache")}
     return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=120)
 
 
-def test_what_is_pushed_is_what_lies_here(tmp_path, hub, folder):
-    """Bytes equal, the index in the last commit, no other file; failures that pass are tried again; a second push is
-    cheap; and the address can be verified, which reads every byte of it."""
+def test_the_hub_has_exactly_the_shards(tmp_path, hub, folder):
+    """Equal bytes, the index in the last commit, no other file; transient failures are retried; a second push uploads
+    nothing again; the address can be verified; a conversion with --push uploads all of its data sets."""
     hub.failures = {"POST /api/repos/create": [503], "PUT /lfs/": [500, 0], "/commit/main": [500]}
-    address = "hf://datasets/someone/made"
-    commands = ["push", folder, address], ["push", folder, f"{address}@v2"], ["verify", f"{address}@v2"]
-    result = _run(hub, tmp_path / "home", *commands)
+    address, digits = "hf://datasets/someone/made", tmp_path / "digits"
+    result = _run(
+        hub,
+        tmp_path / "home",
+        ["push", folder, address],
+        ["push", folder, f"{address}@v2"],
+        ["verify", f"{address}@v2"],
+        ["digits", "--out", digits, "--push", "hf://datasets/someone/digits"],
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{address}: 3 shards and index.json uploaded")
     assert "all 3 shards (70 images" in result.stdout
-    assert hub.files("someone/made") == hub.files("someone/made", "v2") == _published(folder)
+    published = {path.name: path.read_bytes() for path in [*folder.glob("shard-*.tar"), folder / "index.json"]}
+    assert hub.files("someone/made") == hub.files("someone/made", "v2") == published
     assert [paths for _, _, paths in hub.commits[:2]] == [[f"shard-0000{i}.tar" for i in range(3)], ["index.json"]]
-    assert all(paths[-1:] == ["index.json"] for _, _, paths in hub.commits[1::2])
+    assert all(paths[-1:] == ["index.json"] for _, _, paths in hub.commits[1:4:2])
     assert not any(map(bool, hub.failures.values()))
-    assert sum("PUT /lfs/" in request for request in hub.requests) == 3 + 2  # each once, and two that failed
+    uploads = [request for request in hub.requests if "PUT /lfs/" in request]
+    assert len(uploads) == 3 + 2 + 2  # each of five shards once, and two that failed
+    assert hub.files("someone/digits") == {
+        f"{split}/{name}": (digits / split / name).read_bytes()
+        for split in ("train", "test")
+        for name in ("shard-00000.tar", "index.json")
+    }
+    assert hub.commits[-1][2] == ["test/index.json", "train/index.json"]
     assert hub.token not in result.stdout + result.stderr
 
 
-def test_a_conversion_can_end_with_a_push(tmp_path, hub):
-    """`--push` of a format that writes two sets: both arrive, below their names, indices last."""
-    out = tmp_path / "digits"
-    result = _run(hub, tmp_path / "home", ["digits", "--out", out, "--push", "hf://datasets/someone/digits"])
-    assert result.returncode == 0, result.stderr
-    assert set(hub.files("someone/digits")) == {
-        f"{split}/{name}" for split in ("train", "test") for name in ("shard-00000.tar", "index.json")
-    }
-    for name, content in hub.files("someone/digits").items():
-        assert (out / name).read_bytes() == content
-    assert hub.commits[-1][2] == ["test/index.json", "train/index.json"]
-
-
 def test_a_wrong_token_is_a_sentence(tmp_path, hub, folder):
-    """401: exit status 2, what to do, no traceback, no token, and nothing of it on the Hub."""
+    """401: exit status 2 and what to do, without a traceback or the token, and nothing on the Hub."""
     result = _run(hub, tmp_path / "home", ["push", folder, "hf://datasets/someone/made"], token="hf_wrong")
     assert result.returncode == 2 and result.stderr.startswith("error: The shards cannot be pushed to hf://datasets/")
     assert "401" in result.stderr and "hf auth login" in result.stderr and "Traceback" not in result.stderr
@@ -104,24 +99,21 @@ def test_a_wrong_token_is_a_sentence(tmp_path, hub, folder):
 def test_an_address_that_cannot_be_pushed_to_is_refused_at_once(tmp_path, address):
     """Before anything is converted or hashed."""
     with pytest.raises(UserError, match="hf://datasets/USER/REPO"):
-        push.push(tmp_path / "nowhere", address)
+        push(tmp_path / "nowhere", address)
     with pytest.raises(UserError, match="hf://datasets/USER/REPO"):
-        prepare_cli.main(["digits", "--out", str(tmp_path / "out"), "--push", address])
+        command_line.main(["digits", "--out", str(tmp_path / "out"), "--push", address])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_shards_are_never_published(tmp_path, monkeypatch, folder):
-    """A bit that flipped on disk since the last check stays here."""
+    """A bit that flipped since the last verification is found before the Hub is contacted."""
 
     def never(*arguments: object) -> None:
         raise AssertionError("reached the Hub")
 
-    monkeypatch.setattr(hub_module.HubRepository, "prepare", never)
-    path = folder / "shard-00001.tar"
-    data = bytearray(path.read_bytes())
-    data[3000] ^= 1
-    path.write_bytes(data)
+    monkeypatch.setattr(HubRepository, "prepare", never)
+    flip_bit(folder / "shard-00001.tar", 3000)
     with pytest.raises(UserError, match=r"shard-00001\.tar.*sha256"):
-        push.push(folder, "hf://datasets/someone/made")
+        push(folder, "hf://datasets/someone/made")
     with pytest.raises(UserError, match="no shards"):
-        push.push(tmp_path / "nowhere", "hf://datasets/someone/made")
+        push(tmp_path / "nowhere", "hf://datasets/someone/made")

@@ -1,1 +1,129 @@
-"""One reader per input format: files in, `LabelledArrays` out."""
+"""The input formats of `python -m nrat_scale.prepare`: adding a format is one entry in `READERS`.
+
+A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nrat_scale.datasets import DATASETS
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.readers.cifar import SPLITS, read_cifar
+from nrat_scale.prepare.readers.digits import read_digits
+from nrat_scale.prepare.readers.idx import read_idx
+from nrat_scale.prepare.readers.npz import read_npz
+from nrat_scale.prepare.readers.svhn import read_svhn
+from nrat_scale.prepare.readers.tars import read_tars
+from nrat_scale.prepare.readers.tiny_imagenet import TINY_SPLITS, read_tiny_imagenet
+
+Argument = tuple[str, dict[str, Any]]  # name or flag, and options of `argparse.ArgumentParser.add_argument`
+
+
+def argument(name: str, **options: Any) -> Argument:
+    """An argument of a command, as for `argparse.ArgumentParser.add_argument`."""
+    return name, options
+
+
+class Reader(NamedTuple):
+    """One input format.
+
+    Attributes:
+        read: (parsed arguments, scratch folder) -> the images; a mapping is written as one subfolder per entry.
+        summary: for --help.
+        arguments: of the command; --out, --seed and the sizes are added to each.
+        examples: what follows `python -m nrat_scale.prepare NAME`.
+    """
+
+    read: Callable[[Namespace, Path], LabelledArrays | Mapping[str, LabelledArrays]]
+    summary: str
+    arguments: tuple[Argument, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+_DATASET = argument(
+    "--dataset",
+    choices=list(DATASETS),
+    metavar="NAME",
+    help=f"sets the class names: {', '.join(DATASETS)} (default: 0, 1, 2, ...)",
+)
+
+
+def _cifar(dataset: str, summary: str, stem: str, *examples: str) -> Reader:
+    return Reader(
+        lambda given, scratch: read_cifar(dataset, given.root, given.split, download=given.download),
+        summary,
+        (
+            argument("root", type=Path, metavar="ROOT", help=f"a folder {stem}-*, or the folder that contains it"),
+            argument("--split", choices=SPLITS, required=True),
+            argument("--download", action="store_true", help="download it into ROOT (170 MB) if it is not there"),
+        ),
+        examples,
+    )
+
+
+READERS: dict[str, Reader] = {
+    "npz": Reader(
+        lambda given, scratch: read_npz(given.files, given.dataset, scratch),
+        "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
+        (
+            argument("files", nargs="+", metavar="FILE", help="path or hf://datasets/USER/REPO/FILE; one or more"),
+            _DATASET,
+        ),
+        (
+            "1m.npz --dataset cifar10 --out data/cifar10_1m",
+            "part0.npz part1.npz part2.npz --out data/parts",
+            "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
+        ),
+    ),
+    "cifar10": _cifar(
+        "cifar10",
+        "CIFAR-10 as published (Python or binary version)",
+        "cifar-10-batches",
+        "data --split train --out data/cifar10/train --download",
+        "data/cifar-10-batches-bin --split test --out data/cifar10/test",
+    ),
+    "cifar100": _cifar(
+        "cifar100",
+        "CIFAR-100 as published (Python or binary version), with its 100 fine labels",
+        "cifar-100",
+        "data --split train --out data/cifar100/train --download",
+        "data/cifar-100-binary --split test --out data/cifar100/test",
+    ),
+    "svhn": Reader(
+        lambda given, scratch: read_svhn(given.file),
+        "SVHN's cropped digits as published (train_32x32.mat, test_32x32.mat, extra_32x32.mat)",
+        (argument("file", type=Path, metavar="FILE"),),
+        ("train_32x32.mat --out data/svhn/train",),
+    ),
+    "tiny_imagenet": Reader(
+        lambda given, scratch: read_tiny_imagenet(given.root, given.split, scratch),
+        "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
+        (
+            argument("root", type=Path, metavar="ROOT", help="tiny-imagenet-200, or the folder that contains it"),
+            argument("--split", choices=TINY_SPLITS, required=True),
+        ),
+        ("data --split train --out data/tiny_imagenet/train",),
+    ),
+    "reshard": Reader(
+        lambda given, scratch: read_tars(given.files, given.dataset, scratch),
+        "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
+        (
+            argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'"),
+            _DATASET,
+        ),
+        ("'other/{0000..0010}.tar' --dataset cifar10 --out data/other",),
+    ),
+    "idx": Reader(
+        lambda given, scratch: read_idx(given.images, given.labels, given.dataset),
+        "MNIST, Fashion-MNIST and similar data sets: IDX files, plain or .gz",
+        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), _DATASET),
+        ("train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist/train",),
+    ),
+    "digits": Reader(
+        lambda given, scratch: {split: read_digits(split, given.seed) for split in SPLITS},
+        "scikit-learn's handwritten digits, which need no download: writes DIR/train and DIR/test",
+        examples=("--out data/digits",),
+    ),
+}

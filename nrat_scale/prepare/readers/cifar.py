@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them: pickles (Python version) or records (binary version).
+"""Read CIFAR-10 and CIFAR-100 as published: pickles (Python version) or records (binary version).
 
-The pickles are the only ones that are ever opened here: those with the published md5, by an unpickler that rebuilds
-uint8 arrays and nothing else. tests/test_layers.py holds this module to it.
+These pickles are the only ones that data preparation opens: only with the published md5, and with an unpickler that
+rebuilds nothing but uint8 arrays. tests/system/test_layers.py checks both.
 """
 
 import hashlib
@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import make_folder, temporary_sibling
-from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.arrays import COPY_AGAIN, Concatenated, as_labels, facts_of, labelled_arrays, reading
+from nrat_scale.prepare.input import Concatenated, LabelledArrays
+from nrat_scale.prepare.readers.checks import COPY_AGAIN, as_labels, file_facts, reading
 
-# As published with the data sets (https://www.cs.toronto.edu/~kriz/cifar.html). The batches are pickles, which can run
-# any program: a file with another md5 is never unpickled.
+# https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run any program, so files with another md5 are never opened.
 CIFAR10_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -42,15 +41,15 @@ class _Version:
     """What differs between the two data sets.
 
     Attributes:
-        name: as torchvision calls its class, and in messages with a hyphen.
+        title: in messages; without its hyphen, the name of torchvision's class.
         python, binary: the folders of the two versions.
         batches: split -> its files, in order; the binary version adds ".bin".
         md5: of the pickles.
         key: of the labels in a pickle.
-        label_bytes: before the pixels of a record; the label is the last of them.
+        label_bytes: before the pixels of a record; the last one is the label (CIFAR-100: coarse label, fine label).
     """
 
-    name: str
+    title: str
     python: str
     binary: str
     batches: Mapping[str, list[str]]
@@ -58,52 +57,42 @@ class _Version:
     key: bytes
     label_bytes: int
 
-    @property
-    def title(self) -> str:
-        return self.name.replace("CIFAR", "CIFAR-")
+
+_VERSIONS = {
+    "cifar10": _Version(
+        "CIFAR-10",
+        "cifar-10-batches-py",
+        "cifar-10-batches-bin",
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+        CIFAR10_MD5,
+        b"labels",
+        1,
+    ),
+    "cifar100": _Version(
+        "CIFAR-100",
+        "cifar-100-python",
+        "cifar-100-binary",
+        {"train": ["train"], "test": ["test"]},
+        CIFAR100_MD5,
+        b"fine_labels",
+        2,
+    ),
+}
 
 
-_CIFAR10 = _Version(
-    "CIFAR10",
-    "cifar-10-batches-py",
-    "cifar-10-batches-bin",
-    {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-    CIFAR10_MD5,
-    b"labels",
-    1,
-)
-# Its records begin with the coarse label; the label of the hundred classes is the fine one.
-_CIFAR100 = _Version(
-    "CIFAR100",
-    "cifar-100-python",
-    "cifar-100-binary",
-    {"train": ["train"], "test": ["test"]},
-    CIFAR100_MD5,
-    b"fine_labels",
-    2,
-)
-
-
-def read_cifar10(root: Path, split: str, *, download: bool = False) -> LabelledArrays:
-    """One split of CIFAR-10: `cifar-10-batches-py` (pickles) or `cifar-10-batches-bin`.
+def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) -> LabelledArrays:
+    """One split of CIFAR-10 or CIFAR-100 (with its 100 fine labels).
 
     Args:
-        root: the folder that holds one of these two, or one of them itself.
+        dataset: "cifar10" or "cifar100".
+        root: the folder of the Python or the binary version, or the folder that contains it.
         split: "train" or "test".
-        download: fetch it into `root` first where it is not there.
+        download: download the Python version into `root` if neither version is present.
 
     Raises:
-        UserError: nothing there, a missing or damaged batch, or a pickle that is not the published one.
+        UserError: no data at `root`, a missing or damaged batch, or a pickle that is not the published one.
     """
-    return _read(_CIFAR10, root, split, download)
-
-
-def read_cifar100(root: Path, split: str, *, download: bool = False) -> LabelledArrays:
-    """One split of CIFAR-100 with its fine labels, from `cifar-100-python` or `cifar-100-binary`; as `read_cifar10`."""
-    return _read(_CIFAR100, root, split, download)
-
-
-def _read(version: _Version, root: Path, split: str, download: bool) -> LabelledArrays:
+    version = _VERSIONS[dataset]
     folder = _folder(version, root, split)
     if folder is None and download:
         _download(version, root)
@@ -111,7 +100,7 @@ def _read(version: _Version, root: Path, split: str, download: bool) -> Labelled
     if folder is None:
         raise UserError(
             f"There is no {version.title} at {root}: no batches of the split '{split}' in it, nor in {version.python} or "
-            f"{version.binary} there. Give the folder that holds one of these, or add --download."
+            f"{version.binary} below it. Give the folder that contains one of these, or add --download."
         )
     what = f"{version.title} batch"
     images, labels, files = [], [], []
@@ -122,8 +111,8 @@ def _read(version: _Version, root: Path, split: str, download: bool) -> Labelled
             batch, batch_labels = read(version, path)
         images.append(batch.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(as_labels(batch_labels, len(batch), f"The labels of {path}"))
-        files.append(facts_of(path, what))
-    return labelled_arrays(Concatenated(images), np.concatenate(labels), version.name.lower(), files)
+        files.append(file_facts(path, what))
+    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), dataset, files)
 
 
 def _folder(version: _Version, root: Path, split: str) -> Path | None:
@@ -134,7 +123,7 @@ def _folder(version: _Version, root: Path, split: str) -> Path | None:
 
 
 def _read_records(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n, 3072], uint8 [n]) of the binary version: records of label bytes and the three colour planes."""
+    """(uint8 [n, 3072], uint8 [n]) of a binary batch: records of label bytes and three colour planes."""
     size, record = path.stat().st_size, version.label_bytes + _PIXELS
     if size < record or size % record:
         raise UserError(
@@ -146,37 +135,37 @@ def _read_records(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray
 
 
 def _read_pickle(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [n, 3072], int64 [n]) of the Python version; only the published bytes are unpickled."""
+    """(uint8 [n, 3072], int64 [n]) of a Python batch with the published md5."""
     data = path.read_bytes()
     md5, published = hashlib.md5(data, usedforsecurity=False).hexdigest(), version.md5[path.name]
     if md5 != published:
         raise UserError(
             f"The {version.title} batch {path} has md5 {md5}, expected {published} as published. It is a pickle and was "
-            "not opened. Remove it and fetch it again (--download)."
+            "not opened. Remove it and download it again (--download)."
         )
     try:
         batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[version.key])
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"The {version.title} batch {path} is no batch of {version.title} ({error}).") from error
+        raise UserError(f"{path} is not a batch of {version.title} ({first_line(error)}). {COPY_AGAIN}") from error
     is_bytes = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
     if not is_bytes or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or pixels.size < 1:
-        raise UserError(f"The {version.title} batch {path} holds no uint8 data of shape [n, {_PIXELS}].")
+        raise UserError(f"The {version.title} batch {path} has no uint8 data of shape [n, {_PIXELS}]. {COPY_AGAIN}")
     return pixels, labels
 
 
 def _uint8_only(name: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
     if name not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"it holds an array of dtype {name!r}; only uint8 is admitted")
+        raise pickle.UnpicklingError(f"it contains an array of dtype {name!r}; only uint8 is allowed")
     return np.dtype("u1", copy=True)
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Rebuilds dicts, lists, bytes, numbers and uint8 arrays: all that a batch of CIFAR holds, and nothing else."""
+    """Rebuilds dicts, lists, bytes, numbers and uint8 arrays: all that a CIFAR batch contains, and nothing else."""
 
-    # numpy's function that makes an empty array to be filled; its module was renamed in numpy 2.
+    # numpy's function that creates an empty array to be filled; numpy 2 renamed its module.
     _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-    _ADMITTED: dict[tuple[str, str], Any] = {  # noqa: RUF012
+    _ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
@@ -184,28 +173,27 @@ class _BatchUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ADMITTED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not admitted and was not run")
-        return self._ADMITTED[module, name]
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed and was not run")
+        return self._ALLOWED[module, name]
 
 
 def _download(version: _Version, root: Path) -> None:
-    """Fetch the Python version into its folder in `root`, with torchvision's address and checksum."""
+    """Download the Python version into its folder in `root`, with torchvision's address and checksum."""
     import torchvision
     from torchvision.datasets.utils import download_and_extract_archive
 
-    published = getattr(torchvision.datasets, version.name)
+    # torchvision's own class would unpickle the batches without `_BatchUnpickler`.
+    published = getattr(torchvision.datasets, version.title.replace("-", ""))
     make_folder(root)
-    # Beside its place and renamed, so that a broken download leaves nothing. torchvision's own class would go on to
-    # unpickle the batches without `_BatchUnpickler`.
     temporary = temporary_sibling(root / version.python)
     try:
         download_and_extract_archive(published.url, str(temporary), filename=published.filename, md5=published.tgz_md5)
         os.replace(temporary / version.python, root / version.python)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong md5
         raise UserError(
-            f"{version.title} cannot be fetched from {published.url} into {root} ({error}). Check the network, or copy "
-            f"{version.python} there from another machine."
+            f"{version.title} cannot be downloaded from {published.url} into {root} ({first_line(error)}). Check the "
+            f"network, or copy {version.python} there from another machine."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

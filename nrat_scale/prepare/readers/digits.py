@@ -1,4 +1,4 @@
-"""scikit-learn's digits, split and enlarged."""
+"""Read scikit-learn's handwritten digits, split into training and test images and enlarged."""
 
 import hashlib
 
@@ -7,19 +7,15 @@ import numpy as np
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.arrays import labelled_arrays
 
 NUM_DIGITS_TEST = 500
 
 
-# ---- digits ---------------------------------------------------------------------------------------------------------
-
-
 def read_digits(split: str, seed: int) -> LabelledArrays:
-    """scikit-learn's 1,797 real handwritten digits (8 x 8, grey values 0..16) as uint8 [n, 16, 16, 1].
+    """scikit-learn's 1,797 handwritten digits (8 x 8, grey values 0..16) as uint8 [n, 16, 16, 1].
 
     Args:
-        split: "train" (1,297) or "test" (500): stratified by class, ascending in scikit-learn's order.
+        split: "train" (1,297) or "test" (500), stratified by class, in scikit-learn's order.
         seed: of the split.
 
     Raises:
@@ -35,14 +31,14 @@ def read_digits(split: str, seed: int) -> LabelledArrays:
     data = grey.tobytes() + labels.tobytes()
     facts = {"name": "sklearn.datasets.load_digits", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     is_test = _stratified_choice(labels, NUM_DIGITS_TEST, seed)
-    ids = np.flatnonzero(is_test if split == "test" else ~is_test)
-    # Each pixel becomes 2 x 2 equal ones: exact, and it keeps the contrast that smoothing would take away.
-    images = np.rint(grey[ids] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
-    return labelled_arrays(images[..., None], labels[ids], "digits", [facts])
+    rows = np.flatnonzero(is_test if split == "test" else ~is_test)
+    # Each pixel becomes 2 x 2 equal ones, which is exact and keeps the contrast that interpolation would lower.
+    images = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    return LabelledArrays.of(images[..., None], labels[rows], "digits", [facts])
 
 
 def _stratified_choice(labels: np.ndarray, num_chosen: int, seed: int) -> np.ndarray:
-    """bool [N]: `num_chosen` samples, from each class its share to within one, the largest remainders rounded up."""
+    """bool [N]: `num_chosen` samples, each class in proportion; the largest remainders are rounded up."""
     rank = hash64(derive(seed, "digits test split"), np.arange(len(labels)))
     share = np.bincount(labels) * num_chosen / len(labels)
     take = np.floor(share).astype(np.int64)

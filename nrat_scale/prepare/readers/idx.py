@@ -10,34 +10,31 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.arrays import CHUNK, COPY_AGAIN, as_labels, facts_of, labelled_arrays, reading
+from nrat_scale.prepare.readers.checks import CHUNK, COPY_AGAIN, as_labels, file_facts, reading
 
-_IDX_MAGIC = {"images": 0x803, "labels": 0x801}  # unsigned bytes, in three dimensions and in one
-
-
-# ---- IDX (MNIST) ----------------------------------------------------------------------------------------------------
+_MAGIC = {"images": 0x803, "labels": 0x801}  # unsigned bytes in three dimensions, in one dimension
 
 
 def read_idx(images: Path, labels: Path, dataset: str | None) -> LabelledArrays:
-    """MNIST, Fashion-MNIST and the like: a file of images and one of labels, plain or gzipped.
+    """An IDX file of images and one of labels, plain or gzipped.
 
     Raises:
-        UserError: a file is missing, not of its kind, too short or too long, or the two do not match.
+        UserError: a file is missing, of another kind, too short or too long, or the two do not match.
     """
     pixels = _read_idx(images, "images")
     targets = as_labels(_read_idx(labels, "labels"), len(pixels), f"The IDX file of labels {labels}")
-    files = [facts_of(path, "IDX file") for path in (images, labels)]
-    return labelled_arrays(pixels[..., None], targets, dataset, files)
+    files = [file_facts(path, "IDX file") for path in (images, labels)]
+    return LabelledArrays.of(pixels[..., None], targets, dataset, files)
 
 
 def _read_idx(path: Path, kind: str) -> np.ndarray:
     """uint8 [N, H, W] (kind "images") or [N] (kind "labels")."""
-    what, magic = f"IDX file of {kind}", _IDX_MAGIC[kind]
+    what, magic = f"IDX file of {kind}", _MAGIC[kind]
     num_dims = magic & 0xFF
     with reading(path, what), open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+        is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+        stream: Any = gzip.GzipFile(fileobj=file) if is_gzip else file
         header = _read_up_to(stream, 4 * (1 + num_dims))
         found = int.from_bytes(header[:4], "big")
         if len(header) < 4 * (1 + num_dims) or found != magic:
@@ -46,7 +43,7 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
                 "file of labels second."
             )
         shape = struct.unpack(f">{num_dims}I", header[4:])
-        data = _read_up_to(stream, math.prod(shape) + 1)  # one more, to notice what does not belong
+        data = _read_up_to(stream, math.prod(shape) + 1)  # one more, to detect trailing bytes
         if min(shape) < 1 or len(data) != math.prod(shape):
             wrong = f"only {len(data)}" if len(data) < math.prod(shape) else "more"
             raise UserError(
@@ -57,7 +54,7 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
 
 
 def _read_up_to(stream: BinaryIO, num_bytes: int) -> bytes:
-    """The next `num_bytes` bytes, or fewer at the end; a header that states too much costs no memory."""
+    """The next `num_bytes` bytes, or fewer at the end; memory grows with the file, not with what its header states."""
     data = bytearray()
     while len(data) < num_bytes and (chunk := stream.read(min(CHUNK, num_bytes - len(data)))):
         data += chunk

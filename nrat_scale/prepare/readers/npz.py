@@ -1,134 +1,110 @@
-"""Read npz files: members `image` and `label`, memory-mapped."""
+"""Read npz files with the members `image` and `label`, memory-mapped: 150 GB need no more memory than a small file."""
 
-import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
-from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.arrays import (
-    CHUNK,
-    Concatenated,
-    as_images,
-    as_labels,
-    facts_of,
-    labelled_arrays,
-    npy_array,
-    reading,
-)
-
-# ---- npz ------------------------------------------------------------------------------------------------------------
+from nrat_scale.core.errors import UserError, quoted
+from nrat_scale.prepare.download import hub_file
+from nrat_scale.prepare.input import Concatenated, LabelledArrays
+from nrat_scale.prepare.readers.checks import CHUNK, as_images, as_labels, file_facts, npy_array, reading
+from nrat_scale.remote.address import is_remote
+from nrat_scale.remote.stores import hub_failure
 
 
 def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> LabelledArrays:
-    """The parts of one data set: npz files with members `image` and `label`, in the order given.
+    """The files of one data set, in the given order, each with the members `image` and `label`.
 
     Args:
         names: paths, or `hf://datasets/USER/REPO/FILE`.
         dataset: a key of `DATASETS`, or None.
-        scratch: an existing folder; a compressed `image` is unpacked there and mapped, a stored one is mapped in place.
+        scratch: an existing folder; compressed members are decompressed into it and mapped, stored ones are mapped in place.
 
     Raises:
-        UserError: a file is missing, damaged, or holds anything but uint8 images and integer labels that match.
+        UserError: a file is missing, damaged, or holds anything but uint8 images and matching integer labels.
     """
     images: list[np.ndarray] = []
     labels, files = [], []
     for number, name in enumerate(names):
-        path = _fetched(name)
+        path = _local_path(name)
         with reading(path, "npz file"), zipfile.ZipFile(path) as archive:
-            stored = scratch / str(number)
-            part = as_images(_npz_member(archive, path, "image", stored), f"`image` in {path}")
-            label = as_labels(_npz_member(archive, path, "label", stored), len(part), f"`label` in {path}")
+            part = as_images(_member(archive, path, "image", scratch / f"{number}.image"), f"`image` in {path}")
+            label = as_labels(
+                _member(archive, path, "label", scratch / f"{number}.label"), len(part), f"`label` in {path}"
+            )
         if images and part.shape[1:] != images[0].shape[1:]:
             raise UserError(
                 f"The images in {path} have shape {list(part.shape[1:])}, but those in {names[0]} have "
-                f"{list(images[0].shape[1:])}. All parts of a data set must have one shape."
+                f"{list(images[0].shape[1:])}. All files of a data set must have the same image shape."
             )
         images.append(part)
         labels.append(label)
-        files.append(facts_of(path, "npz file"))
-    return labelled_arrays(Concatenated(images), np.concatenate(labels), dataset, files)
+        files.append(file_facts(path, "npz file"))
+    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), dataset, files)
 
 
-def _fetched(name: str) -> Path:
-    """The local path of `name`; what lies on the Hugging Face Hub is downloaded into its cache first."""
-    if "://" not in name:
+def _local_path(name: str) -> Path:
+    """The path of `name`; a file on the Hugging Face Hub is downloaded into the Hub's cache first."""
+    if not is_remote(name):
         return Path(name)
-    match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", name)
-    if not match:
-        raise UserError(
-            f"{name} cannot be fetched: expected a path or hf://datasets/USER/REPO/FILE. Download it first."
-        )
+    address = hub_file(name)
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(match[1], match[2], repo_type="dataset"))
-    except Exception as error:  # below the Hub's client lie different HTTP libraries, whose errors share no base class
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return Path(
+            huggingface_hub.hf_hub_download(address.repo, address.path, repo_type="dataset", revision=address.revision)
+        )
+    except Exception as error:  # the Hub's client raises errors of several HTTP libraries, which share no base class
         raise UserError(
-            f"{name} cannot be fetched ({reason}). Check the name and the network; private data needs `hf auth login`."
+            f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network; private data needs "
+            "`hf auth login`."
         ) from error
 
 
-def _npz_member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Path) -> np.ndarray:
-    """The array `member` of an npz file as a read-only memory map, its checksum verified.
+def _member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Path) -> np.ndarray:
+    """The array `member` of an npz file as a read-only memory map, after its checksum was verified.
 
     Args:
-        unpacked: where to unpack a compressed member, as a file with the member's name added.
+        unpacked: the file to decompress a compressed member into.
     """
+    where = f"`{member}` in {path}"
     try:
         info = archive.getinfo(f"{member}.npy")
     except KeyError:
-        there = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:10]) or "nothing"
+        names = ", ".join(quoted(name.removesuffix(".npy")) for name in archive.namelist()[:10]) or "nothing"
         raise UserError(
-            f"{path} has no member `{member}`. It has: {there}. Expected `image` (uint8) and `label` (integers); "
+            f"{path} has no member `{member}`. It has: {names}. Expected `image` (uint8) and `label` (integers); "
             "save it again with these names."
         ) from None
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(
-            f"`{member}` in {path} is encrypted or packed with an unusual method. Save it with numpy.savez."
-        )
-    if info.compress_type == zipfile.ZIP_STORED:
-        return npy_array(_map_stored(path, info), f"`{member}` in {path}")
-    return npy_array(_inflate(archive, path, info, unpacked.with_suffix(f".{member}")), f"`{member}` in {path}")
+        raise UserError(f"{where} is encrypted, or its compression is not supported. Save it with numpy.savez.")
+    return npy_array(_mapped(archive, path, info, unpacked), where)
 
 
-def _map_stored(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
-    """uint8 [file_size]: the bytes of a member that is not compressed, mapped where they lie in the npz file."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset)
-        header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"no local header for {info.filename}")
-        # The lengths of name and extra field stand here; those in the zip's directory may differ.
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if info.file_size < 1 or info.file_size != info.compress_size or start + info.file_size > path.stat().st_size:
-            raise zipfile.BadZipFile(f"{info.filename} reaches beyond its end")
-    mapped = np.asarray(np.memmap(path, np.uint8, mode="r", offset=start, shape=(info.file_size,)))
-    checksum = 0
-    for first in range(0, len(mapped), CHUNK):
-        checksum = zlib.crc32(mapped.data[first : first + CHUNK], checksum)
-    if checksum != info.CRC:
-        raise zipfile.BadZipFile(f"the checksum of {info.filename} is wrong")
-    return mapped
-
-
-def _inflate(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacked: Path) -> np.ndarray:
-    """uint8 [file_size]: the bytes of a compressed member, unpacked in chunks into the file `unpacked` and mapped."""
+def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacked: Path) -> np.ndarray:
+    """uint8 [file_size]: the bytes of a member, mapped in place if it is stored, else decompressed into `unpacked`."""
+    is_stored = info.compress_type == zipfile.ZIP_STORED
     try:
-        with open(unpacked, "wb") as output, archive.open(info) as packed:
-            while chunk := packed.read(CHUNK):  # at the end, zipfile checks the checksum
-                output.write(chunk)
+        with archive.open(info) as member, nullcontext() if is_stored else open(unpacked, "wb") as output:
+            while chunk := member.read(CHUNK):  # verifies the local header, and the checksum at the end
+                if output is not None:
+                    output.write(chunk)
     except OSError as error:
         raise UserError(
-            f"`{info.filename}` in {path} is compressed and cannot be unpacked beside --out ({error.strerror or error}): "
-            f"that takes {info.file_size / 1e6:.1f} MB for a while. Free some space, or choose another --out."
+            f"`{info.filename}` in {path} cannot be read, or decompressed beside --out ({error.strerror or error}), which "
+            f"temporarily needs {info.file_size / 1e6:.1f} MB. Free some space, or choose another --out."
         ) from error
-    if info.file_size < 1 or unpacked.stat().st_size != info.file_size:
-        raise zipfile.BadZipFile(f"{info.filename} does not have the size that the zip's directory states")
-    return np.asarray(np.memmap(unpacked, np.uint8, mode="r"))
+    if is_stored:
+        with open(path, "rb") as file:  # the name and extra field of the local header may differ from the zip directory
+            file.seek(info.header_offset + 26)
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        source, num_bytes = path, info.compress_size
+    else:
+        source, start, num_bytes = unpacked, 0, unpacked.stat().st_size
+    if info.file_size < 1 or info.file_size != num_bytes:
+        raise zipfile.BadZipFile(f"{info.filename} does not have the size in the zip directory")
+    return np.asarray(np.memmap(source, np.uint8, mode="r", offset=start, shape=(num_bytes,)))

@@ -1,0 +1,151 @@
+"""Write some samples of shards as shards of their own, under their source ids."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.seeds import derive, hash64
+from nrat_scale.data.shards import ShardSet, open_shards
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.writer import write_shards
+
+
+class _ChosenImages:
+    """The images at some positions of shards, as an `ImageArray`."""
+
+    def __init__(self, shards: ShardSet, positions: np.ndarray) -> None:
+        self._shards, self._positions = shards, positions
+        self.shape = (len(positions), *shards.image_shape)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self._shards.images(self._positions[rows])
+
+
+def subset(
+    where: str,
+    out: Path,
+    *,
+    per_class: int | None = None,
+    ids: Path | None = None,
+    scores: Path | None = None,
+    keep: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> str:
+    """Write a selection of the samples at `where` into the new folder `out`, in stored order; returns a summary line.
+
+    Args:
+        per_class: that many of each class, the first ones in an order drawn with `seed`.
+        ids: file of source ids, .npy (integers [m]) or .txt (one per line).
+        scores: .npy of numbers [number of source ids]; the samples with the highest are kept, ties by lowest id.
+        keep: with `scores`: how many, as a number or as a fraction such as 0.8.
+        options: see `writer.write_into`.
+
+    Raises:
+        UserError: not exactly one selection, or an impossible one.
+    """
+    if [per_class, ids, scores].count(None) != 2 or (scores is None) != (keep is None):
+        raise UserError("Give exactly one selection: --per-class N, --ids FILE, or --scores FILE with --keep.")
+    shards = open_shards(where, where)
+    shards.verify()
+    all_ids = shards.source_ids(np.arange(len(shards)))
+    if per_class is not None:
+        positions = _first_of_each_class(shards, all_ids, per_class, seed)
+    elif ids is not None:
+        positions = _positions_of_ids(shards, _read_ids(ids), ids)
+    else:
+        assert scores is not None and keep is not None
+        positions = _highest(_read_scores(scores, shards)[all_ids], all_ids, keep)
+    positions = np.sort(positions)  # stored order, which is already mixed
+    source = LabelledArrays(
+        _ChosenImages(shards, positions), shards.labels(positions), shards.dataset, shards.class_names,
+        tuple(shards.source_files),
+    )  # fmt: skip
+    write_shards(source, out, ids=all_ids[positions], num_ids=shards.num_ids, **options)
+    return f"{out}: {len(positions)} of the {len(shards)} images of {where}"
+
+
+def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    rank = hash64(derive(seed, "subset"), ids)  # of the id, so that the choice does not depend on the stored order
+    labels = shards.labels(np.arange(len(shards)))
+    chosen = []
+    for label, name in enumerate(shards.class_names):
+        members = np.flatnonzero(labels == label)
+        if len(members) < per_class:
+            raise UserError(f"The class '{name}' has only {len(members)} images. Lower --per-class ({per_class}).")
+        chosen.append(members[np.argsort(rank[members], kind="stable")[:per_class]])
+    return np.concatenate(chosen)
+
+
+def _load_npy(path: Path, what: str) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"The {what} {path} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"The {what} {path} is not an .npy file of numbers ({first_line(error)}).") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 1:
+        raise UserError(f"The {what} {path} must be an .npy file with one array of one dimension.")
+    return array
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    """int64 [m] of an .npy or .txt file."""
+    what = "file of ids"
+    if path.suffix == ".npy":
+        ids = _load_npy(path, what)
+        if ids.dtype.kind not in "iu":
+            raise UserError(f"The {what} {path} has dtype {ids.dtype}, expected integers.")
+    else:
+        try:
+            ids = np.asarray([int(word) for word in path.read_text(encoding="utf-8").split()], np.int64)
+        except OSError as error:
+            raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from error
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"The {what} {path} must have one integer on each line ({first_line(error)}).") from error
+    if not len(ids):
+        raise UserError(f"The {what} {path} is empty.")
+    if int(ids.max()) > np.iinfo(np.int64).max:
+        raise UserError(f"There is no sample with the source id {int(ids.max())}, which {path} names.")
+    return ids.astype(np.int64)
+
+
+def _positions_of_ids(shards: ShardSet, ids: np.ndarray, path: Path) -> np.ndarray:
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        raise UserError(f"{path} names the source id {unique[counts > 1][0]} more than once.")
+    positions = shards.positions_of(ids)
+    if (positions < 0).any():
+        raise UserError(
+            f"There is no sample with the source id {ids[positions < 0][0]}, which {path} names "
+            f"({int((positions < 0).sum())} unknown ids)."
+        )
+    return positions
+
+
+def _read_scores(path: Path, shards: ShardSet) -> np.ndarray:
+    """float [number of source ids]."""
+    scores = _load_npy(path, "file of scores")
+    if scores.dtype.kind not in "iuf":
+        raise UserError(f"The file of scores {path} has dtype {scores.dtype}, expected numbers.")
+    if len(scores) != shards.num_ids:
+        raise UserError(
+            f"The file of scores {path} has {len(scores)} numbers, expected {shards.num_ids}: one for each source id."
+        )
+    if np.isnan(scores).any():
+        raise UserError(f"The file of scores {path} has NaN, first for the source id {np.isnan(scores).argmax()}.")
+    return scores
+
+
+def _highest(scores: np.ndarray, ids: np.ndarray, keep: str) -> np.ndarray:
+    """int64 [m]: the rows of the highest of `scores` [N]; ties are broken by the lowest of `ids` [N]."""
+    try:
+        number = int(keep) if keep.isdecimal() else max(1, round(float(keep) * len(scores)))
+        possible = 1 <= number <= len(scores) and (keep.isdecimal() or 0 < float(keep) <= 1)
+    except (ValueError, OverflowError):
+        possible = False
+    if not possible:
+        raise UserError(f"--keep {keep} is neither a number in 1..{len(scores)} nor a fraction such as 0.8.")
+    return np.lexsort((ids, -scores.astype(np.float64)))[:number]
