@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on loopback: data sets and models that can be made, uploaded to (LFS), listed and read.
+"""A small Hugging Face Hub on loopback: repositories that can be created, uploaded to (LFS), listed and read.
 
-It answers what `huggingface_hub` asks when it creates a repository or a branch, commits files, lists them and fetches them
-with ranges; nothing more. Give its `environment` to a subprocess: the client reads it once, at import.
+It answers only the calls that `huggingface_hub` makes to create a repository or a branch, to commit files, list them and
+download them with ranges. Pass its `environment` to a subprocess: the client reads these variables at import.
 
     with HubServer() as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path / "home")})
@@ -10,7 +10,6 @@ with ranges; nothing more. Give its `environment` to a subprocess: the client re
 
 import base64
 import hashlib
-import http.server
 import json
 import re
 import threading
@@ -20,27 +19,27 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from tests.support.http_server import CUT, HUB_COMMIT, HttpServer, Request, Response
+
 TOKEN = "hf_loopback"
 LARGE = (".tar", ".safetensors", ".onnx", ".pt2", ".npz", ".png")  # kept as LFS objects
 
 
 class HubServer:
-    """The server; use it as a context manager.
+    """The Hub; use it as a context manager.
 
     Attributes:
-        token: what a writer must show; reading needs none.
-        requests: "METHOD path" of every request, in the order of their arrival.
+        token: required for writing; reading needs none.
         commits: (repository, revision, paths) of every commit.
-        failures: status codes to answer next, by a text that "METHOD path" contains: {"PUT /lfs/": [500, 503]}. A status
-            of 0 cuts the connection.
-        retry_after: what failures ask the client to wait, in seconds, if anything.
-        corrupted: names of files whose bytes are given out changed, so many times.
-        private: repositories that were made private.
+        failures: status codes of the next responses, by a text that "METHOD path" contains: {"PUT /lfs/": [500, 503]};
+            `CUT` (0) closes the connection.
+        retry_after: the Retry-After of failures, in seconds, or None.
+        corrupted: file name -> number of downloads whose bytes are changed.
+        private: repositories that were created as private.
     """
 
     def __init__(self, token: str = TOKEN) -> None:
         self.token = token
-        self.requests: list[str] = []
         self.commits: list[tuple[str, str, list[str]]] = []
         self.failures: dict[str, list[int]] = {}
         self.retry_after: int | None = None
@@ -50,52 +49,72 @@ class HubServer:
         self._repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> revision -> path -> content
         self._snapshots: dict[str, dict[str, bytes]] = {}  # commit -> path -> content
         self._lock = threading.Lock()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._server = HttpServer(answer=self._answer)
 
     def __enter__(self) -> "HubServer":
-        self._thread.start()
+        self._server.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def __exit__(self, *exception: object) -> None:
+        self._server.__exit__(*exception)
 
     @property
     def url(self) -> str:
-        """Where it listens."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        """http://127.0.0.1:PORT"""
+        return self._server.url
+
+    @property
+    def requests(self) -> list[str]:
+        """ "METHOD path" of every request, in order."""
+        return [f"{request.method} {urlsplit(request.path).path}" for request in self._server.requests]
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Variables that point a client at this server: `token` None is the right one, "" none at all."""
+        """Variables that point a client at this server; `token` None is the valid one, "" is no token."""
         given = self.token if token is None else token
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         return {**variables, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": given}
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """What the repository holds."""
+        """Path -> content of a revision of the repository."""
         return self._repos.get(repo, {}).get(revision, {})
 
     def put(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
-        """Let the repository hold `files` too."""
+        """Add `files` to the repository."""
         there = self._repos.setdefault(repo, {"main": {}}).setdefault(revision, {})
         there.update(files)
         state = repr(sorted((name, hashlib.sha256(content).hexdigest()) for name, content in there.items()))
         self._snapshots[hashlib.sha1(state.encode()).hexdigest()] = dict(there)
 
-    # ---- answers ----
+    # ---- responses ----
+
+    def _answer(self, request: Request) -> Response:
+        path = urlsplit(request.path).path
+        failure = self._failure(f"{request.method} {path}")
+        if failure == CUT:
+            return Response(CUT)
+        if failure is not None:
+            later = () if self.retry_after is None else (("Retry-After", str(self.retry_after)),)
+            return _json(failure, {"error": f"failure {failure}, as the test requested"}, *later)
+        writes = request.method in ("POST", "PUT") and not path.startswith("/lfs/") and "paths-info" not in path
+        if writes and request.authorization != f"Bearer {self.token}":
+            return _json(401, {"error": "Invalid username or password."})
+        if path.startswith("/lfs/"):
+            return Response(self._store(path.removeprefix("/lfs/"), request.body))
+        if request.method == "POST":
+            return _json(*self._api(path, request.body))
+        if "/resolve/" in path:
+            return self._file(path, request.method)
+        return _json(*self._information(path))
 
     def _failure(self, request: str) -> int | None:
         with self._lock:
-            self.requests.append(request)
             for text, statuses in self.failures.items():
                 if text in request and statuses:
                     return statuses.pop(0)
         return None
 
     def _api(self, path: str, body: bytes) -> tuple[int, Any]:
-        """(status, JSON) of a POST that writes or asks."""
+        """(status, JSON) of a POST."""
         if path == "/api/repos/create":
             facts = json.loads(body)
             name = f"{facts['organization']}/{facts['name']}" if facts.get("organization") else facts["name"]
@@ -181,29 +200,26 @@ class HubServer:
         facts = {"id": match[1], "sha": f"{len(self.commits):040x}", "private": False, "tags": [], "downloads": 0}
         return 200, {**facts, "siblings": [{"rfilename": name} for name in sorted(there)]}
 
-    def _resolved(self, path: str) -> tuple[bytes | None, str]:
-        """(content, commit) of a file of a branch or a commit."""
+    def _file(self, path: str, method: str) -> Response:
+        """A file of a branch or a commit."""
         match = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if match is None:
-            return None, "0" * 40
-        repo, revision, name = match[1], unquote(match[2]), unquote(match[3])
-        if revision in self._snapshots:
-            return self._snapshots[revision].get(name), revision
-        there = self.files(repo, revision)
-        commit = next((c for c, files in reversed(self._snapshots.items()) if files == there), "0" * 40)
-        return there.get(name), commit
-
-    def damaged(self, name: str, content: bytes) -> bytes:
-        """What is given out as `content`."""
-        if not content or not self.corrupted.get(name):
-            return content
-        self.corrupted[name] -= 1
-        return content[:-1] + bytes([content[-1] ^ 1])
-
-    def _known(self, path: str) -> bool:
-        match = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        revision = unquote(match[2]) if match else ""
-        return match is not None and (revision in self._snapshots or revision in self._repos.get(match[1], {}))
+        repo, revision, name = (unquote(part) for part in match.groups()) if match else ("", "", "")
+        branch = self._repos.get(repo, {}).get(revision)
+        files = self._snapshots.get(revision, branch)
+        if files is None:
+            return Response(
+                404, b"", (("X-Error-Code", "RevisionNotFound" if repo in self._repos else "RepoNotFound"),)
+            )
+        commit = next((c for c, snapshot in reversed(self._snapshots.items()) if snapshot == files), HUB_COMMIT)
+        facts = ("X-Repo-Commit", revision if revision in self._snapshots else commit)
+        if name not in files:
+            return Response(404, b"", (facts, ("X-Error-Code", "EntryNotFound")))
+        content = files[name]
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if method == "GET" and self.corrupted.get(name):
+            self.corrupted[name] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        return Response(200, content, (facts, ("ETag", etag), ("Accept-Ranges", "bytes")), file=True)
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:
@@ -213,78 +229,10 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
     return {**facts, "lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if name.endswith(LARGE) else facts
 
 
-def _handler(hub: HubServer) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _answer(self, status: int, content: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for key, value in {"X_Repo_Commit": "0" * 40, "Content_Length": str(len(content)), **headers}.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def _json(self, status: int, value: Any, **headers: str) -> None:
-            # The client tells a missing repository from a missing file by this header.
-            error = {"X_Error_Message": str(value["error"])} if isinstance(value, dict) and "error" in value else {}
-            if status == 404:
-                error["X_Error_Code"] = "RevisionNotFound" if "rev id" in error["X_Error_Message"] else "RepoNotFound"
-            self._answer(status, json.dumps(value).encode(), Content_Type="application/json", **error, **headers)
-
-        def _handle(self) -> None:
-            path = urlsplit(self.path).path
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            failure = hub._failure(f"{self.command} {path}")
-            if failure == 0:
-                self.close_connection = True
-                return
-            writes = self.command in ("POST", "PUT") and not path.startswith("/lfs/") and "paths-info" not in path
-            if failure is not None:
-                later = {} if hub.retry_after is None else {"Retry_After": str(hub.retry_after)}
-                self._json(failure, {"error": f"failure {failure}, as the test wants it"}, **later)
-            elif writes and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                self._json(401, {"error": "Invalid username or password."})
-            elif path.startswith("/lfs/"):
-                self._answer(hub._store(path.removeprefix("/lfs/"), body))
-            elif self.command == "POST":
-                self._json(*hub._api(path, body))
-            elif "/resolve/" in path:
-                if hub._known(path):
-                    self._file(path, *hub._resolved(path))
-                else:
-                    self._answer(
-                        404,
-                        X_Error_Code="RevisionNotFound"
-                        if path.split("/resolve/")[0].strip("/").removeprefix("datasets/") in hub._repos
-                        else "RepoNotFound",
-                    )
-            else:
-                self._json(*hub._information(path))
-
-        def _file(self, path: str, content: bytes | None, commit: str) -> None:
-            facts = {"X_Repo_Commit": commit}
-            if content is None:
-                self._answer(404, X_Error_Code="EntryNotFound", **facts)
-                return
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            if self.command == "GET":
-                content = hub.damaged(path.rpartition("/")[2], content)
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if wanted is None:
-                self._answer(200, content, ETag=etag, Accept_Ranges="bytes", **facts)
-                return
-            first = int(wanted[1])
-            last = min(int(wanted[2] or len(content) - 1), len(content) - 1)
-            if first > last:
-                self._answer(416, Content_Range=f"bytes */{len(content)}")
-                return
-            part = content[first : last + 1]
-            self._answer(206, part, ETag=etag, Content_Range=f"bytes {first}-{last}/{len(content)}", **facts)
-
-        do_GET = do_HEAD = do_POST = do_PUT = _handle
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    return Handler
+def _json(status: int, value: Any, *headers: tuple[str, str]) -> Response:
+    facts = [("X-Repo-Commit", HUB_COMMIT), ("Content-Type", "application/json"), *headers]
+    if isinstance(value, dict) and "error" in value:
+        facts.append(("X-Error-Message", str(value["error"])))
+        if status == 404:  # the client distinguishes a missing repository from a missing file by this header
+            facts.append(("X-Error-Code", "RevisionNotFound" if "rev id" in value["error"] else "RepoNotFound"))
+    return Response(status, json.dumps(value).encode(), tuple(facts))
