@@ -3,10 +3,10 @@
 # make test-fast    only the tests that take less than a second each
 # make test-slow    the slow ones: long trainings, the wheel, stories of several processes
 # make lint         ruff and mypy, as CI runs them
-# make faults       kill and damage training at random and count what is lost (docs/reliability.md)
-# make bench-step   benchmarks of the training step (docs/benchmarks.md)
-# make bench-data   benchmarks of the data plane (docs/benchmarks.md)
-# make setup        only install: .venv with what tests, benchmarks and linters need
+# make faults       kill, stop and damage training at random, and count what was lost (docs/reliability.md)
+# make bench-step   the benchmarks of the training step (docs/benchmarks.md)
+# make bench-data   the benchmarks of the data plane (docs/benchmarks.md)
+# make setup        only .venv with everything the tests, benchmarks and linters need
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
