@@ -5,7 +5,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-# A user of its own: nothing here needs root. Ubuntu's image brings a user 1000, which this one replaces.
+# Nothing here needs root. User 1000 of Ubuntu's image is replaced.
 RUN (userdel -r ubuntu 2>/dev/null || true) && useradd --create-home --uid 1000 nrat \
     && mkdir -p /app/data /app/runs && chown -R nrat /app
 USER nrat
@@ -14,7 +14,7 @@ WORKDIR /app
 ENV VIRTUAL_ENV=/home/nrat/venv PATH=/home/nrat/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN python3 -m venv "$VIRTUAL_ENV" && pip install --no-cache-dir --upgrade pip
 
-# Dependencies first, so that a change of the code does not download torch again.
+# Dependencies first, so that a change of the code does not reinstall torch.
 COPY --chown=nrat pyproject.toml README.md ./
 RUN mkdir nrat_scale && touch nrat_scale/__init__.py && pip install --no-cache-dir ".[demo]" && pip uninstall -y nrat-scale
 

@@ -1,5 +1,7 @@
-# make quickstart   set up, then the whole story on real digits, without a download
-# make test         set up, then all tests
+# make quickstart   install, then the whole story on real digits, without a download (about 7 minutes)
+# make test         install, then every test but the slow ones
+# make test-fast    only the tests that take less than a second each
+# make test-slow    the slow ones: long trainings, the wheel, stories of several processes
 # make lint         ruff and mypy, as CI runs them
 # make faults       kill, stop and damage training at random, and count what was lost (docs/reliability.md)
 # make bench-step   the benchmarks of the training step (docs/benchmarks.md)
@@ -9,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup test lint faults bench-step bench-data quickstart clean-quickstart
+.PHONY: setup test test-fast test-slow lint faults bench-step bench-data quickstart clean-quickstart
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready
@@ -21,7 +23,13 @@ setup: .venv/.ready
 	@touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not medium"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,31 +49,35 @@ bench-data: setup
 	python tools/bench plan
 	python tools/bench convert
 
-# ---- quickstart: the same commands as in the README, each skipped where its result is there -------------------------
+# ---- quickstart: the commands of the README; data that exist are not made again --------------------------------------
 
 DIGITS := data/digits
 GENERATED := data/digits_generated
 RUN := runs/quickstart
 PLAIN := runs/quickstart-plain
 RELEASE := releases/quickstart
+PREPARE := python -m nrat_scale.prepare
 EVALUATE := python -m nrat_scale.evaluate
-EVALUATION := --data $(DIGITS)/test --attacks natural,pgd20,cw20,aa --aa-images 100
+BEST := --data $(DIGITS)/test --checkpoint best --attacks natural,pgd20,cw20,aa
+LAST := --data $(DIGITS)/test --checkpoint last --attacks natural,pgd20,cw20
 
 quickstart: setup $(DIGITS)/test/index.json $(GENERATED)/index.json
 	accelerate launch -m nrat_scale.train recipes/quickstart.yaml
 	accelerate launch -m nrat_scale.train recipes/quickstart.yaml objective.name=natural run_dir=$(PLAIN)
-	$(EVALUATE) $(RUN) $(EVALUATION)
-	$(EVALUATE) $(PLAIN) $(EVALUATION)
+	$(EVALUATE) $(RUN) $(BEST)
+	$(EVALUATE) $(RUN) $(LAST)
+	$(EVALUATE) $(PLAIN) $(BEST)
+	$(EVALUATE) $(PLAIN) $(LAST)
 	python -m nrat_scale.report $(RUN) $(PLAIN)
 	python -m nrat_scale.release $(RUN) --to $(RELEASE)
 
 $(DIGITS)/test/index.json: | setup
-	python tools/shard_dataset.py digits --out $(DIGITS)
+	$(PREPARE) digits --out $(DIGITS)
 
 $(GENERATED)/index.json: $(DIGITS)/test/index.json
 	test -f $(GENERATED).npz || python tools/generate_digits.py recipes/quickstart.yaml --out $(GENERATED).npz
-	python tools/shard_dataset.py npz $(GENERATED).npz --dataset digits --out $(GENERATED)
+	$(PREPARE) npz $(GENERATED).npz --dataset digits --out $(GENERATED)
 
-# Shards, runs and release of the quickstart, so that it starts from nothing again.
+# Removes the quickstart's shards, runs and release, so that it starts from nothing again.
 clean-quickstart:
 	rm -rf $(DIGITS) $(GENERATED) $(GENERATED).npz $(RUN) $(PLAIN) $(RELEASE)

@@ -1,4 +1,4 @@
-"""Shards whose images name themselves."""
+"""Shards whose images contain their own source id."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ COLUMNS = ("images", "labels", "clean_labels", "generated", "ids")
 
 
 def numbered_shards(folder: Path, n: int, *, seed: int = 0, size: int = 8, dataset: str = "custom") -> Path:
-    """Each image's first pixels are its source id, so that images, labels and ids can be held against each other."""
+    """Shards of `n` images whose first two pixels are the source id, to compare images, labels and ids."""
     images = np.random.default_rng(n).integers(0, 256, (n, size, size, 1)).astype(np.uint8)
     images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(n) // 256, np.arange(n) % 256
     source = LabelledArrays(images, np.arange(n) % 10, dataset, tuple("0123456789"))
@@ -42,12 +42,13 @@ def columns(batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
 
 
 def damage(folder: str | None, number: int) -> None:
+    """Change the last byte of a shard."""
     path = Path(str(folder)) / f"shard-{number:05d}.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
 def not_validated(data: TrainingData, count: int) -> list[int]:
-    """Shards of the generated data that hold no validation image."""
+    """Numbers of `count` generated shards without a validation image."""
     source = data.sources[1]
     used = set(source.shards.shards_of(source.held_out).tolist())
     return [number for number in range(len(source.shards.names)) if number not in used][:count]

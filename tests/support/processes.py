@@ -1,4 +1,4 @@
-"""Real processes that run a few lines with nrat_scale.remote."""
+"""Processes that run a few lines with nrat_scale.remote."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def tell(value):
 
 
 def started(script: str, given: object, **environment: str | None) -> "subprocess.Popen[str]":
-    """A process that runs `script`, with `given` in a variable of this name; it answers by `tell(value)`.
+    """Start a process that runs `script` with the variable `given`; the script returns values by `tell(value)`.
 
     Args:
         environment: changes of the environment; None removes a variable.
@@ -36,7 +36,7 @@ def started(script: str, given: object, **environment: str | None) -> "subproces
 
 
 def told(process: "subprocess.Popen[str]") -> list[Any]:
-    """What the process told, once it has ended well."""
+    """The values that the process returned; asserts that it succeeds within 20 seconds."""
     try:
         out, errors = process.communicate(timeout=20)
     finally:

@@ -1,4 +1,4 @@
-"""Run directories as training writes them, around weights of a test's choice: for what comes after training."""
+"""Run directories as training writes them, with given weights, for tests of evaluation, reports and releases."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import nn
 
 from nrat_scale.checkpoint.folder import queue_release, write_pointer
 from nrat_scale.checkpoint.format import save_checkpoint
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.recipe import load_recipe, to_yaml
 
 
@@ -21,14 +22,14 @@ def write_run(
     train: str = "train",
     queue: bool = False,
 ) -> Path:
-    """A run of `cnn4` whose EMA is `model` and whose raw weights are not; best and last are the same step.
+    """A run of `cnn4` whose EMA is `model` and whose raw weights are 0.9 of it; best and last are the same step.
 
     Args:
-        arguments: of the model.
-        side: of its images, in pixels.
+        arguments: the constructor arguments of the model.
+        side: side of the images in pixels.
         threat: eps and step as YAML, such as "eps: 0.1, step: 0.02".
-        train: shards that the recipe names.
-        queue: put the checkpoint aside for a release too.
+        train: the training shards in the recipe.
+        queue: also queue the checkpoint for a release.
     """
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(f"threat: {{{threat}, num_steps: 1}}\ndata: {{real: {{shards: {train}}}}}\n")
@@ -39,7 +40,8 @@ def write_run(
         write_pointer(folder, pointer, saved)
     if queue:
         queue_release(folder, saved)
-    (folder / "recipe.yaml").write_text(to_yaml(load_recipe(path)))
+    run = RunFolder(folder)
+    run.recipe.write_text(to_yaml(load_recipe(path)))
     description = {
         "architecture": "cnn4",
         "model_args": arguments,
@@ -47,14 +49,14 @@ def write_run(
         "class_names": [str(i) for i in range(10)],
         "dataset": "digits",
     }
-    (folder / "model.json").write_text(json.dumps(description))
+    run.model.write_text(json.dumps(description))
     rows = [
         {"kind": "validation", "epoch": epoch, "step": 4 * epoch, "attack": "pgd10", "labels": "given",
          "natural": {"correct": 50, "n": 100, "accuracy": 0.5}, "robust": {"correct": 40, "n": 100, "accuracy": 0.4},
          "natural_clean": None, "robust_clean": None}
         for epoch in (1, 2)
     ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

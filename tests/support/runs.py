@@ -1,4 +1,4 @@
-"""Small runs of training: a recipe, its shards, the command in processes of its own."""
+"""A tiny recipe, its shards, and the training command in its own processes."""
 
 import hashlib
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nrat_scale.checkpoint.folder import named_checkpoint
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
 
@@ -30,7 +31,7 @@ train: {epochs: 3, validation_attack: pgd2, keep: 5}
 
 
 def make_shards(folder: Path, n: int, seed: int, channels: int = 1, size: int = 12) -> Path:
-    """Images whose brightest quarter tells the class, so that a tiny model learns something."""
+    """Images with a bright band whose place depends on the class, so that a tiny model can learn it."""
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 10
     images = generator.integers(0, 90, (n, size, size, channels))
@@ -43,14 +44,14 @@ def make_shards(folder: Path, n: int, seed: int, channels: int = 1, size: int = 
 
 
 def digest(run: Path) -> dict[str, str]:
-    """What must be equal after an interruption: metrics, and every tensor file of the last checkpoint."""
+    """sha256 of what a resumed run must reproduce: the metrics and every tensor file of the last checkpoint."""
     checkpoint = named_checkpoint(run, "last")
     files = {name: value for name, value in checkpoint.sha256.items() if name.endswith(".safetensors")}
-    return {"metrics": hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest(), **files}
+    return {"metrics": hashlib.sha256(RunFolder(run).metrics.read_bytes()).hexdigest(), **files}
 
 
 def launch(arguments: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command as users type it, in processes of its own."""
+    """Run the training command as users type it."""
     command = [sys.executable, "-m", "nrat_scale.train"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *command[1:]]

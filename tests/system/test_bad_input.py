@@ -1,10 +1,10 @@
-"""Damaged shards and wrong indexes, counted: each of them is one sentence before the first batch, none gets through."""
+"""Damaged shards and wrong indexes: every one of hundreds is refused with one sentence before the first batch."""
 
 import gzip
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """(kind, content) of wrong files in the place of a shard."""
+    """(kind, content) of damaged versions of a shard."""
     for place in range(512):  # the first member's header
         yield "a byte of the tar header", content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :]
     for end in range(0, len(content), 512):
@@ -40,7 +40,7 @@ def damages(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def test_every_damaged_shard_is_refused(whole: Path, tmp_path: Path) -> None:
-    """Whatever byte of a shard is wrong: training does not start, and the sentence names the shard."""
+    """A shard with any wrong byte is named, and training does not start."""
     folder = shutil.copytree(whole, tmp_path / "data")
     spec = DataSpec(batch_size=4, real=RealSpec(str(folder)), validation=ValidationSpec(size=10))
     path = folder / "shard-00000.tar"
@@ -56,29 +56,25 @@ def test_every_damaged_shard_is_refused(whole: Path, tmp_path: Path) -> None:
     assert counts["cut at a block"] == len(content) // 512
     assert sum(counts.values()) > 530
     path.write_bytes(content)
-    open_training_data(spec, 0)  # and the whole one is accepted again
+    open_training_data(spec, 0)  # the undamaged shard is accepted
 
 
-def relabel(value: int) -> Callable[[Path], None]:
-    """Let the first label be `value`, with an index whose hash agrees: only the content is wrong."""
-
-    def change(folder: Path) -> None:
-        index = json.loads((folder / "index.json").read_text())
-        path, at = folder / "shard-00000.tar", index["shards"][0]["blocks"][0][1]
-        content = bytearray(path.read_bytes())
-        content[at : at + 8] = value.to_bytes(8, "little", signed=True)
-        path.write_bytes(content)
-        index["shards"][0]["sha256"] = sha256_of(path)
-        (folder / "index.json").write_text(json.dumps(index))
-
-    return change
+def relabel(folder: Path, value: int) -> None:
+    """Set the first label to `value`; the index has the hash of the changed shard, so that only the content is wrong."""
+    index = json.loads((folder / "index.json").read_text())
+    path, at = folder / "shard-00000.tar", index["shards"][0]["blocks"][0][1]
+    content = bytearray(path.read_bytes())
+    content[at : at + 8] = value.to_bytes(8, "little", signed=True)
+    path.write_bytes(content)
+    index["shards"][0]["sha256"] = sha256_of(path)
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize("value", [-1, 10, 2**40])
-def test_labels_that_are_no_class_are_refused(whole: Path, tmp_path: Path, value: int) -> None:
-    """Even in shards that agree with their index: a label outside the classes would index out of every table."""
+def test_labels_outside_the_classes_are_refused(whole: Path, tmp_path: Path, value: int) -> None:
+    """A label outside the classes is refused even if the shard agrees with its index."""
     folder = shutil.copytree(whole, tmp_path / "data")
-    relabel(value)(folder)
+    relabel(folder, value)
     spec = DataSpec(batch_size=4, real=RealSpec(str(folder)), validation=ValidationSpec(size=10))
     with pytest.raises(UserError, match="label"):
         open_training_data(spec, 0)

@@ -1,4 +1,4 @@
-"""What only a GPU shows; skipped without one. (No GPU was there when this was written: it has not run yet.)"""
+"""Behaviour that needs a GPU; skipped without one."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from nrat_scale.train.setup import start
 from nrat_scale.train.step import train_step
 from tests.support.runs import RECIPE, digest, make_shards
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = "{name: wrn28_10_silu, kwargs: {depth: 10, width: 1}}"
 
 
@@ -29,7 +29,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_precision_resumes(
     recipe_path: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupted run ends with the undisturbed one's bits, where torch's algorithms are deterministic."""
+    """With deterministic algorithms a resumed run ends with the bits of an undisturbed one."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
     overrides = [f"precision={precision}"]
@@ -41,17 +41,17 @@ def test_every_precision_resumes(
 
 @pytest.mark.parametrize("options", [["train.compile=true"], ["data.resident=always"], ["train.channels_last=false"]])
 def test_options_train(recipe_path: Path, tmp_path: Path, options: list[str]) -> None:
-    """Compiled, with data on the GPU, without channels-last memory."""
+    """A run trains compiled, with images on the GPU, or without channels-last memory."""
     train(load_recipe(recipe_path, ["precision=bf16", *options, f"run_dir={tmp_path / 'run'}"]))
 
 
 def test_a_step_never_waits_for_the_gpu(recipe_path: Path, tmp_path: Path) -> None:
-    """torch itself refuses every synchronisation within a step, once it has warmed up."""
-    t = start(load_recipe(recipe_path, ["precision=bf16", f"run_dir={tmp_path / 'run'}"]))
-    for batch in t.data.batches(0, 6):
-        torch.cuda.set_sync_debug_mode("error" if t.step >= 2 else "default")
+    """After two steps of warm-up no operation of a step synchronises with the host; torch raises if one does."""
+    state = start(load_recipe(recipe_path, ["precision=bf16", f"run_dir={tmp_path / 'run'}"]))
+    for batch in state.data.batches(0, 6):
+        torch.cuda.set_sync_debug_mode("error" if state.step >= 2 else "default")
         try:
-            train_step(t, batch)
+            train_step(state, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        t.step += 1
+        state.step += 1

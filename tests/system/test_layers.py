@@ -1,4 +1,4 @@
-"""Imports point down, importing the package is cheap, and nothing in the library can run what a file contains."""
+"""Imports point down, importing the package is cheap, and no module can run code that a file contains."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nrat_scale"
 TOOLS = ROOT / "tools"
 
-# From the top. A row may import the rows below it, nothing of its own row; the modules of one package import each other freely.
+# From the top. A row imports the rows below it, nothing of its own row; the modules of one package import each other.
 ROWS = (
     ("tools",),
     ("train", "release"),
@@ -28,12 +28,12 @@ SOURCES = MODULES + sorted(TOOLS.rglob("*.py"))
 
 
 def _unit(path: Path) -> str:
-    """The row entry that a file belongs to: the part of its path below nrat_scale/, or `tools`."""
+    """The entry of ROWS that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py") if path.is_relative_to(PACKAGE) else "tools"
 
 
 def _imported(tree: ast.AST) -> set[str]:
-    """The entries of nrat_scale/ that `tree` imports, inside functions too; `__init__` is the package itself."""
+    """The entries of ROWS that `tree` imports, also within functions; `__init__` is the package itself."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -52,13 +52,13 @@ def _imported(tree: ast.AST) -> set[str]:
 
 
 def test_every_entry_has_a_row():
-    """A new entry at the top of nrat_scale/ is placed on purpose."""
+    """Every module and package of nrat_scale/ is in ROWS, and ROWS names no other."""
     assert {_unit(path) for path in SOURCES} - {"__init__"} == set(LEVEL)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
-    """No module imports an entry of its own row or of a row above; `__init__` only names the version."""
+    """No module imports an entry of its own row or of a row above."""
     unit = _unit(path)
     if unit == "__init__":
         return
@@ -67,7 +67,7 @@ def test_imports_point_down(path):
 
 
 def test_the_check_sees_every_import():
-    """Each way to write an import is found."""
+    """Each form of an import statement is found."""
     text = """
 import nrat_scale
 import nrat_scale.train.step as t
@@ -80,14 +80,14 @@ def late():
     assert _imported(ast.parse(text)) == {"__init__", "train", "labels", "data", "report"}
 
 
-def test_no_module_without_a_job():
-    """Nothing is called utils or helpers, here or among the tools."""
+def test_no_module_is_called_utils():
+    """Module names say what a module does."""
     for path in SOURCES:
         words = set(path.stem.split("_")) | set(path.relative_to(ROOT).parts[:-1])
         assert not words & {"util", "utils", "helper", "helpers", "common", "misc"}, path.name
 
 
-# ---- nothing is run that was read -----------------------------------------------------------------------------------
+# ---- no code from files ---------------------------------------------------------------------------------------------
 
 UNPICKLERS = {"_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 BANNED_CALLS = {
@@ -97,7 +97,7 @@ BANNED_CALLS = {
 
 
 def _dangers(tree: ast.AST) -> list[str]:
-    """What in `tree` can run a program that a file or a string contains."""
+    """The expressions of `tree` that can run code from a file or a string."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -133,8 +133,8 @@ def _dangerous_call(call: ast.Call) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_read_is_run(path):
-    """No unpickling, eval, exec or shell; but for the one guarded reader of CIFAR's published pickles."""
+def test_no_module_runs_code_from_files(path):
+    """No unpickling, eval, exec or shell, except the one guarded reader of CIFAR's published pickles."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     dangers = _dangers(tree)
     if path != PACKAGE / "prepare/readers/cifar.py":
@@ -178,8 +178,8 @@ def _calls(node: ast.AST, name: str) -> bool:
         "yaml.load(f)",
     ],
 )
-def test_every_danger_is_seen(line):
-    """The check above notices each way of doing it."""
+def test_the_check_sees_every_danger(line):
+    """Each way to run code from a file is found."""
     assert _dangers(ast.parse(line))
 
 
@@ -195,5 +195,5 @@ def test_every_danger_is_seen(line):
     ],
 )
 def test_harmless_lines_pass(line):
-    """And it does not cry wolf: `model.eval()` is no eval."""
+    """No false alarms: `model.eval()` is not `eval`."""
     assert not _dangers(ast.parse(line))

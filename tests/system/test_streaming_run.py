@@ -1,4 +1,4 @@
-"""Whole runs on shards that lie elsewhere: two processes on S3, and a run that skips a shard and says so."""
+"""Whole runs on remote shards: two processes on S3, and a run that skips a shard."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from nrat_scale.release import bundle
 from nrat_scale.train.loop import train
 from tests.support.runs import RECIPE, launch, make_shards
 
+pytestmark = pytest.mark.medium
 SHORT = ["precision=fp64", "train.epochs=2", "data.window=2"]
 
 
@@ -81,13 +82,13 @@ def upload(folder: Path, bucket: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore.*", "ignore::DeprecationWarning:moto.*")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_processes_train_from_s3(data: Path, bucket: str) -> None:
-    """Two real processes share one cache and give the model that one process gives on local shards."""
+    """Two processes with one cache train the model that one process trains on local shards."""
     local = train(load_recipe(recipe(data, str(data)), [*SHORT, f"run_dir={data / 'local'}"]))
     upload(data, bucket)
     overrides = [*SHORT, f"run_dir={data / 's3'}", f"data.remote.cache={data / 'cache'}"]
     result = launch([str(recipe(data, bucket)), *overrides], processes=2)
     assert result.returncode == 0, result.stderr
-    assert "2 process(es)" in result.stdout, "the launcher must really have started two"
+    assert "2 process(es)" in result.stdout, "the launcher started one process only"
     one, two = (named_checkpoint(run, "last").tensors("model") for run in (local, data / "s3"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
@@ -98,8 +99,8 @@ def test_two_processes_train_from_s3(data: Path, bucket: str) -> None:
     assert len(cached) >= 5
 
 
-def test_a_skipped_shard_is_on_record(data: Path, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard that the server does not have: the run stops with its name, or skips it and every result says so."""
+def test_a_skipped_shard_is_recorded(data: Path, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing shard ends the run by name; with on_bad_shard=skip, results and model card name it."""
     monkeypatch.setattr(nrat_scale.remote.transfer, "FIRST_PAUSE_SECONDS", 0.01)
     for path in data.glob("*/*"):
         server.files[f"/{path.relative_to(data)}"] = path.read_bytes()
