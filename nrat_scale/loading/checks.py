@@ -106,7 +106,9 @@ def read_safetensors_header(path: Path) -> Described:
                 found[name] = str(entry["dtype"]), tuple(map(int, entry["shape"]))
                 total += end - begin
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path.name} is damaged: its header does not describe tensors ({first_line(error)}).") from error
+        raise UserError(
+            f"{path.name} is damaged: its header does not describe tensors ({first_line(error)})."
+        ) from error
     if total != size - 8 - length:
         raise UserError(
             f"{path.name} is damaged: its header describes {total} bytes, the file has {size - 8 - length}."
