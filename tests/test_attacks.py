@@ -204,7 +204,7 @@ def test_start_from_sliced_noise_equals_the_start_of_the_whole(init):
 def test_model_is_left_as_it_was(make_net, bn, space, fails):
     """Gradients, flags, modes, parameters and BatchNorm buffers are unchanged, also if the attack raises."""
     net = make_net().train()
-    net.bn.eval()  # somebody froze the statistics
+    net.bn.eval()  # as if the user had frozen its statistics
     net.fc.bias.requires_grad_(False)
     net.conv.weight.grad = torch.ones_like(net.conv.weight)
     before = copy.deepcopy(net)
@@ -309,7 +309,7 @@ def test_threat_of_the_wrong_unit_or_name_is_refused(arguments, message):
         ThreatSpec(**{"eps": 8 / 255, "step": 2 / 255, "num_steps": 10, **arguments})
 
 
-def test_threat_is_frozen_and_honest_by_default():
+def test_threat_is_frozen_and_in_pixels_by_default():
     """A checked spec cannot be changed, and the default space is pixels."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         THREAT.eps = 0.5
@@ -355,10 +355,10 @@ def test_released_code_space_is_that_of_the_released_code(make_net):
         z = torch.min(torch.max(z, normalised - threat.eps), normalised + threat.eps)
         z = torch.clamp(z, 0.0, 1.0)
     torch.testing.assert_close(x_adv, z * net.std + net.mean, rtol=0, atol=1e-12)
-    # What makes its numbers incomparable: nearly all dark pixels are moved to the mean, far outside eps.
+    # Its numbers are not comparable: the clamp moves nearly all dark pixels to the mean, far outside eps.
     assert (x_adv - x).abs().max() > 0.3
-    honest = pgd(net, x, _cross_entropy(y), THREAT, start=x)
-    assert (honest - x).abs().max() <= THREAT.eps + 1e-12
+    pixel = pgd(net, x, _cross_entropy(y), THREAT, start=x)
+    assert (pixel - x).abs().max() <= THREAT.eps + 1e-12
 
 
 @pytest.mark.parametrize("init", INITS)

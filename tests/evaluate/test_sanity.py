@@ -93,6 +93,7 @@ def test_contradictions_are_flagged(outcomes: dict[str, Outcome], words: str) ->
     "outcomes",
     [
         {"pgd20": outcome(100, 50), "aa": outcome(100, 50)},
+        {"pgd20": outcome(100, 50), "an attack of another version": outcome(100, 60)},
         {"pgd20": (np.arange(100, 200), np.arange(100) < 50), "aa": outcome(100, 60)},  # no common images
         {"natural": outcome(100, 90), "fgsm": outcome(100, 90), "pgd20": outcome(100, 90)},  # eps = 0
         {"natural": outcome(100, 90), "fgsm": outcome(100, 0), "pgd20": outcome(100, 0)},  # no gradient left to mask
