@@ -50,7 +50,7 @@ def verify(folder: Path, *, everything: bool = False) -> None:
         raise UserError(f"The manifest {folder / MANIFEST} is damaged: it lists no files.")
     for name, entry in files.items():
         if (everything or name in (CONFIG, WEIGHTS)) and (mismatch := manifest_mismatch(folder / name, entry)):
-            raise UserError(f"{folder} is damaged: {mismatch}. Fetch or release it again.")
+            raise UserError(f"{folder} differs from its {MANIFEST}: {mismatch}. Fetch or release it again.")
 
 
 def _download(source: str) -> Path:
