@@ -1,4 +1,4 @@
-"""The attack stays in its threat model, climbs, and leaves the model as it found it."""
+"""The attack stays in its threat model, increases its loss, and leaves the model unchanged."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Images in [0, 1], a good part of whose pixels are exactly 0 or 1."""
+    """Images in [0, 1], about a third of whose pixels are exactly 0 or 1."""
     return (torch.rand(shape, generator=_generator(seed), dtype=dtype) * 1.4 - 0.2).clamp(0, 1)
 
 
@@ -77,7 +77,7 @@ class AnyShape(nn.Module):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_result_is_within_eps_and_the_unit_box(eps, step, num_steps, init, bn, dtype, shape, seed):
-    """Whatever the threat, start, size and precision: finite, in [0, 1], within eps, detached, input unchanged."""
+    """For any threat, start, size and precision x_adv is finite, in [0, 1], within eps and detached; x is unchanged."""
     x = _images(*shape, seed=seed, dtype=dtype)
     kept = x.clone()
     model = AnyShape(shape[1]).to(dtype)
@@ -92,7 +92,7 @@ def test_result_is_within_eps_and_the_unit_box(eps, step, num_steps, init, bn, d
 
 @pytest.mark.parametrize("init", INITS)
 def test_zero_steps_give_the_projected_start(make_net, init):
-    """num_steps = 0 is the random start alone, brought into the ball and the box."""
+    """With num_steps = 0 the result is the random start, projected onto the ball and [0, 1]."""
     x = _images(4, 3, 8, 8)
     threat = ThreatSpec(8 / 255, 2 / 255, 0, init)
     x_adv = pgd(make_net(), x, _cross_entropy(_labels(4)), threat, generator=_generator(1))
@@ -101,7 +101,7 @@ def test_zero_steps_give_the_projected_start(make_net, init):
 
 @pytest.mark.parametrize("name", ["pgd_at", "nrat", "mart", "dm_at"])
 def test_attack_raises_the_inner_loss(make_net, name):
-    """The attack maximises: after it the inner loss is higher for every image, and most pixels are used up."""
+    """The attack increases the inner loss of every image and moves most pixels by more than half of eps."""
     net, x, y = make_net().eval(), _images(6, 3, 8, 8), _labels(6)
     objective = build(name)
     inner = objective.inner(net(x), y)
@@ -112,7 +112,7 @@ def test_attack_raises_the_inner_loss(make_net, name):
 
 
 def test_one_step_is_the_signed_gradient(make_net):
-    """x <- clamp(project_eps(x + step * sign(grad)), 0, 1), from the start that was given."""
+    """x <- clamp(project_eps(x + step * sign(grad)), 0, 1), from the given start."""
     net, x, y = make_net().eval(), _images(4, 3, 8, 8), _labels(4)
     start = (x + 0.05 * torch.randn(x.shape, generator=_generator(0), dtype=x.dtype)).requires_grad_()
     (gradient,) = torch.autograd.grad(LOSSES["ce"](net(start), y).mean(), start)
@@ -126,7 +126,7 @@ def test_one_step_is_the_signed_gradient(make_net):
 
 
 def test_given_start_replaces_the_random_one(make_net):
-    """With `start` nothing is drawn, and another start leads elsewhere."""
+    """With `start` no random number is drawn, and another start gives another result."""
     net, x, y = make_net().eval(), _images(4, 3, 8, 8), _labels(4)
     drawn = _generator(3)
     before = drawn.get_state()
@@ -138,7 +138,7 @@ def test_given_start_replaces_the_random_one(make_net):
 
 
 def test_generator_decides_the_random_start(make_net):
-    """The same generator gives the same images, another one others, and the global stream is not touched."""
+    """Equal generators give equal images, different ones different images; the global state is not used."""
     net, x, inner = make_net().eval(), _images(4, 3, 8, 8), _cross_entropy(_labels(4))
     state = torch.get_rng_state()
     first, again, other = (pgd(net, x, inner, THREAT, generator=_generator(seed)) for seed in (1, 1, 2))
@@ -168,7 +168,7 @@ def test_normal_start():
 
 
 def test_normal01_start():
-    """Algorithm 1 read literally: x + N(0, 1), projected; so nearly all pixels begin on the ball's surface."""
+    """Algorithm 1 taken literally: x + N(0, 1), projected, so that nearly all pixels start on the surface of the ball."""
     x = torch.full((100, 1, 30, 30), 0.5, dtype=torch.float64)
     noise = initial_point(x, ThreatSpec(0.1, 0.01, 1, "normal01"), _generator(0)) - x
     assert noise.abs().max() <= 0.1 + 1e-12
@@ -177,7 +177,7 @@ def test_normal01_start():
 
 
 def test_zero_start():
-    """The natural image, not an alias of it."""
+    """The start is a copy of the natural image."""
     x = _images(2, 3, 4, 4)
     threat = dataclasses.replace(THREAT, init="zero")
     for start in (initial_point(x, threat), apply_noise(x, torch.ones_like(x), threat)):
@@ -186,7 +186,7 @@ def test_zero_start():
 
 @pytest.mark.parametrize("init", INITS)
 def test_start_from_sliced_noise_equals_the_start_of_the_whole(init):
-    """Training draws noise for the global batch and slices it by rank; the images must be those of one process."""
+    """Noise of the global batch, sliced by rank as in training, gives the starts of a single process."""
     x, threat = _images(6, 3, 4, 4), dataclasses.replace(THREAT, init=init)
     whole = initial_point(x, threat, _generator(5))
     noise = start_noise(x.shape, init, x, _generator(5))
@@ -202,9 +202,9 @@ def test_start_from_sliced_noise_equals_the_start_of_the_whole(init):
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("bn", BN_MODES)
 def test_model_is_left_as_it_was(make_net, bn, space, fails):
-    """No gradient, no changed flag, mode, parameter or BatchNorm buffer, also when the attack ends with an error."""
+    """Gradients, flags, modes, parameters and BatchNorm buffers are unchanged, also if the attack raises."""
     net = make_net().train()
-    net.bn.eval()  # somebody froze the statistics
+    net.bn.eval()  # as if the user had frozen its statistics
     net.fc.bias.requires_grad_(False)
     net.conv.weight.grad = torch.ones_like(net.conv.weight)
     before = copy.deepcopy(net)
@@ -233,7 +233,7 @@ def test_model_is_left_as_it_was(make_net, bn, space, fails):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_batch_mode_uses_the_statistics_of_the_batch(make_net, training):
-    """DM_AT attacks with batch statistics, the others with the running ones, whatever mode the model is in."""
+    """`batch` attacks with batch statistics, `eval` with running ones, whatever mode the model is in."""
     net, x = make_net().train(training), _images(4, 3, 8, 8)
     batch, running = copy.deepcopy(net).train()(x), copy.deepcopy(net).eval()(x)
     assert (batch - running).abs().max() > 0.1
@@ -249,7 +249,7 @@ def test_batch_mode_uses_the_statistics_of_the_batch(make_net, training):
 
 
 def test_attack_needs_no_surrounding_gradient(make_net):
-    """Evaluation runs under no_grad; the attack takes its own gradients there."""
+    """Under no_grad, as in evaluation, the attack still computes its gradients."""
     net, x, inner = make_net().eval(), _images(4, 3, 8, 8), _cross_entropy(_labels(4))
     expected = pgd(net, x, inner, THREAT, start=x)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_attack_needs_no_surrounding_gradient(make_net):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_model_is_an_error(make_net, value):
-    """sign(NaN) is 0 and would silently switch the attack off."""
+    """sign(NaN) is 0 and would silently disable the attack."""
     net = make_net().eval()
     with torch.no_grad():
         net.fc.weight[0, 0] = value
@@ -271,7 +271,7 @@ def test_non_finite_model_is_an_error(make_net, value):
 
 
 def test_non_finite_gradient_of_one_step_is_an_error(make_net):
-    """A NaN in the middle of the attack counts, not only in its last step."""
+    """A NaN in any step of the attack is an error, not only in the last."""
     net, calls = make_net().eval(), []
 
     def inner(logits: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ def test_non_finite_gradient_of_one_step_is_an_error(make_net):
 
 
 def test_infinite_loss_with_a_finite_gradient_is_an_error(make_net):
-    """Logits may overflow where the margin's gradient is still +-1; such an attack means nothing."""
+    """If logits overflow, the margin's gradient may still be +-1, but the attack is meaningless."""
     with pytest.raises(FloatingPointError, match="not finite"):
         pgd(make_net().eval(), _images(4, 3, 8, 8), lambda logits: logits.amax(1) + math.inf, THREAT)
 
@@ -304,13 +304,13 @@ def test_infinite_loss_with_a_finite_gradient_is_an_error(make_net):
     ],
 )
 def test_threat_of_the_wrong_unit_or_name_is_refused(arguments, message):
-    """eps: 8 instead of 8/255 and mistyped names end with the way out."""
+    """eps: 8 instead of 8/255, and mistyped names, are refused with the right form."""
     with pytest.raises(UserError, match=message):
         ThreatSpec(**{"eps": 8 / 255, "step": 2 / 255, "num_steps": 10, **arguments})
 
 
-def test_threat_is_frozen_and_honest_by_default():
-    """Values are never changed after they were checked, and pixels are the default space."""
+def test_threat_is_frozen_and_in_pixels_by_default():
+    """A checked spec cannot be changed, and the default space is pixels."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         THREAT.eps = 0.5
     assert (THREAT.init, THREAT.bn, THREAT.space) == ("uniform", "eval", "pixel")
@@ -318,7 +318,7 @@ def test_threat_is_frozen_and_honest_by_default():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_violation_of_the_ball_is_seen(dtype):
-    """Beyond eps, below 0, above 1, NaN: each one pixel among many is noticed."""
+    """A single pixel beyond eps, below 0, above 1 or NaN is detected."""
     x = torch.full((2, 3, 4, 4), 0.5, dtype=dtype)
     assert inside_ball(x, x, 0.0, around=True)
     for value, eps in ((0.5625, 0.06), (0.4375, 0.06), (-0.0078125, 0.9), (1.0078125, 0.9), (math.nan, 0.9)):
@@ -332,7 +332,7 @@ def test_every_violation_of_the_ball_is_seen(dtype):
 
 
 def test_the_ball_is_checked_for_every_result(make_net, monkeypatch):
-    """A projection that goes wrong does not pass unnoticed."""
+    """An attack whose projection is wrong fails its assertion."""
     monkeypatch.setattr("nrat_scale.attacks.project", lambda x_adv, x, eps, norm: x_adv.clamp(0, 1))
     with pytest.raises(AssertionError, match="exceeds eps"):
         pgd(make_net(), _images(4, 3, 8, 8), _cross_entropy(_labels(4)), dataclasses.replace(THREAT, step=0.5))
@@ -342,7 +342,7 @@ def test_the_ball_is_checked_for_every_result(make_net, monkeypatch):
 
 
 def test_released_code_space_is_that_of_the_released_code(make_net):
-    """The loader normalises first; then eps, step and clamp(0, 1) act in normalised units."""
+    """As in that code, images are normalised first; eps, step and clamp(0, 1) then act in normalised units."""
     net, x, y = make_net().eval(), _images(4, 3, 8, 8), _labels(4)
     normalised = (x - net.mean) / net.std
     z = normalised + 0.001 * torch.randn(x.shape, generator=_generator(0), dtype=x.dtype)
@@ -355,15 +355,15 @@ def test_released_code_space_is_that_of_the_released_code(make_net):
         z = torch.min(torch.max(z, normalised - threat.eps), normalised + threat.eps)
         z = torch.clamp(z, 0.0, 1.0)
     torch.testing.assert_close(x_adv, z * net.std + net.mean, rtol=0, atol=1e-12)
-    # What makes its numbers incomparable: nearly all dark pixels are moved to the mean, far outside eps.
+    # Its numbers are not comparable: the clamp moves nearly all dark pixels to the mean, far outside eps.
     assert (x_adv - x).abs().max() > 0.3
-    honest = pgd(net, x, _cross_entropy(y), THREAT, start=x)
-    assert (honest - x).abs().max() <= THREAT.eps + 1e-12
+    pixel = pgd(net, x, _cross_entropy(y), THREAT, start=x)
+    assert (pixel - x).abs().max() <= THREAT.eps + 1e-12
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_released_code_random_start_is_in_its_own_units(make_net, init):
-    """The start, too, is drawn around the normalised image."""
+    """The random start is drawn around the normalised image too."""
     net, x = make_net().eval(), _images(4, 3, 8, 8)
     threat = dataclasses.replace(THREAT, space="released_code", init=init, num_steps=0)
     _, encode, decode = in_space(net, "released_code")
@@ -374,7 +374,7 @@ def test_released_code_random_start_is_in_its_own_units(make_net, init):
 
 
 def test_released_code_space_needs_the_constants_of_the_model():
-    """Without mean and std in the model there are no normalised units."""
+    """A model without mean and std has no normalised units and is refused."""
     threat = dataclasses.replace(THREAT, space="released_code")
     with pytest.raises(UserError, match="`mean` and `std` buffers"):
         pgd(AnyShape(3), _images(4, 3, 8, 8, dtype=torch.float32), _cross_entropy(_labels(4)), threat)
@@ -385,12 +385,12 @@ def test_released_code_space_needs_the_constants_of_the_model():
 
 @given(st.floats(0, 3, allow_subnormal=False))
 def test_a_printed_radius_parses_to_the_same_number(value):
-    """Printing and parsing lose no bit, whether as a fraction or as a decimal."""
+    """fraction_text and parse_fraction are exact inverses."""
     assert parse_fraction(fraction_text(value)) == value
 
 
 def test_multiples_of_a_grey_level_are_printed_as_fractions():
-    """8/255 is printed as such; other numbers, and whole ones, as decimals."""
+    """8/255 is printed as a fraction, other numbers as decimals."""
     assert [fraction_text(value) for value in (8 / 255, 128 / 255, 0.3, 0.0, 1.0, 0.0314)] == [
         "8/255", "128/255", "0.3", "0.0", "1.0", "0.0314",
     ]  # fmt: skip

@@ -101,16 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = TargetOptions(checkpoints=("best",), arch=given.source_arch)
         (source,) = find_targets(given.transfer_from, options).targets
         source = replace(source, label=Path(given.transfer_from).name)
-    request = Request(
-        given.attacks,
-        request_threat(given.what, found.threat, given.norm, given.eps, given.step),
-        given.images,
-        given.aa_images,
-        given.batch_size,
-        given.seed,
-        source,
-        given.drop_broken,
-    )
+    threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
+    counts = given.images, given.aa_images, given.batch_size
+    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken)
     out = given.out or found.results
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")

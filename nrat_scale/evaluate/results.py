@@ -6,7 +6,6 @@ results.npz                                             <label>/<attack>/ids int
 """
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import shutil
@@ -14,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +136,14 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
 
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
     """The content of results.json before the first measurement."""
+    packages = ("torch", "timm", autoattack_package())
+    facts = {"fingerprint": shards.fingerprint, "dataset": shards.dataset, "num_images": len(shards)}
     return {
         "format": FORMAT,
         "version": 1,
-        "data": {
-            "folder": Path(shards.folder).name,
-            "fingerprint": shards.fingerprint,
-            "dataset": shards.dataset,
-            "num_images": len(shards),
-        },
+        "data": {"folder": Path(shards.folder).name, **facts},
         "threat": {"norm": threat.norm, "eps": threat.eps, "step": threat.step, "space": threat.space},
-        "versions": {
-            "nrat_scale": nrat_scale.__version__,
-            **{name: importlib.metadata.version(name) for name in ("torch", "timm", autoattack_package())},
-        },
+        "versions": {"nrat_scale": nrat_scale.__version__, **{name: version(name) for name in packages}},
         "checkpoints": {},
     }
 

@@ -140,26 +140,17 @@ class _Evaluation:
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
         mine: dict[int, FinishedBlock] = {}
-        with tqdm(
-            total=len(images),
-            initial=sum(len(wanted[first]) for first in done),
-            desc=f"{target.label} {attack.name}",
-            unit="img",
-            disable=not state.is_main_process,
-            leave=False,
-        ) as bar:
+        source = None if request.source is None else request.source.model
+        counts = {"total": len(images), "initial": sum(len(wanted[first]) for first in done), "unit": "img"}
+        title = f"{target.label} {attack.name}"
+        with tqdm(desc=title, disable=not state.is_main_process, leave=False, **counts) as bar:
             for first in missing[state.process_index :: state.num_processes]:
                 rows, began, warnings = wanted[first], time.perf_counter(), list[str]()
+                options = {"seed": request.seed, "running": bar.set_postfix_str, "warn": warnings.append}
+                broken = None if skipped is None else skipped[rows]
+                block = images.take(rows)
                 right = block_outcome(
-                    attack,
-                    target.model,
-                    images.take(rows),
-                    request.threat,
-                    seed=request.seed,
-                    source=None if request.source is None else request.source.model,
-                    broken=None if skipped is None else skipped[rows],
-                    running=bar.set_postfix_str,
-                    warn=warnings.append,
+                    attack, target.model, block, request.threat, source=source, broken=broken, **options
                 )
                 mine[first] = FinishedBlock(right, time.perf_counter() - began, warnings)
                 log.write(first, mine[first])

@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -98,8 +99,10 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
         outcomes: by the attack's name; only attacks on the model itself that ran on every image (no transfer attacks, none
             that skipped what others broke).
     """
-    attacks = {name: parse_attack(name) for name in outcomes}
-    flags = []
+    attacks, flags = {}, []
+    for name in outcomes:
+        with suppress(UserError):  # of an attack that another version had
+            attacks[name] = parse_attack(name)
     for strong, weak in ((one, other) for one in attacks for other in attacks if one != other):
         n, left, other = _common(outcomes[strong], outcomes[weak])
         if not n:

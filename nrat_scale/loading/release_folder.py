@@ -50,7 +50,7 @@ def verify(folder: Path, *, everything: bool = False) -> None:
         raise UserError(f"The manifest {folder / MANIFEST} is damaged: it lists no files.")
     for name, entry in files.items():
         if (everything or name in (CONFIG, WEIGHTS)) and (mismatch := manifest_mismatch(folder / name, entry)):
-            raise UserError(f"{folder} is damaged: {mismatch}. Fetch or release it again.")
+            raise UserError(f"{folder} differs from its {MANIFEST}: {mismatch}. Fetch or release it again.")
 
 
 def _download(source: str) -> Path:
@@ -71,17 +71,13 @@ def _download(source: str) -> Path:
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 hf_hub_download(repo, name, revision=commit, force_download=True)
     except HFValidationError as error:
-        raise UserError(
-            f"There is no release folder {source}, and the Hub does not allow such a name: {first_line(error)}"
-        ) from error
+        raise UserError(f"There is no folder {source}, and the Hub allows no such name: {first_line(error)}") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"There is no folder {source} here, the Hub cannot be reached, and it is not in the cache either."
+            f"There is no folder {source}, the Hub cannot be reached, and its cache has no copy."
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"There is no folder {source} here and no model {repo} on the Hub (or it is private)."
-        ) from error
+        raise UserError(f"There is no folder {source} and no model {repo} on the Hub (or it is private).") from error
     except RevisionNotFoundError as error:
         raise UserError(f"The model {repo} on the Hub has no revision '{revision}'.") from error
     except EntryNotFoundError as error:

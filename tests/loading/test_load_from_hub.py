@@ -1,4 +1,4 @@
-"""`nrat_scale.load("user/repo")` against a Hub of the tests' own on loopback, in real processes."""
+"""`nrat_scale.load("user/repo")` with the real client against a Hub on loopback, in processes of their own."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def load(source: str, server: SimpleNamespace, home: Path) -> subprocess.Complet
 
 @pytest.fixture
 def released(server: SimpleNamespace) -> SimpleNamespace:
-    """A server with the release someone/robust; its `logits` are what the model gives."""
+    """A server with the release someone/robust; `logits` is the sum of its model's logits."""
     arguments = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 8}), 10, 1, (0.3,), (0.3,))
     torch.manual_seed(0)
     model = create("cnn4", arguments).eval()
@@ -59,7 +59,7 @@ def released(server: SimpleNamespace) -> SimpleNamespace:
 
 
 def test_a_release_loads_from_the_hub(released: SimpleNamespace, tmp_path: Path) -> None:
-    """One line fetches a release, in evaluation mode with the published weights; a missing one is a sentence."""
+    """One line fetches a release, in evaluation mode with the published weights; a missing one ends in a sentence."""
     result = load("someone/robust", released, tmp_path)
     assert result.returncode == 0, result.stderr
     training, total = result.stdout.split()
@@ -83,7 +83,7 @@ run_cli(main)
 """
 
 
-def test_a_model_of_timms_own_comes_with_its_normalisation(server: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_pretrained_timm_model_normalises_its_input(server: SimpleNamespace, tmp_path: Path) -> None:
     """`pretrained` fetches timm's weights and takes [0, 1] images; without the Hub it ends in a sentence."""
     name = "test_resnet.r160_in1k"
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_a_model_of_timms_own_comes_with_its_normalisation(server: SimpleNamespa
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (known.mean, known.std))
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
-    def ask(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "HF_ENDPOINT": server.url,
@@ -105,14 +105,14 @@ def test_a_model_of_timms_own_comes_with_its_normalisation(server: SimpleNamespa
         command = [sys.executable, "-c", PRETRAINED, name]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
-    result = ask(tmp_path / "a")
+    result = run(tmp_path / "a")
     assert result.returncode == 0, result.stderr
     training, num_classes, in_chans, total = result.stdout.split()
     assert (training, int(num_classes), int(in_chans)) == ("False", 1000, 3)
     with torch.no_grad():
         assert float(total) == pytest.approx(net((x - mean) / std).double().sum().item(), rel=1e-4, abs=1e-3)
-    # The client's own word for a Hub that is not there: a refused connection ends alike, after a minute of retries.
-    unreachable = ask(tmp_path / "b", HF_HUB_OFFLINE="1")
+    # HF_HUB_OFFLINE instead of a refused connection, which ends the same way after a minute of retries.
+    unreachable = run(tmp_path / "b", HF_HUB_OFFLINE="1")
     assert unreachable.returncode == 2, unreachable.stderr
     assert f"timm's weights of '{name}' cannot be fetched" in unreachable.stderr
     assert "Traceback" not in unreachable.stderr

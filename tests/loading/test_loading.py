@@ -1,4 +1,4 @@
-"""Weights from strangers: whatever they hold, they load exactly or are refused in a sentence, and never run."""
+"""Weight files and releases load exactly or are refused in a sentence; nothing in them is ever run."""
 
 import json
 import pickle
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nrat_scale.core.errors import UserError
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
+from nrat_scale.loading.release_folder import verify
 from nrat_scale.loading.robustbench import register_robustbench
 from nrat_scale.models import ModelSpec, create, model_arguments
 
@@ -38,11 +39,11 @@ def same(a: nn.Module, b: nn.Module, shape: tuple[int, ...] = (3, 1, 8, 8)) -> b
         return torch.equal(a(x), b(x))
 
 
-# ---- RobustBench's layouts, re-created from names and shapes --------------------------------------------------------
+# ---- RobustBench's layouts, from names and shapes -------------------------------------------------------------------
 
 
 class DMBlock(nn.Module):
-    """A block of the DeepMind WideResNet as RobustBench lays it out."""
+    """A block of the DeepMind WideResNet in RobustBench's layout."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class DMLayout(nn.Module):
 
 
 def test_wide_resnet_weights_go_both_ways(tmp_path: Path) -> None:
-    """Theirs load strictly into ours and ours into theirs, and the logits agree."""
+    """RobustBench's state dict loads strictly into our model and ours into theirs, and the logits agree."""
     torch.manual_seed(1)
     theirs = DMLayout().eval()
     names = json.loads((Path(__file__).parents[1] / "golden" / "wrn28_10_state_names.json").read_text())
@@ -103,8 +104,8 @@ def test_wide_resnet_weights_go_both_ways(tmp_path: Path) -> None:
     back.load_state_dict(ours.state_dict(), strict=True)
 
 
-def test_the_public_robust_resnet_loads_strictly(model: nn.Module) -> None:
-    """AutoAttack's own example model, and the layout it is defined by, give the same logits."""
+def test_the_resnet_in_the_wheel_of_pyautoattack_loads_strictly() -> None:
+    """A standard ResNet-18 in the usual CIFAR layout gives the logits of that layout, written out here."""
     path = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
     ours = load(path, arch="resnet18_cifar", mean=[0.0] * 3, std=[1.0] * 3)
     state = torch.load(path, weights_only=True, map_location="cpu")
@@ -134,7 +135,7 @@ def test_the_public_robust_resnet_loads_strictly(model: nn.Module) -> None:
         torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- files of weights -----------------------------------------------------------------------------------------------
+# ---- weight files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_the_public_robust_resnet_loads_strictly(model: nn.Module) -> None:
     ],
 )  # fmt: skip
 def test_the_usual_wrappings(model: nn.Module, tmp_path: Path, wrap: Any) -> None:
-    """DataParallel, Lightning-like containers and normalising Sequentials; saved constants count, given ones before them."""
+    """Prefixes, containers and normalising Sequentials are unwrapped; given constants take precedence over saved ones."""
     content = wrap(dict(model.state_dict()))
     torch.save(content, tmp_path / "w.pt")
     holds = any("mean" in name or "mu" in name for name in content)
@@ -158,8 +159,8 @@ def test_the_usual_wrappings(model: nn.Module, tmp_path: Path, wrap: Any) -> Non
     assert not same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.1], std=[0.2]), model)
 
 
-def test_a_safetensors_file_and_other_numbers_of_classes(tmp_path: Path) -> None:
-    """num_classes and in_chans are those of the tensors."""
+def test_classes_and_channels_follow_from_a_safetensors_file(tmp_path: Path) -> None:
+    """num_classes and in_chans are inferred from the shapes."""
     net = create("cnn4", {"num_classes": 7, "in_chans": 2, "mean": [0.5, 0.5], "std": [0.5, 0.5]})
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     loaded = load(tmp_path / "w.safetensors", arch="cnn4")
@@ -167,10 +168,8 @@ def test_a_safetensors_file_and_other_numbers_of_classes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("extra", [{"acc": torch.tensor(0.5)}, {"epoch": 3, "best_acc": 0.5}])
-def test_what_a_training_script_saves_beside_the_weights(
-    model: nn.Module, tmp_path: Path, extra: dict[str, Any]
-) -> None:
-    """An accuracy saved as a tensor does not hide the state dict; two state dicts are both named, and none is chosen."""
+def test_values_beside_the_state_dict(model: nn.Module, tmp_path: Path, extra: dict[str, Any]) -> None:
+    """An accuracy saved as a tensor does not hide the state dict; of two state dicts none is chosen, and both are named."""
     state = dict(model.state_dict())
     torch.save({"net": state, **extra}, tmp_path / "w.pt")
     assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
@@ -179,8 +178,8 @@ def test_what_a_training_script_saves_beside_the_weights(
         load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
 
 
-def test_two_normalisations_are_not_chosen_between(model: nn.Module, tmp_path: Path) -> None:
-    """A normalising Sequential around a model with constants of its own: an error that shows both, unless the caller says."""
+def test_two_normalisations_are_refused(model: nn.Module, tmp_path: Path) -> None:
+    """The error shows the constants of both, unless the caller gives some."""
     constants = {f"{at}.{name}": torch.tensor([v]) for at, v in ((0, 0.5), (1, 0.25)) for name in ("mean", "std")}
     torch.save({**{f"1.{key}": value for key, value in model.state_dict().items()}, **constants}, tmp_path / "w.pt")
     arguments = {"arch": "cnn4", "width": 4, "hidden": 8}
@@ -190,8 +189,8 @@ def test_two_normalisations_are_not_chosen_between(model: nn.Module, tmp_path: P
 
 
 @pytest.mark.parametrize("how", ["given", "saved", "timm's"])
-def test_a_file_for_a_model_of_timms_takes_pixels_too(tmp_path: Path, how: str) -> None:
-    """timm's models do not normalise by themselves: given, saved or timm's own constants are put before them."""
+def test_a_weight_file_of_a_timm_model_takes_pixels(tmp_path: Path, how: str) -> None:
+    """timm's models do not normalise their input: given, saved or timm's constants are applied first."""
     net = timm.create_model("resnet10t", num_classes=4).eval()
     mean, std = (
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if how == "timm's" else ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
@@ -214,7 +213,7 @@ def test_a_file_for_a_model_of_timms_takes_pixels_too(tmp_path: Path, how: str) 
 def test_damaged_files_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, zipped: bool, changes: list[tuple[int, int]]
 ) -> None:
-    """Whatever torch raises on changed bytes (KeyError, IndexError, ...) ends as one sentence."""
+    """Whatever torch raises on changed bytes (KeyError, IndexError, ...) becomes one sentence."""
     path = tmp_path_factory.mktemp("w") / "w.pt"
     torch.save(create("cnn4", ARGUMENTS).state_dict(), path, _use_new_zipfile_serialization=zipped)
     data = bytearray(path.read_bytes())
@@ -230,7 +229,7 @@ def test_damaged_files_are_refused_or_read(
 
 
 def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_path: Path) -> None:
-    """Line ends and escape sequences in the names of tensors, of containers and of the architecture are shown, not obeyed."""
+    """Line ends and escape sequences in names of tensors, containers, arguments and architectures are escaped."""
     evil = "\x1b[2J\nerror: all is well" + "x" * 500
     torch.save({**model.state_dict(), evil: torch.zeros(1)}, tmp_path / "a.pt")
     torch.save({evil: {}}, tmp_path / "b.pt")
@@ -249,7 +248,7 @@ def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_pa
 
 @pytest.mark.parametrize("opcodes", [b"\x80\x02h\x07.", b"\x80\x02e.", b"\x80\x02(Rq\x00."])
 def test_broken_pickles_are_refused(tmp_path: Path, opcodes: bytes) -> None:
-    """A value that was never stored, and operations on an empty stack: torch ends in KeyError and IndexError."""
+    """A value that was never stored, or an operation on an empty stack, makes torch raise KeyError or IndexError."""
     (tmp_path / "w.pt").write_bytes(opcodes)
     with pytest.raises(UserError, match=r"cannot be read|is not opened"):
         load(tmp_path / "w.pt", arch="cnn4")
@@ -275,8 +274,8 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
-    """Missing and foreign tensors, other shapes, unknown architectures, options in the wrong place."""
+def test_differences_are_named(model: nn.Module, tmp_path: Path) -> None:
+    """Missing and additional tensors, other shapes, unknown architectures, options that do not apply."""
     state = dict(model.state_dict())
     state["extra"] = state.pop("classifier.bias")
     torch.save(state, tmp_path / "w.pt")
@@ -300,7 +299,7 @@ def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
         pretrained("wrn28_10_silu")
 
 
-# ---- releases that lie ----------------------------------------------------------------------------------------------
+# ---- releases -------------------------------------------------------------------------------------------------------
 
 
 def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
@@ -309,6 +308,19 @@ def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
     config = {"architecture": "cnn4", "num_classes": 10, "model_args": ARGUMENTS}
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return folder
+
+
+def test_a_release_of_an_earlier_version_loads() -> None:
+    """A release that abbf399 wrote matches its manifest and has the logits of the run's weights that it was made from."""
+    golden = Path(__file__).parents[1] / "golden" / "abbf399"
+    verify(golden / "release", everything=True)
+    arguments = json.loads((golden / "run" / "model.json").read_text())["model_args"]
+    for checkpoint in (golden / "run" / "checkpoints").glob("step-*"):
+        if (checkpoint / "ema.safetensors").read_bytes() == (golden / "release" / "model.safetensors").read_bytes():
+            weights = checkpoint / "ema.safetensors"
+    constants = {name: arguments.pop(name) for name in ("mean", "std")}
+    file = load(weights, arch="cnn4", **constants, **arguments)
+    assert same(load(golden / "release"), file, (3, 1, 16, 16))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +335,10 @@ def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
         ({"model_args": {**ARGUMENTS, "padding": "x" * (1 << 20)}}, "no configuration is that large"),
     ],
 )
-def test_a_configuration_that_asks_too_much(
+def test_a_configuration_with_huge_arguments_is_refused(
     model: nn.Module, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    """Refused before anything of that size is allocated (50,000 channels would be 90 GB)."""
+    """The error comes before anything of that size is allocated (50,000 channels would be 90 GB)."""
     with pytest.raises(UserError, match=message):
         load(write_release(tmp_path / "r", model, **changes))
 
@@ -345,17 +357,17 @@ def test_a_configuration_that_asks_too_much(
         ("wrn28_10", {"width": 0}, "factor of 1 or more"),
     ],
 )
-def test_a_configuration_for_other_models_of_timms(
+def test_a_harmful_configuration_of_a_timm_model_is_refused(
     model: nn.Module, tmp_path: Path, architecture: str, arguments: dict[str, Any], message: str
 ) -> None:
-    """Millions of layers, a device that would allocate, words that the constructor does not know: refused at once."""
+    """Millions of layers, a device that would allocate, values that the constructor does not know."""
     with pytest.raises(UserError, match=message) as caught:
         load(write_release(tmp_path / "r", model, architecture=architecture, model_args=arguments))
     assert "\n" not in str(caught.value)
 
 
-def test_a_mask_that_is_not_saved_is_bounded_too(tmp_path: Path) -> None:
-    """The attention mask of Swin grows with the image size, but no name or shape in the file does: 55 GB here."""
+def test_the_size_of_unsaved_buffers_is_bounded(tmp_path: Path) -> None:
+    """The attention mask of Swin grows with the image size (to 55 GB here), but no shape in the file does."""
     arguments = {"num_classes": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "img_size": 56}
     net = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
     changes = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 2}
@@ -364,8 +376,8 @@ def test_a_mask_that_is_not_saved_is_bounded_too(tmp_path: Path) -> None:
         load(write_release(tmp_path / "r", net, model_args={**arguments, "img_size": 2**16}, **changes))
 
 
-def test_a_release_of_a_model_of_timms_takes_pixels_too(tmp_path: Path) -> None:
-    """What timm's own repositories hold: the constants of pretrained_cfg are put before the model."""
+def test_a_release_of_a_timm_model_takes_pixels(tmp_path: Path) -> None:
+    """The constants of `pretrained_cfg`, as timm's own repositories have them, are applied first."""
     net = timm.create_model("test_resnet", num_classes=4).eval()
     cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     changes = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": cfg}
@@ -383,7 +395,7 @@ def test_a_release_of_a_model_of_timms_takes_pixels_too(tmp_path: Path) -> None:
 def test_damaged_weights_are_refused_or_the_same(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int
 ) -> None:
-    """One byte of the header changed and the end cut off: a sentence, or exactly the tensors that are there; never a crash."""
+    """One changed byte of the header or a truncated file ends in a sentence, or in the same tensors; never in a crash."""
     torch.manual_seed(0)
     net = create("cnn4", ARGUMENTS).eval()
     folder = write_release(tmp_path_factory.mktemp("r"), net)
@@ -401,8 +413,8 @@ def test_damaged_weights_are_refused_or_the_same(
     assert sentence or not cut
 
 
-def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
-    """Sizes that do not add up, and a header longer than the file."""
+def test_a_wrong_safetensors_header_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    """A header longer than the file, sizes that do not add up, impossible shapes, other types."""
     path = write_release(tmp_path / "r", model) / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
@@ -429,7 +441,7 @@ def test_a_header_that_lies(model: nn.Module, tmp_path: Path) -> None:
 def test_only_what_robustbench_asks_for_is_registered(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its data sets and threat models; a folder stays the same folder when the working directory changes."""
+    """Other data sets and threat models are refused; a relative folder still loads after a change of directory."""
     for dataset, threat_model in (
         ("cifar-10", "Linf"),
         ("mnist", "Linf"),
@@ -443,7 +455,9 @@ def test_only_what_robustbench_asks_for_is_registered(
     name = register_robustbench("r", "Relative-Folder")
     assert name == register_robustbench(tmp_path / "r", "relative_folder") == "relative_folder_cifar10_linf"
     monkeypatch.chdir("/")
-    ask = partial(timm.create_model, name, num_classes=10, pretrained=True, checkpoint_path="")  # as RobustBench does
+    ask = partial(
+        timm.create_model, name, num_classes=10, pretrained=True, checkpoint_path=""
+    )  # as RobustBench calls it
     assert same(ask().eval(), model)
     with pytest.raises(UserError, match="takes no in_chans"):
         ask(in_chans=3)

@@ -1,0 +1,35 @@
+"""Intervals and the worst case."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nrat_scale.evaluate.statistics import wilson, worst_case
+
+
+def test_wilson_known_values() -> None:
+    """Textbook values, also at 0 and 1, where the normal approximation collapses."""
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_contains_the_estimate(counts: tuple[int, int]) -> None:
+    """0 <= low <= correct / n <= high <= 1."""
+    low, high = wilson(*counts)
+    p = counts[0] / counts[1]
+    assert 0 <= low <= p + 1e-12
+    assert p - 1e-12 <= high <= 1
+
+
+def test_the_worst_case_is_over_common_images() -> None:
+    """An image counts if every attack saw it and none broke it, in whatever order the ids are; one attack has no worst case."""
+    one = np.array([3, 1, 2]), np.array([True, True, False])
+    other = np.array([1, 3, 7]), np.array([False, True, True])
+    record = worst_case({"pgd20": one, "cw20": other})
+    assert record is not None
+    assert (record["attacks"], record["correct"], record["n"]) == (["cw20", "pgd20"], 1, 2)
+    assert worst_case({"pgd20": one}) is None
+    assert worst_case({"pgd20": one, "aa": (np.array([9]), np.array([True]))}) is None
