@@ -59,24 +59,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return kind
 
     feed = add(
-        "data", lambda work, o: data(work, o.images, o.rounds), "batches of 358 generated and 154 real images", 3
+        "data",
+        lambda work, given: data(work, given.images, given.rounds),
+        "batches of 358 generated and 154 real images",
+        3,
     )
     feed.add_argument("--images", type=int, default=200_000, help="generated images (default: %(default)s)")
-    add("plan", lambda work, o: plan(work), "an index of 50 million images")
-    conversion = add("convert", lambda work, o: convert(work, o.images), "npz -> shards")
+    add("plan", lambda work, given: plan(work), "an index of 50 million images")
+    conversion = add("convert", lambda work, given: convert(work, given.images), "npz -> shards")
     conversion.add_argument("--images", type=int, default=1_000_000, help="images (default: %(default)s)")
     steps = add(
         "step",
-        lambda work, o: step(work, o.models, o.rounds, dict(zip(o.models, o.batch, strict=True))),
+        lambda work, given: step(work, given.models, given.rounds, dict(zip(given.models, given.batch, strict=True))),
         "the training step",
         10,
     )
     steps.add_argument("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
     steps.add_argument("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
-    low = add("precision", lambda work, o: precision(work, o.steps), "attacks in low precision")
+    low = add("precision", lambda work, given: precision(work, given.steps), "attacks in low precision")
     low.add_argument("--steps", type=int, default=40, help="training steps before (default: %(default)s)")
-    add("processes", lambda work, o: processes(work, o.rounds), "one process and two", 3)
-    long = add("soak", lambda work, o: soak(work, o.minutes), "memory, descriptors and threads over time")
+    add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
+    long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
     return parser.parse_args(argv)
 

@@ -136,11 +136,7 @@ def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, f
     """One step in float64: pixels of x_adv that differ from the textbook's, and the relative difference of the loss."""
     ours = Ours(work, model, objective, batch, "precision=fp64", f"threat.bn={STEPPED[objective]}")
     part, textbook = ours.first_part(), ours.textbook()
-    natural = None
-    if ours.state.recipe.threat.bn == "batch":
-        with torch.no_grad():
-            natural = ours.state.attack_model.forward(part.x)
-    x_adv = attacked(ours.state, part, natural).x_adv
+    x_adv = attacked(ours.state, part).x_adv
     expected, loss = textbook.step(part.x.contiguous(), part.y, part.noise.contiguous())
     ours.step()
     assert x_adv is not None
