@@ -62,3 +62,12 @@ def test_a_failure_ends_a_run_that_asked_for_it(
     compiling.compile_models(state)
     assert "warning: torch.compile cannot compile the model (no C compiler found)" in capsys.readouterr().out
     assert state.attack_model.forward is state.attack_model.module and state.base._compiled_call_impl is None
+
+
+def test_stored_recipes_load(recipe_path: Path) -> None:
+    """Older recipes hold a boolean; no value changes the identity, and others are refused."""
+    recipes = [load_recipe(recipe_path, [f"train.compile={value}"]) for value in ("true", "false", "auto")]
+    assert [recipe.train.compile for recipe in recipes] == [True, False, "auto"]
+    assert len({recipe.identity for recipe in recipes}) == 1
+    with pytest.raises(UserError, match=r"train\.compile is 'maybe'; it must be auto, true or false"):
+        load_recipe(recipe_path, ["train.compile=maybe"])
