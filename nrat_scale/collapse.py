@@ -14,7 +14,7 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 
 ACTIONS = ("warn", "stop", "rewind", "none")
-ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 where training collapses"
+ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
 
 
 _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints

@@ -60,8 +60,8 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
 def test_epochs_are_put_aside_for_a_release(
     recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every epoch that the recipe asks for and no other, the evaluated weights of its end, once, whatever was interrupted; if
-    that is not possible the run says so and ends like any other."""
+    """The evaluated weights at the end of every epoch that the recipe names, once, also after an interruption. If they
+    cannot be copied, the run prints a warning and continues."""
     aside = ["release.every_epochs=1", "train.keep=1"]
     whole = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'whole'}", *aside]))
     epochs = load_recipe(whole / "recipe.yaml").train.epochs
