@@ -1,7 +1,7 @@
 # make quickstart   set up, then the whole story on real digits, without a download
 # make test         set up, then all tests
 # make lint         ruff and mypy, as CI runs them
-# make faults       break training at random in every way that we know, and count what was lost (docs/reliability.md)
+# make faults       kill, stop and damage training at random, and count what was lost (docs/reliability.md)
 # make bench-step   the benchmarks of the training step (docs/benchmarks.md)
 # make bench-data   the benchmarks of the data plane (docs/benchmarks.md)
 # make setup        only .venv with everything the tests, benchmarks and linters need
@@ -29,17 +29,17 @@ lint: setup
 	$(BIN)/mypy
 
 faults: setup
-	python tools/faults.py
+	python tools/faults
 
 bench-step: setup
-	python tools/bench.py step
-	python tools/bench.py precision
-	python tools/bench.py processes
+	python tools/bench step
+	python tools/bench precision
+	python tools/bench processes
 
 bench-data: setup
-	python tools/bench.py data
-	python tools/bench.py plan
-	python tools/bench.py convert
+	python tools/bench data
+	python tools/bench plan
+	python tools/bench convert
 
 # ---- quickstart: the same commands as in the README, each skipped where its result is there -------------------------
 

@@ -1,7 +1,7 @@
-"""The threat model and the one projected-gradient loop that training, validation and evaluation share.
+"""The threat model, the one PGD loop that training, validation and evaluation share, and how a radius is written.
 
-Pixels are in [0, 1] and normalisation is inside the model. `threat.space: released_code` repeats what the paper's
-released code does instead (eps and the clamp to [0, 1] in *normalised* units) for comparison; it is never a default.
+Pixels are in [0, 1]; the model normalises them itself. `threat.space: released_code` reproduces the paper's released code,
+which applies eps and the clamp to [0, 1] in *normalised* units. It exists for comparison and is never a default.
 """
 
 import math
@@ -17,29 +17,34 @@ from nrat_scale.core.modes import BN_MODES, attack_mode, frozen
 Model = Callable[[Tensor], Tensor]
 Inner = Callable[[Tensor], Tensor]
 
-NORMS = ("linf", "l2")
+NORMS = {"linf": "l_inf", "l2": "l_2"}  # name in recipes -> in text
+AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack and RobustBench write them
 INITS = ("zero", "normal", "uniform", "normal01")
 SPACES = ("pixel", "released_code")
-# One float32 rounding of x + eps and of the subtraction that checks it: pixels are at most 1.
+RELEASED_CODE_WARNING = (  # the one wording for reports, cards and results
+    "threat.space is 'released_code': eps and the clamp to [0, 1] apply to normalised pixels, which is a different threat "
+    "model. These numbers are not comparable with RobustBench."
+)
+# Float32 rounding of x + eps, and of the difference that is compared with eps; pixels are at most 1.
 _BALL_TOLERANCE = 2.0**-23
 
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """An l_inf or l_2 threat and how it is searched.
+    """A perturbation set (l_inf or l_2 ball) and the PGD attack that searches it.
 
     Attributes:
         eps: radius as a fraction of the pixel range (recipes may write `8/255`); in l_2 the norm of the whole perturbation.
         step: step length in the same unit and norm.
         num_steps: gradient steps.
-        init: `zero`; `normal` = x + 0.001 N(0, 1); `uniform` = x + U(-eps, eps), clamped (in l_2: of length eps in the
-            direction of such noise); `normal01` = x + N(0, 1), projected.
-        bn: BatchNorm while attacking: `eval`, or `batch` (batch statistics, running ones untouched).
+        init: `zero`; `normal` = x + 0.001 N(0, 1); `uniform` = x + U(-eps, eps), clamped (in l_2: scaled to length eps);
+            `normal01` = x + N(0, 1), projected.
+        bn: BatchNorm during the attack: `eval`, or `batch` (batch statistics; running statistics unchanged).
         space: `pixel`, or `released_code` (l_inf only).
         norm: `linf` or `l2`.
 
     Raises:
-        UserError: a value out of range or of the wrong unit.
+        UserError: a value is out of range or in the wrong unit.
     """
 
     eps: float
@@ -84,15 +89,15 @@ def pgd(
     The direction is sign(grad) in l_inf and grad / ||grad||_2 in l_2.
 
     Args:
-        model: maps [0, 1] images to logits [B, K]. Its parameters are frozen meanwhile; modes are restored.
+        model: maps [0, 1] images to logits [B, K]. Its parameters are frozen during the attack; modes are restored.
         x: natural images [B, C, H, W] in [0, 1], float32 or float64.
-        inner: adversarial logits [B, K] -> what the attack maximises [B].
+        inner: maps adversarial logits [B, K] to the loss [B] that the attack maximises.
         threat: radius, step, number of steps, start, BatchNorm mode, space.
-        start: where to begin, shaped like `x`, instead of `threat.init`.
-        generator: of the random start, on the device of `x`.
+        start: starting point, shaped like `x`, instead of `threat.init`.
+        generator: for the random start, on the device of `x`.
 
     Returns:
-        x_adv, shaped like `x`, without gradient: finite, in [0, 1] and within eps of `x` (asserted in float32).
+        x_adv, shaped like `x`, detached: finite, in [0, 1] and within eps of `x` (asserted in float32).
 
     Raises:
         FloatingPointError: the attack's loss or gradient is not finite (sign(NaN) is 0 and would silently stop it).
@@ -113,13 +118,13 @@ def pgd(
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, nothing of it read by the host yet.
+    """The result of `search`, as tensors on the device.
 
     Attributes:
-        x_adv: shaped like the images, without gradient.
-        finite: bool scalar: every loss and gradient on the way was.
-        inside: bool scalar: `x_adv` is finite, in [0, 1] and within eps of the images. Only a bug can make it false
-            where `finite` holds.
+        x_adv: shaped like the images, detached.
+        finite: bool scalar: every loss and gradient was finite.
+        inside: bool scalar: `x_adv` is finite, in [0, 1] and within eps of the images. If `finite` holds, only a bug can
+            make it false.
     """
 
     x_adv: Tensor
@@ -130,13 +135,13 @@ class Found:
 def search(
     model: Model, x: Tensor, inner: Inner, threat: ThreatSpec, start: Tensor, first_model: Model | None = None
 ) -> Found:
-    """The loop of `pgd` from `start`, without a word to the host: on a GPU nothing waits.
+    """The PGD loop from `start`, without a CPU-GPU sync point.
 
     Args:
-        model: maps images to logits; whose parameters need no gradient, and whose modes are the attack's already.
+        model: maps images to logits; the caller has frozen its parameters and set its mode.
         x, inner, threat, start: see `pgd`.
-        first_model: computes the first step instead, in higher precision: where start and image are almost equal the
-            gradient of a divergence is the difference of two almost equal outputs, in bf16 rounding noise.
+        first_model: computes the first step in higher precision. Close to `x` the gradient of a divergence is a difference
+            of two almost equal outputs: in bf16 that is rounding noise.
     """
     x_adv = start.detach().clone()
     finite = torch.ones((), dtype=torch.bool, device=x.device)
@@ -144,7 +149,7 @@ def search(
         x_adv.requires_grad_(True)
         with torch.enable_grad():
             objective = inner((first_model if first_model is not None and number == 0 else model)(x_adv))
-            # The sum has the same gradient sign as the mean and does not underflow in half precision.
+            # Sum, not mean: the direction is the same and does not underflow in half precision.
             (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
         finite &= gradient.isfinite().all() & objective.isfinite().all()
         x_adv = project(x_adv.detach() + threat.step * _direction(gradient, threat.norm), x, threat.eps, threat.norm)
@@ -155,11 +160,8 @@ def search(
 
 
 def initial_point(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
-    """The random start named by `threat.init`, shaped like `x`."""
-    if threat.init == "zero":
-        return x.clone()
-    noise = start_noise(x.shape, threat.init, x, generator)
-    return apply_noise(x, noise, threat)
+    """The starting point named by `threat.init`, shaped like `x`."""
+    return apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
 
 
 def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -172,18 +174,18 @@ def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Gen
 
 
 def apply_noise(x: Tensor, noise: Tensor, threat: ThreatSpec) -> Tensor:
-    """The start that `threat.init` makes of unit `noise` (shaped like `x`)."""
+    """The starting point that `threat.init` makes from unit `noise` (shaped like `x`)."""
     if threat.init == "zero":
         return x.clone()
     if threat.init == "uniform":
         return (x + threat.eps * (noise if threat.norm == "linf" else noise / _lengths(noise))).clamp(0, 1)
     if threat.init == "normal":
-        return x + 0.001 * noise  # not clamped, as in TRADES: the first projection does it
+        return x + 0.001 * noise  # not clamped, as in TRADES: the first projection clamps
     return project(x + noise, x, threat.eps, threat.norm)
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
-    """Onto the ball of radius `eps` around `x`, then onto [0, 1], which brings it no farther from `x`."""
+    """Project onto the ball of radius `eps` around `x`, then onto [0, 1], which does not increase the distance to `x`."""
     if norm == "linf":
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
     delta = x_adv - x
@@ -193,25 +195,25 @@ def project(x_adv: Tensor, x: Tensor, eps: float, norm: str = "linf") -> Tensor:
 def _direction(gradient: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return gradient.sign()
-    # Scaled by its largest entry first: the square of a small gradient underflows.
+    # Divide by the largest entry first: squares of small gradients underflow.
     largest = gradient.abs().amax((-3, -2, -1), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
     return gradient / largest / _lengths(gradient / largest)
 
 
 def _lengths(delta: Tensor) -> Tensor:
-    """The l_2 norm of each image [B, 1, 1, 1], or of one image [C, H, W]; tiny instead of 0, so that it can divide."""
+    """The l_2 norm of each image [B, 1, 1, 1], or of one image [C, H, W]; at least the smallest normal number, not 0."""
     return torch.linalg.vector_norm(delta, dim=(-3, -2, -1), keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
 
 
 def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool, norm: str = "linf") -> Tensor:
-    """Whether `x_adv` is finite, in [0, 1] and (`around`) within `eps` of `x`, in at least float32: bool scalar."""
-    x_adv, x = (t if t.dtype == torch.float64 else t.float() for t in (x_adv, x))
+    """Whether `x_adv` is finite, in [0, 1] and (if `around`) within `eps` of `x`; compared in float32 or float64: bool scalar."""
+    x_adv, x = (images if images.dtype == torch.float64 else images.float() for images in (x_adv, x))
     inside = ((x_adv >= 0) & (x_adv <= 1)).all()  # false for NaN
     if not around:
         return inside
     if norm == "linf":
         return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all()
-    # Each coordinate of the difference is rounded once; the worst case adds up like the lengths of orthogonal sides.
+    # Each of the coordinates is off by at most one rounding, so the norm by at most sqrt(coordinates) roundings.
     slack = eps * 2.0**-20 + _BALL_TOLERANCE * math.sqrt(x[0].numel())
     return inside & (_lengths(x_adv - x) <= eps + slack).all()
 
@@ -219,10 +221,10 @@ def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool, norm: str
 def in_space(
     model: nn.Module, space: str, forward: Model | None = None
 ) -> tuple[Model, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The model, and the maps from pixels and back, of a threat space.
+    """The model in the coordinates of a threat space, with the maps from pixels to these coordinates and back.
 
-    `pixel`: everything as it is. `released_code`: coordinates are (x - mean) / std with the constants of the model, and
-    the model undoes that before it normalises by itself; eps and the clamp to [0, 1] then act as in that code.
+    `pixel`: identities. `released_code`: coordinates are (x - mean) / std with the model's constants, so that eps and the
+    clamp to [0, 1] act as in that code; the returned model maps back to pixels first.
 
     Args:
         forward: called instead of `model`, for instance under autocast.
@@ -235,8 +237,41 @@ def in_space(
         raise UserError(
             "threat.space 'released_code' needs a model with `mean` and `std` buffers (all of ours have them)."
         )
-    return (
-        lambda z: forward(z * std.to(z.dtype) + mean.to(z.dtype)),
-        lambda x: (x - mean.to(x.dtype)) / std.to(x.dtype),
-        lambda z: z * std.to(z.dtype) + mean.to(z.dtype),
-    )
+
+    def encode(pixels: Tensor) -> Tensor:
+        return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
+
+    def decode(normalised: Tensor) -> Tensor:
+        return normalised * std.to(normalised.dtype) + mean.to(normalised.dtype)
+
+    return lambda normalised: forward(decode(normalised)), encode, decode
+
+
+# ---- how a radius is written ----------------------------------------------------------------------------------------
+
+
+def parse_fraction(text: str) -> float:
+    """The number that `8/255` or `0.03` writes.
+
+    Raises:
+        ValueError: anything else, or not finite.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"'{text}' is not a number; write 8/255 or 0.03.")
+    return value
+
+
+def fraction_text(value: float) -> str:
+    """`8/255` if `value` is exactly that, else its shortest decimal; `parse_fraction` reads back the same number."""
+    levels = round(value * 255)
+    return f"{levels}/255" if levels % 255 and levels / 255 == value else repr(float(value))
+
+
+def threat_text(norm: str, eps: float) -> str:
+    """A threat model in text: `l_inf, eps = 8/255`."""
+    return f"{NORMS.get(norm, norm)}, eps = {fraction_text(eps)}"

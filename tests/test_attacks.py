@@ -15,12 +15,15 @@ from nrat_scale.attacks import (
     SPACES,
     ThreatSpec,
     apply_noise,
+    fraction_text,
     in_space,
     initial_point,
     inside_ball,
+    parse_fraction,
     pgd,
     project,
     start_noise,
+    threat_text,
 )
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import BN_MODES
@@ -375,3 +378,28 @@ def test_released_code_space_needs_the_constants_of_the_model():
     threat = dataclasses.replace(THREAT, space="released_code")
     with pytest.raises(UserError, match="`mean` and `std` buffers"):
         pgd(AnyShape(3), _images(4, 3, 8, 8, dtype=torch.float32), _cross_entropy(_labels(4)), threat)
+
+
+# ---- how a radius is written ----------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 3, allow_subnormal=False))
+def test_a_printed_radius_parses_to_the_same_number(value):
+    """Printing and parsing lose no bit, whether as a fraction or as a decimal."""
+    assert parse_fraction(fraction_text(value)) == value
+
+
+def test_multiples_of_a_grey_level_are_printed_as_fractions():
+    """8/255 is printed as such; other numbers, and whole ones, as decimals."""
+    assert [fraction_text(value) for value in (8 / 255, 128 / 255, 0.3, 0.0, 1.0, 0.0314)] == [
+        "8/255", "128/255", "0.3", "0.0", "1.0", "0.0314",
+    ]  # fmt: skip
+    assert threat_text("linf", 8 / 255) == "l_inf, eps = 8/255"
+    assert threat_text("l2", 0.5) == "l_2, eps = 0.5"
+
+
+@pytest.mark.parametrize("text", ["", "8/", "/255", "8/0", "8/2/5", "a/b", "inf", "nan", "eight"])
+def test_text_that_is_not_a_number_is_refused(text):
+    """The error quotes the text and shows both accepted forms."""
+    with pytest.raises(ValueError, match=r"is not a number; write 8/255 or 0\.03"):
+        parse_fraction(text)

@@ -1,11 +1,11 @@
-"""Generated digits for the quickstart: samples of a class-conditional density model, written as an npz like EDM's.
+"""Generate digits for the quickstart: samples of a class-conditional density model, in an npz like EDM's.
 
     python tools/generate_digits.py recipes/quickstart.yaml --out data/digits_generated.npz
-    python tools/shard_dataset.py npz data/digits_generated.npz --dataset digits --out data/digits_generated
+    python -m nrat_scale.prepare npz data/digits_generated.npz --dataset digits --out data/digits_generated
 
-The model is scikit-learn's textbook generator: PCA of the images, then one Gaussian kernel density per class, its
-bandwidth chosen by cross-validation. It is fitted to the clean labels of the recipe's real training images *without*
-the ones that the recipe holds out for validation, so the generated images know nothing of validation or test.
+The model is PCA of the images, then one Gaussian kernel density per class whose bandwidth is chosen by cross-validation.
+It is fitted to the recipe's real training images with their clean labels, *without* the held-out validation images, so
+validation and test stay independent of the generated images.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def generate(
         from sklearn.model_selection import GridSearchCV
         from sklearn.neighbors import KernelDensity
     except ImportError as error:
-        raise UserError("This needs scikit-learn: pip install scikit-learn") from error
+        raise UserError("tools/generate_digits.py needs scikit-learn: pip install scikit-learn") from error
     pixels = images.reshape(len(images), -1).astype(np.float64) / 255
     pca = PCA(n_components=components, random_state=seed).fit(pixels)
     features = pca.transform(pixels)
@@ -55,18 +55,16 @@ def _training_images(shards: ShardSet, held_out: np.ndarray) -> tuple[np.ndarray
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "recipe", help="the recipe that will train on them: names the real shards and the validation split"
-    )
+    parser.add_argument("recipe", help="the recipe to train with: it names the real shards and the validation split")
     parser.add_argument("--out", type=Path, required=True, help="npz file to write (`image`, `label`)")
     parser.add_argument("--per-class", type=int, default=1000)
-    parser.add_argument("--components", type=int, default=20, help="of the PCA (default: %(default)s)")
+    parser.add_argument("--components", type=int, default=20, help="PCA components (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if arguments.per_class < 1 or arguments.components < 1:
         raise UserError("--per-class and --components must be at least 1.")
     if arguments.out.exists():
-        raise UserError(f"{arguments.out} exists already and is never overwritten. Choose another --out, or remove it.")
+        raise UserError(f"{arguments.out} exists and is never overwritten. Choose another --out, or remove it.")
     spec = load_recipe(arguments.recipe).data
     shards = open_shards(str(spec.real.shards), "data.real.shards", commands=[spec.real.prepare or ""])
     shards.verify()
@@ -82,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         temporary.unlink(missing_ok=True)
     print(
         f"{arguments.out}: {len(generated)} images from a density model of {len(images)} real ones "
-        f"({len(held_out)} validation images left out)"
+        f"({len(held_out)} validation images excluded)"
     )
 
 

@@ -2,9 +2,8 @@
 
 import errno
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,35 +15,10 @@ from torch import Tensor
 from nrat_scale.checkpoint.folder import prune, queue_release, write_pointer
 from nrat_scale.checkpoint.format import Checkpoint, json_bytes, save_checkpoint
 from nrat_scale.checkpoint.state import Tensors
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, warn
 
-# What a run outlives: no room, or a disk that fails just now. EFBIG is what a limit on the size of files gives.
-_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-
-
-# ---- saving beside training -----------------------------------------------------------------------------------------
-
-
-def to_host(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
-    """Copies in host memory, complete when this returns: clones, from CUDA into pinned memory, all transfers at once."""
-    copies = {name: {key: _copy(value.detach()) for key, value in values.items()} for name, values in tensors.items()}
-    devices = {value.device for values in tensors.values() for value in values.values() if value.is_cuda}
-    for device in devices:
-        with torch.cuda.device(device):
-            event = torch.cuda.Event()
-            event.record()
-            event.synchronize()
-    return copies
-
-
-def _copy(value: Tensor) -> Tensor:
-    if not value.is_cuda:
-        return value.to("cpu", copy=True)
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-
-
-def _print_warning(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+# Transient errors that must not end a run: disk full, quota exceeded, I/O error, and a limit on the size of files.
+_TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -56,36 +30,38 @@ class _Save:
 
 
 class Saver:
-    """Saves a run's checkpoints beside its training. One process of a run has one, made after `recover`.
+    """Saves the checkpoints of a run while it trains. Create one, on the main process, after `recover`.
 
-    A thread writes, reads back, moves the pointers and removes old checkpoints, in this order. At most one save is under
-    way: the next waits for its end before it copies, so one copy of the tensors is held in host memory.
+    A thread writes the checkpoint, verifies it, moves the pointers and removes old checkpoints, in this order. At most one
+    save is in progress: the next waits for it before it copies, so host memory holds one copy of the tensors.
 
-    A save that finds no room (or a disk that fails: ENOSPC, EDQUOT, EIO, EFBIG) does not end the run: it is told to
-    `warn`, and the checkpoints and pointers from before stay. If it was a best one its copy is kept, and written before
-    the next save: else the selected weights would be lost. Everything else is raised by the next `save` or `wait`.
+    A save that fails with ENOSPC, EDQUOT, EIO or EFBIG does not end the run: `warn` gets a sentence, and earlier checkpoints
+    and pointers stay. If it was a best checkpoint, its copy is kept in memory and written before the next save; otherwise
+    the selected weights would be lost. The next `save` or `wait` raises any other error.
 
-    As a context manager it waits at the end; an error of the block goes before one of the thread.
+    As a context manager it waits at the end; an error of the block takes precedence over one of the thread.
 
     Args:
         run: the run directory.
-        keep: how many of the newest checkpoints stay; best and last always do.
-        warn: takes a sentence. It is called from the thread.
-        queue_every: put the evaluated weights of every so many epochs aside for a release (`queue_release`); what goes wrong
-            there is told and costs nothing else.
+        keep: how many of the newest checkpoints to keep, besides best and last.
+        warn: called with one sentence, from the thread.
+        queue_every: queue the evaluated weights of every so many epochs for a release (`queue_release`); failures there are
+            passed to `warn` and otherwise ignored.
+        write: writes one checkpoint.
     """
 
     def __init__(
         self,
         run: Path,
         keep: int,
-        warn: Callable[[str], None] = _print_warning,
+        warn: Callable[[str], None] = warn,
         queue_every: int | None = None,
+        write: Callable[[Path, dict[str, Tensors], dict[str, Any]], Checkpoint] = save_checkpoint,
     ) -> None:
-        self.run, self.keep, self.warn, self.queue_every = run, keep, warn, queue_every
+        self.run, self.keep, self.warn, self.queue_every, self.write = run, keep, warn, queue_every, write
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._missed: UserError | None = None  # why the last save is not on the disk, if it is not
+        self._missed: UserError | None = None  # why the last save is not on disk
         self._unsaved_best: _Save | None = None
 
     def save(
@@ -97,31 +73,32 @@ class Saver:
         *,
         final: bool = False,
     ) -> None:
-        """Copy `tensors` and `state`, and return; with `final`, only once they are durable.
+        """Copy `tensors` and `state` and save them in the background.
 
         Args:
-            tensors, state: see `save_checkpoint`. Neither is looked at after the return.
-            best: let best.json name it too.
-            selected: false where no validation has chosen it.
+            tensors, state: see `save_checkpoint`. The caller may change both after the return.
+            best: point best.json to this checkpoint too.
+            selected: false if no validation has chosen it.
+            final: return only when the checkpoint is durable.
 
         Raises:
-            UserError: the save before could not be done, for another reason than room; with `final`, this one, for any.
+            UserError: the previous save failed with an error that is not transient; with `final`, this one failed.
         """
         self.wait()
-        # As it will be read, and with what `recover` needs to complete the pointers.
+        # A copy, with what `recover` needs to complete the pointers.
         copied = json.loads(json_bytes({**state, "pointer": {"best": best, "selected": selected}}))
-        job = _Save(to_host(tensors), copied, best, selected)
-        # Not a daemon: a process that ends by an error still finishes the save that is under way.
+        job = _Save(_to_host(tensors), copied, best, selected)
+        # Not a daemon: a process that exits with an error still finishes the save in progress.
         self._thread = threading.Thread(target=self._work, args=(job,), name="checkpoint")
         self._thread.start()
         if final:
             self.wait(final=True)
 
     def wait(self, final: bool = False) -> None:
-        """Return when everything that was saved is durable, or was warned of.
+        """Return when every save is durable or has been warned about.
 
         Raises:
-            UserError: see `save`; with `final`, also where the last save or a best one found no room.
+            UserError: see `save`; with `final`, also if the last or a best checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -132,16 +109,12 @@ class Saver:
         if final and self._missed is not None:
             raise self._missed
 
-    def close(self) -> None:
-        """`wait(final=True)`: nothing is lost unseen."""
-        self.wait(final=True)
-
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            self.close()
+            self.wait(final=True)
         except Exception as failed:
             if error is None:
                 raise
@@ -150,46 +123,52 @@ class Saver:
     def _work(self, job: _Save) -> None:
         try:
             self._missed = None
-            waiting, self._unsaved_best = self._unsaved_best, None
-            if waiting is not None and not job.best:
-                self._commit_or_warn(waiting, last=False)
+            delayed, self._unsaved_best = self._unsaved_best, None
+            if delayed is not None and not job.best:
+                self._commit_or_warn(delayed, last=False)  # a delayed best checkpoint must not overwrite last.json
             self._commit_or_warn(job, last=True)
         except BaseException as error:
             self._error = error
 
     def _commit_or_warn(self, job: _Save, last: bool) -> None:
         try:
-            sentences: Iterable[str] = self._commit(job, last)
+            self._commit(job, last)
         except UserError as error:
-            if not _passes(error):
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _TRANSIENT:
                 raise
             self._missed = error
             self._unsaved_best = job if job.best else self._unsaved_best
-            sentences = [f"{error} The run goes on without the checkpoint of step {job.state['step']}."]
-        for sentence in sentences:
-            self.warn(sentence)
+            self.warn(f"{error} Training continues without the checkpoint of step {job.state['step']}.")
 
-    def _commit(self, job: _Save, last: bool) -> list[str]:
-        checkpoint = save_checkpoint(self.run, job.tensors, job.state)
-        # A best one that comes late is not the last one.
+    def _commit(self, job: _Save, last: bool) -> None:
+        checkpoint = self.write(self.run, job.tensors, job.state)
         if job.best:
             write_pointer(self.run, "best", checkpoint, selected=job.selected)
         if last:
             write_pointer(self.run, "last", checkpoint)
-        queued = [] if self.queue_every is None else self._queue(checkpoint, self.queue_every)
-        return [*queued, *prune(self.run, self.keep)]
+        self._queue_release(checkpoint)
+        for sentence in prune(self.run, self.keep):
+            self.warn(sentence)
 
-    def _queue(self, checkpoint: Checkpoint, every: int) -> list[str]:
-        # A checkpoint within an epoch is not that epoch's.
-        if checkpoint.state["epoch"] % every or not checkpoint.state.get("whole_epoch"):
-            return []
+    def _queue_release(self, checkpoint: Checkpoint) -> None:
+        epoch, every = checkpoint.state["epoch"], self.queue_every
+        if every is None or epoch % every or not checkpoint.state.get("whole_epoch"):
+            return
         try:
             queue_release(self.run, checkpoint)
         except (UserError, OSError) as error:
-            return [f"The weights of epoch {checkpoint.state['epoch']} are not put aside for a release: {error}"]
-        return []
+            self.warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
 
 
-def _passes(error: UserError) -> bool:
-    """Whether a later save may go well."""
-    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSING
+def _to_host(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
+    """Copies of all tensors in host memory (pinned if from CUDA), complete on return; the transfers overlap."""
+    copies = {name: {key: _copy(value.detach()) for key, value in values.items()} for name, values in tensors.items()}
+    for device in {value.device for values in tensors.values() for value in values.values() if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
+
+
+def _copy(value: Tensor) -> Tensor:
+    if not value.is_cuda:
+        return value.to("cpu", copy=True)
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)

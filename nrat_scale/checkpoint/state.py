@@ -1,57 +1,72 @@
-"""What a checkpoint's state.json must hold, and optimizer state as named tensors."""
+"""The state in a checkpoint: the schema of state.json, and optimizer state as named tensors."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError
-
-# ---- what a state.json must hold ------------------------------------------------------------------------------------
-
+from nrat_scale.core.errors import UserError, quoted
 
 Tensors = dict[str, Tensor]
 
+# ---- the schema of state.json ---------------------------------------------------------------------------------------
+
+SCHEMA = 1  # "schema" in state.json (1 if missing); raise it with a change that older versions would misread
+
 
 def is_count(value: object) -> bool:
+    """Whether `value` is an integer of at least 0, and not a bool."""
     return type(value) is int and value >= 0
 
 
-def _are_rows(value: object) -> bool:
-    """Numbers of each process."""
-
-    def numbers(row: object) -> bool:
+def _is_row_per_rank(value: object) -> bool:
+    def is_row(row: object) -> bool:
         return isinstance(row, list) and all(type(number) in (int, float) for number in row)
 
-    return isinstance(value, list) and len(value) > 0 and all(numbers(row) for row in value)
+    return isinstance(value, list) and len(value) > 0 and all(is_row(row) for row in value)
 
 
-def _is_selection(value: object) -> bool:
-    """None before the first validation, else its row."""
-    if value is None:
-        return True
+def _is_best(value: object) -> bool:
     robust = value.get("robust") if isinstance(value, dict) else None
-    return isinstance(robust, dict) and is_count(robust.get("correct"))
+    return value is None or (isinstance(robust, dict) and is_count(robust.get("correct")))
 
 
-Required = dict[str, Callable[[object], bool]]
-NAMED: Required = {"step": is_count, "epoch": is_count}  # for evaluation and release
-RESUMED: Required = NAMED | {  # what training goes on from
-    "best": _is_selection,
-    "validation_due": lambda value: isinstance(value, bool),
-    "metrics_lines": is_count,
-    "sums": _are_rows,
+Required = dict[str, Callable[[object], bool]]  # key of state.json -> whether a value is of the right kind
+
+# To evaluate and release a checkpoint.
+NAMED: Required = {"step": is_count, "epoch": is_count}
+
+# To resume training from it.
+RESUMED: Required = NAMED | {
+    "best": _is_best,  # row of the best validation so far, None before the first
+    "validation_due": lambda value: isinstance(value, bool),  # the run stopped between an epoch and its validation
+    "metrics_lines": is_count,  # of metrics.jsonl
+    "sums": _is_row_per_rank,  # over the epoch so far
     "guard": lambda value: isinstance(value, dict),
-    "guard_sums": _are_rows,
-    "scaler": lambda value: value is None or isinstance(value, dict),
+    "guard_sums": _is_row_per_rank,
+    "scaler": lambda value: value is None or isinstance(value, dict),  # of fp16
 }
+
+
+def schema_mismatch(state: dict[str, Any], required: Required) -> str | None:
+    """How `state` differs from this version's schema, as the end of a sentence; None if it can be used."""
+    schema = state.get("schema", 1)
+    if not is_count(schema) or schema > SCHEMA:
+        return f"its schema is {quoted(schema)}, and this version reads up to {SCHEMA}"
+    for key, fits in required.items():
+        if key not in state:
+            return f"its state has no '{key}'"
+        if not fits(state[key]):
+            return f"'{key}' in its state is {quoted(state[key])}"
+    return None
 
 
 # ---- optimizer state as named tensors -------------------------------------------------------------------------------
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
-    """The optimizer's state tensors, called `parameter name/state key` (for SGD: `.../momentum_buffer`)."""
+    """The optimizer's state tensors, named `parameter name/state key` (for SGD: `.../momentum_buffer`)."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": value
@@ -62,21 +77,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ten
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
-    """Undo `optimizer_tensors`.
+    """Restore what `optimizer_tensors` returned; nothing changes if a tensor does not fit.
 
     Raises:
         UserError: a tensor belongs to no parameter of `model`, or has another shape.
     """
     parameters = dict(model.named_parameters())
-    for name, value in tensors.items():  # all of them before the first is used
+    for name, value in tensors.items():
         parameter = parameters.get(name.rpartition("/")[0])
         if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
-            raise UserError(f"The checkpoint's optimizer state '{name}' does not fit the model.")
+            raise UserError(
+                f"The checkpoint's optimizer state {quoted(name)} does not fit the model. "
+                "Resume with the recipe that the run began with."
+            )
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters[parameter_name]
-        # Adam counts its steps in a scalar of its own type; everything else is like its parameter, in its memory format
-        # too: fused optimizers go through both side by side.
+        # Adam's step counter is a scalar of its own type. Every other tensor takes dtype, device and memory format of its
+        # parameter, because fused optimizers read both with the same strides.
         scalar = value.ndim == 0 and parameter.ndim > 0
         like = torch.empty_like(parameter.detach())
         optimizer.state[parameter][key] = value.to(parameter.device) if scalar else like.copy_(value)

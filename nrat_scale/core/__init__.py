@@ -1,1 +1,1 @@
-"""Errors, files, seeds, processes and module modes: what everything else builds on."""
+"""Shared by every package: errors, files, run directories, seeds, processes, module modes."""

@@ -1,4 +1,4 @@
-"""What several processes do together: one acts and all end alike, or all know what one of them knows."""
+"""Several processes of one launch: join them, act on the main process, share its result."""
 
 import datetime
 import os
@@ -13,27 +13,24 @@ from nrat_scale.core.errors import UserError
 
 
 def join_processes(*, on_cpu: bool = False) -> PartialState:
-    """The processes of this launch, joined (over gloo on a CPU, where Accelerate needs to be told so).
+    """Join the processes of this launch: over gloo on a CPU, which Accelerate does not choose by itself.
 
-    Who has gone is noticed by the launcher, so the processes wait for each other as long as their work takes.
+    Two days of timeout: evaluation ranks may wait hours for each other, and the launcher notices a rank that dies.
     """
     cpu = on_cpu or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
 
 
 def use_all_cores() -> None:
-    """Let torch use this process's share of the machine's cores.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 on a CPU, which leaves all cores but one idle.
-    """
+    """Set torch's threads to this process's share of the cores: on a CPU, `accelerate launch` sets OMP_NUM_THREADS=1."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, cores))
 
 
 def on_main(state: Any, action: Callable[[], Any]) -> Any:
-    """The result of `action` on the main process, None on the others, once it is done.
+    """Run `action` on the main process; its result there, None on the others, which wait for it.
 
-    A `UserError` is raised on every process: all end alike, and none waits for one that has gone.
+    A `UserError` is raised on every process, so that no rank waits for one that has exited.
     """
     result, message = None, [""]
     if state.is_main_process:
@@ -48,7 +45,7 @@ def on_main(state: Any, action: Callable[[], Any]) -> Any:
 
 
 def known_to_all(state: Any, action: Callable[[], Any]) -> Any:
-    """The result of `action`, computed by the main process, on every process; errors as in `on_main`."""
+    """Run `action` on the main process and return its result on every process; errors as in `on_main`."""
     result = [on_main(state, action)]
     broadcast_object_list(result)
     return result[0]

@@ -1,7 +1,7 @@
-"""How a mistake of the user ends: one or two plain sentences and exit status 2.
+"""User errors and warnings, and how untrusted text is printed.
 
-`UserError` is for what a person can put right (a wrong key, a missing shard, an unwritable folder).
-Everything that only a bug can break is an `assert` and keeps its traceback.
+`UserError` is for what a person can fix (a wrong key, a missing shard, a read-only folder): one or two plain sentences and
+exit status 2. What only a bug can break is an `assert` and keeps its traceback.
 """
 
 import os
@@ -11,11 +11,20 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """What the user gave is wrong. The message says what, where, what was expected and the way out."""
+    """Invalid input or environment. The message says what, where, what was expected and the way out."""
+
+
+def warn(sentence: str) -> None:
+    """Print `warning: sentence` to stderr on rank 0, above any progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        from tqdm import tqdm  # not at the top: this module must import in milliseconds
+
+        tqdm.write(f"warning: {sentence}", file=sys.stderr)
+        sys.stderr.flush()
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A sentence that helps with a mistyped `name`: the nearest of `choices`, else all of them."""
+    """A sentence for a mistyped `name`: the closest of `choices`, or all of them if none is close."""
     choices = sorted(choices)
     near = get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(choices)}."
@@ -32,17 +41,16 @@ def first_line(error: BaseException) -> str:
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """A value that came from a file, for an error message: its `repr` (so nothing in it is interpreted), at most `limit` long."""
+    """The `repr` of a value that came from a file, for an error message: escaped, and cut to about `limit` characters."""
     text = str(value)
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a command-line `main`: exit status 2 and its message on `UserError`, 1 and a traceback on a bug.
+    """Run a command-line `main` and exit: 2 and a message on `UserError`, 1 and a traceback on a bug.
 
-    A `FloatingPointError` (training or an attack went to NaN) ends with its message and status 1.
-
-    Under torchrun or Accelerate every process fails alike; only local rank 0 prints.
+    A `FloatingPointError` (training or an attack reached NaN) exits with its message and status 1. If every process of a
+    launch fails alike, only local rank 0 prints the message.
     """
     try:
         main()
@@ -52,6 +60,6 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`: the reader has gone
+    except BrokenPipeError:  # `... | head` has closed the pipe; without this, the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

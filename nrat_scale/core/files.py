@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and fingerprints of files."""
+"""Atomic writes, JSON files, and manifests (size and sha256 of each file in a folder)."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
+    """Make new names and renames inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -26,23 +26,41 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A name beside `path`, on the same file system, that no other process uses."""
+    """A unique name beside `path`, hence on the same file system: an atomic rename to `path` is possible."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write `content` so that a reader (or a crash) sees the old file or the new one, never a part.
+def make_folder(path: Path) -> None:
+    """`mkdir -p`.
 
     Raises:
-        UserError: the folder cannot be written to, or the disk is full.
+        UserError: the folder cannot be made, or is read-only.
     """
-    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be made ({error.strerror}). Choose another place.") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"The folder {path} cannot be written to. Choose another place or change its permissions.")
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write `content` to `path` and fsync it. Not atomic, and the name itself needs `fsync_folder`."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write `content` by an atomic rename: readers, and a crash, see the old file or the new one, never a part.
+
+    Raises:
+        UserError: the folder is read-only, or the disk is full.
+    """
     temporary = temporary_sibling(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(temporary, content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
@@ -53,7 +71,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomically` of `value` as readable JSON. NaN and infinity are refused: no reader agrees on them."""
+    """Write `value` atomically as indented JSON. NaN and infinity raise ValueError: they are not JSON."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -61,7 +79,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in `path`; `what` names it in the error.
 
     Raises:
-        UserError: the file is missing, unreadable or no JSON object.
+        UserError: the file is missing, unreadable or not a JSON object.
     """
     try:
         content = path.read_bytes()
@@ -76,7 +94,7 @@ def parse_json(content: bytes, what: str, where: str) -> dict[str, Any]:
     """The JSON object in `content`; `what` and `where` name it in the error.
 
     Raises:
-        UserError: no JSON object.
+        UserError: `content` is not a JSON object.
     """
     try:
         value = json.loads(content.decode("utf-8"))
@@ -110,13 +128,3 @@ def manifest_mismatch(path: Path, entry: object) -> str | None:
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return None if matches else f"{path.name} does not match its size and sha256"
-
-
-def make_folder(path: Path) -> None:
-    """`mkdir -p`, with a plain sentence where that is not possible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The folder {path} cannot be made ({error.strerror}). Choose another place.") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"The folder {path} cannot be written to. Choose another place or change its permissions.")

@@ -1,4 +1,4 @@
-"""Temporary states of a module: frozen parameters and the three ways to run BatchNorm. All are undone on exit."""
+"""Context managers that change a module and undo it on exit: frozen parameters, BatchNorm during an attack."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def batchnorms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient is computed, or kept ready, for any parameter: an attack needs only that of the image."""
+    """Turn off the gradients of all parameters: an attack needs only the gradient of the image."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -29,10 +29,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
-    """Run `model` as an attack does.
+    """Put `model` into the mode in which it is attacked.
 
-    `bn="eval"`: the whole model in evaluation mode (TRADES, MART, NRAT). `bn="batch"`: training mode, batch
-    statistics, running statistics untouched (DM_AT, and the weight perturbation of AWP).
+    `bn="eval"`: evaluation mode (TRADES, MART, NRAT). `bn="batch"`: training mode with batch statistics, running
+    statistics unchanged (DM_AT, and the weight perturbation of AWP).
     """
     assert bn in BN_MODES, bn
     modes = {module: module.training for module in model.modules()}
@@ -40,7 +40,7 @@ def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
     model.train(bn == "batch")
     if bn == "batch":
         for layer in tracking:
-            # In training mode a layer that does not track uses the batch's statistics and leaves its buffers alone.
+            # In training mode, a layer that does not track uses batch statistics and does not update its buffers.
             layer.track_running_stats = False
     try:
         yield

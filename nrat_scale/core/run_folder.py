@@ -1,19 +1,20 @@
-"""The files of a run directory: the one place that names them, and readers of those that several commands read.
+"""Names of all files in a run directory, and readers of those that several commands read.
 
-    RUN/recipe.yaml             the resolved recipe; written first, a folder without it is not a run
-    RUN/model.json, data.json   what was built, what it is trained on
-    RUN/label_noise.json, .npz  realised label noise, if there is any
-    RUN/metrics.jsonl           one row per epoch and validation
-    RUN/skipped_shards.json     shards that the run goes without (data.on_bad_shard: skip)
-    RUN/checkpoints/            see `nrat_scale.checkpoint`
-    RUN/releases/               checkpoints put aside for publication (release.every_epochs)
-    RUN/results.json, .npz      evaluations: accuracies, and outcomes per image
-    RUN/bad-step-*.safetensors  images and weights of a step that was not finite
-    RUN/profile/, RUN/.alive/   profiler traces; liveness files of the ranks
+RUN/recipe.yaml             the resolved recipe; written first: a folder without it is not a run
+RUN/model.json              architecture, its arguments, image shape, class names
+RUN/data.json               fingerprints and held-out samples of the training data
+RUN/label_noise.json        kind, rate and realised transition matrix of the label noise, if any
+RUN/label_noise.npz         clean and given labels, in source order
+RUN/metrics.jsonl           one JSON object per epoch and per validation
+RUN/skipped_shards.json     shards that the run does without (data.on_bad_shard: skip)
+RUN/checkpoints/            step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
+RUN/releases/epoch-XXXX/    weights queued for publication (release.every_epochs)
+RUN/results.json, .npz      evaluations: accuracies, and outcomes per image
+RUN/bad-step-*.safetensors  images and weights of a step whose loss or gradient was not finite
+RUN/profile/, RUN/.alive/   profiler traces; liveness files of the ranks
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,78 +24,38 @@ from nrat_scale.core.files import read_json
 RECIPE, RESULTS = "recipe.yaml", "results.json"  # also of a release folder
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths and readers of one run directory; creating it touches nothing."""
+    """Paths and readers of one run directory; creating it touches nothing on disk."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / RECIPE
+        self.model = path / "model.json"
+        self.data = path / "data.json"
+        self.label_noise = path / "label_noise.json"
+        self.label_noise_arrays = path / "label_noise.npz"
+        self.metrics = path / "metrics.jsonl"
+        self.skipped_shards = path / "skipped_shards.json"
+        self.checkpoints = path / "checkpoints"
+        self.releases = path / "releases"
+        self.results = path / RESULTS
+        self.profile = path / "profile"
+        self.alive = path / ".alive"
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / RECIPE
-
-    @property
-    def model(self) -> Path:
-        """Architecture, its arguments, image shape, class names."""
-        return self.path / "model.json"
-
-    @property
-    def data(self) -> Path:
-        """Fingerprints and held-out samples of the training data."""
-        return self.path / "data.json"
-
-    @property
-    def label_noise(self) -> Path:
-        """Kind, rate and realised transition matrix of the label noise."""
-        return self.path / "label_noise.json"
-
-    @property
-    def label_noise_arrays(self) -> Path:
-        """Clean and given labels, in source order."""
-        return self.path / "label_noise.npz"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def skipped_shards(self) -> Path:
-        """The shards that the run goes without."""
-        return self.path / "skipped_shards.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints and pointers."""
-        return self.path / "checkpoints"
-
-    @property
-    def releases(self) -> Path:
-        """The queue of checkpoints put aside for publication."""
-        return self.path / "releases"
-
-    @property
-    def results(self) -> Path:
-        """Accuracies of the evaluated checkpoints; the outcomes per image are beside it."""
-        return self.path / RESULTS
-
-    @property
-    def profile(self) -> Path:
-        """The folder of profiler traces."""
-        return self.path / "profile"
-
-    @property
-    def alive(self) -> Path:
-        """The folder of liveness files, one per rank."""
-        return self.path / ".alive"
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint folder of a step."""
+        return self.checkpoints / f"step-{step:08d}"
 
     def pointer(self, name: str) -> Path:
         """The file that names the `best` or the `last` checkpoint."""
         return self.checkpoints / f"{name}.json"
 
+    def release(self, epoch: int) -> Path:
+        """The folder of the weights queued for publication after an epoch."""
+        return self.releases / f"epoch-{epoch:04d}"
+
     def bad_step(self, step: int, rank: int) -> Path:
-        """Where a rank keeps the images of a step that was not finite."""
+        """The file in which a rank saves the images of a step whose loss or gradient was not finite."""
         return self.path / f"bad-step-{step:08d}-rank{rank}.safetensors"
 
     @property
@@ -103,15 +64,15 @@ class RunFolder:
         return self.recipe.is_file() and self.checkpoints.is_dir()
 
     def read_model(self) -> dict[str, Any]:
-        """The description of the model; raises `UserError` if it is missing or damaged."""
+        """The contents of model.json; raises `UserError` if it is missing or damaged."""
         return read_json(self.model, "description of the model")
 
     def read_label_noise(self) -> dict[str, Any] | None:
-        """The description of the label noise, None if the run has none."""
+        """The contents of label_noise.json, None if the run has no label noise."""
         return read_json(self.label_noise, "description of the label noise") if self.label_noise.is_file() else None
 
     def read_skipped_shards(self) -> list[dict[str, Any]]:
-        """The shards that the run goes without: source, name, number of images, reason."""
+        """The shards that the run does without: source, name, number of images, reason."""
         path = self.skipped_shards
         return list(read_json(path, "log of skipped shards").get("skipped", [])) if path.is_file() else []
 
@@ -120,9 +81,9 @@ class RunFolder:
         return read_json(self.results, "results") if self.results.is_file() else None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, empty if there is no such file.
+        """The rows of metrics.jsonl; empty if the file does not exist.
 
-        A last line without its line end is what a killed process leaves; it is skipped.
+        An incomplete last line, as a killed process leaves it, is skipped.
 
         Raises:
             UserError: the file cannot be read, or another line is not a JSON object.

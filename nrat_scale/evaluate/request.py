@@ -1,43 +1,34 @@
-"""What an evaluation is asked for: attacks, threat, images, seeds."""
+"""What an evaluation measures: attacks, threat, choice of images, seeds; and whether model and data allow it."""
 
-import argparse
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
-from nrat_scale.core.seeds import KeyedPermutation
-from nrat_scale.data.batches import to_nchw
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
-from nrat_scale.evaluate.measures import Attack, Images
+from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
 from nrat_scale.evaluate.targets import Target
-
-TRANSFER = "transfer-"
-
-
-# ---- what is asked --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run on each subject.
+    """What to measure on each target.
 
     Attributes:
         attacks: in this order.
         threat: eps, step, norm and space.
-        images, aa_images: a fixed seeded choice of so many images, for AutoAttack another number; None means all.
-        batch_size: of the blocks.
-        seed: of random starts, AutoAttack and the choice of images.
-        source: whose adversarial images are used instead of the subject's own (transfer).
-        drop_broken: do not attack again what an earlier attack of the list broke; AutoAttack excepted, which needs whole
-            blocks.
+        images, aa_images: size of a fixed seeded choice of images, for all attacks and for AutoAttack; None: all images.
+        batch_size: size of the blocks.
+        seed: seed of random starts, AutoAttack and the choice of images.
+        source: make the adversarial images on this model instead of the target (transfer attack).
+        drop_broken: do not attack images that an earlier attack of the list broke; AutoAttack gets whole blocks all the same.
+
+    Raises:
+        UserError: no attack, or a size below 1.
     """
 
     attacks: tuple[Attack, ...]
@@ -49,73 +40,74 @@ class Request:
     source: Target | None = None
     drop_broken: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.attacks:
+            raise UserError("The evaluation names no attack. Give at least one, such as natural.")
+        for name in ("images", "aa_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+
     def key(self, attack: Attack) -> str:
-        """What results call it."""
-        return attack.name if self.source is None or attack.kind == "natural" else TRANSFER + attack.name
+        """The name of the attack's entry in results.json."""
+        return TRANSFER + attack.name if self.transfers(attack) else attack.name
+
+    def transfers(self, attack: Attack) -> bool:
+        """Whether the adversarial images are made on another model."""
+        return self.source is not None and ATTACKS[attack.kind].perturb is not None
+
+    def drops_broken(self, attack: Attack) -> bool:
+        """Whether the attack skips images that an earlier one broke."""
+        kind = ATTACKS[attack.kind]
+        return self.drop_broken and kind.perturb is not None and not kind.whole_blocks
 
     def count(self, attack: Attack, available: int) -> int:
-        """How many of the images it is run on."""
+        """The number of images to run the attack on."""
         limits = [available, self.images, self.aa_images if attack.kind == "aa" else None]
         return min(limit for limit in limits if limit is not None)
 
     def settings(self, attack: Attack, n: int, dropped: list[str]) -> dict[str, Any]:
-        """What the entry of results.json says of how it was measured."""
+        """How the attack is run, as its entry in results.json records it."""
         settings: dict[str, Any] = {"n": n, "seed": self.seed, "batch_size": self.batch_size}
         settings |= {"eps": self.threat.eps, "norm": self.threat.norm}
-        if attack.kind in ("pgd", "cw", "fgsm"):
-            step = self.threat.eps if attack.kind == "fgsm" else self.threat.step
-            settings |= {"step": step, "steps": attack.steps, "restarts": attack.restarts}
+        if attack.steps:
+            settings |= {"step": gradient_threat(attack, self.threat).step, "steps": attack.steps}
+        if ATTACKS[attack.kind].perturb is not None and not ATTACKS[attack.kind].whole_blocks:
+            settings["restarts"] = attack.restarts
         if attack.components:
             settings["components"] = list(attack.components)
-        if self.source is not None and attack.kind != "natural":
+        if self.source is not None and self.transfers(attack):
             settings["source"] = {"label": self.source.label, "sha256": self.source.identity["sha256"]}
         if dropped:
             settings["without_images_broken_by"] = dropped
         return settings
 
 
-def read_images(shards: ShardSet, count: int | None = None, seed: int = 0) -> Images:
-    """All images of `shards`, or a fixed seeded choice of `count` of them, in source order."""
-    positions = shards.in_source_order()
-    if count is not None and count < len(shards):
-        positions = positions[np.sort(KeyedPermutation(len(shards), seed, "evaluate")(np.arange(count)))]
-    images, labels = to_nchw(shards.images(positions)), torch.from_numpy(shards.labels(positions))
-    return Images(images, labels, shards.source_ids(positions))
+def request_threat(
+    what: str, trained: ThreatSpec | None, norm: str | None, eps: float | None, step: float | None
+) -> ThreatSpec:
+    """The threat to evaluate: given values first, then those of training; the step defaults to eps / 4.
 
-
-def requested_threat(arguments: argparse.Namespace, trained: ThreatSpec | None) -> ThreatSpec:
-    norm = arguments.norm or (trained.norm if trained is not None else "linf")
+    Args:
+        what: names the target in the error.
+        trained: the threat that the target was trained for, if known.
+    """
+    norm = norm or (trained.norm if trained is not None else "linf")
     if trained is not None and norm != trained.norm:
         trained = None  # a radius means nothing in another norm
-    if arguments.eps is None and trained is None:
-        raise UserError(
-            f"{arguments.what} does not say what {norm} radius it was trained for: give --eps, such as --eps 8/255."
-        )
-    eps = trained.eps if arguments.eps is None and trained is not None else _number("eps", arguments.eps)
-    if arguments.step is not None:
-        step = _number("step", arguments.step)
-    else:
-        step = trained.step if trained is not None else eps / 4
-    space = trained.space if trained is not None else "pixel"
-    return ThreatSpec(eps, step, num_steps=1, space=space, norm=norm)
-
-
-def _number(name: str, text: str) -> float:
-    parts = text.split("/")
-    try:
-        value = float(parts[0]) / (float(parts[1]) if len(parts) == 2 else 1.0)
-    except (ValueError, ZeroDivisionError, IndexError):
-        value = math.nan
-    if len(parts) > 2 or not math.isfinite(value):
-        raise UserError(f"--{name} '{text}' is not a number; write 8/255 or 0.03.")
-    return value
-
-
-def parse_numbers(name: str, text: str | None) -> list[float] | None:
-    return None if text is None else [_number(name, part) for part in text.split(",")]
+    if eps is None:
+        if trained is None:
+            raise UserError(
+                f"{what} does not say what {norm} radius it was trained for: give --eps, such as --eps 8/255."
+            )
+        eps = trained.eps
+    if step is None:
+        step = eps / 4 if trained is None else trained.step
+    return ThreatSpec(eps, step, num_steps=1, space="pixel" if trained is None else trained.space, norm=norm)
 
 
 def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:
+    """Refuse data whose channels or classes are not those of the model."""
     channels, classes = getattr(model, "in_chans", None), getattr(model, "num_classes", None)
     if channels not in (None, shards.image_shape[2]) or classes not in (None, shards.num_classes):
         raise UserError(
@@ -124,13 +116,12 @@ def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:
         )
 
 
-def check_unseen(run: Path, shards: ShardSet) -> None:
-    """Test images that were trained or selected on would make the numbers worthless."""
-    path = run / "data.json"
-    if path.is_file():
-        for kind, entry in read_json(path, "record of the training data").items():
+def check_unseen(run: RunFolder, shards: ShardSet) -> None:
+    """Refuse images that the run was trained on or its checkpoint was selected on."""
+    if run.data.is_file():
+        for kind, entry in read_json(run.data, "record of the training data").items():
             if entry.get("fingerprint") == shards.fingerprint:
                 raise UserError(
-                    f"{shards.folder} is the {kind} training data of {run}, and validation images are held out from it. "
+                    f"{shards.folder} is the {kind} training data of {run.path}, and validation images are held out from it. "
                     "Give the test split with --data."
                 )

@@ -1,7 +1,8 @@
-"""Per-image outcomes on disk: finished blocks of an evaluation that is under way, and the array file beside results.json.
+"""Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation under way.
 
-.results.json.unfinished/<question>/block-00000512.json     one finished block: which of its images survived
-results.npz                                                 <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
+results.json                                            see docs/evaluation.md
+results.npz                                             <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
+.results.json.unfinished/<key>/block-00000512.json      one finished block: which of its images survived
 """
 
 import hashlib
@@ -19,18 +20,22 @@ from typing import Any
 import numpy as np
 
 import nrat_scale
+from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.autoattack import autoattack_package
-from nrat_scale.evaluate.request import Request
 
+FORMAT = "nrat_scale.results"
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
+
+
+# ---- finished blocks ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """The outcome of one block: bool [m], the seconds it took, and what AutoAttack complained of."""
+    """The outcome of one block: bool [m], the seconds it took, and AutoAttack's warnings."""
 
     right: np.ndarray
     seconds: float
@@ -38,41 +43,37 @@ class FinishedBlock:
 
 
 class BlockLog:
-    """The finished blocks of one question (weights, data, attack, settings), each fsynced as soon as it is known.
+    """Finished blocks of one (weights, data, attack, settings) key; a killed evaluation resumes after them.
 
     Args:
-        results: the results file that the answer will go to; None keeps nothing.
-        question: everything that the outcome depends on, as JSON values.
+        results: the results file under way.
+        key: everything that the outcome depends on, as JSON values.
     """
 
-    def __init__(self, results: Path | None, question: dict[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = None if results is None else unfinished_folder(results) / key
+    def __init__(self, results: Path, key: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self._folder = unfinished_folder(results) / digest
 
     def read(self) -> dict[int, FinishedBlock]:
-        """What is finished, by the row that the block starts with."""
-        if self._folder is None or not self._folder.is_dir():
-            return {}
+        """The finished blocks by the number of their first image."""
         return dict(_read_block(path) for path in sorted(self._folder.glob("block-*.json")))
 
     def write(self, first: int, block: FinishedBlock) -> None:
-        """Keep a finished block."""
-        if self._folder is not None:
-            make_folder(self._folder)
-            text = "".join("1" if right else "0" for right in block.right)
-            value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
-            write_json(self._folder / f"block-{first:08d}.json", value)
+        """Write and fsync a finished block."""
+        make_folder(self._folder)
+        text = "".join("1" if right else "0" for right in block.right)
+        value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
+        write_json(self._folder / f"block-{first:08d}.json", value)
 
     def clear(self) -> None:
-        """Forget the blocks: the answer is written."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            with suppress(OSError):  # other questions are still open
-                self._folder.parent.rmdir()
+        """Remove the blocks, once the results file holds the whole attack."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # not empty: blocks of another key
+            self._folder.parent.rmdir()
 
 
 def unfinished_folder(results: Path) -> Path:
-    """Where the finished blocks of what goes to `results` lie."""
+    """The folder of finished blocks beside a results file that is under way."""
     return results.with_name(f".{results.name}.unfinished")
 
 
@@ -83,9 +84,12 @@ def _read_block(path: Path) -> tuple[int, FinishedBlock]:
         if set(text) - {"0", "1"}:
             raise ValueError(text)
         right = np.array([letter == "1" for letter in text], bool)
-        return first, FinishedBlock(right, float(value["seconds"]), [str(w) for w in value["warnings"]])
+        return first, FinishedBlock(right, float(value["seconds"]), [str(warning) for warning in value["warnings"]])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The finished block {path} is damaged. Remove it: it will be evaluated again.") from error
+        raise UserError(f"The finished block {path} is damaged. Remove it; it will be evaluated again.") from error
+
+
+# ---- outcomes per image ---------------------------------------------------------------------------------------------
 
 
 def arrays_file(results: Path) -> Path:
@@ -93,14 +97,14 @@ def arrays_file(results: Path) -> Path:
     return results.with_suffix(".npz")
 
 
-def digest(outcome: Outcome) -> str:
-    """Hex SHA-256 of an outcome: what results.json says of the arrays."""
+def outcome_digest(outcome: Outcome) -> str:
+    """Hex SHA-256 of an outcome, which results.json records to identify the arrays."""
     ids, right = outcome
     return hashlib.sha256(ids.astype("<i8").tobytes() + np.packbits(right).tobytes()).hexdigest()
 
 
 def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """Write the outcomes, by `<label>/<attack>`, beside `results`."""
+    """Write the outcomes, keyed by `<label>/<attack>`, beside `results`."""
     arrays: dict[str, np.ndarray] = {}
     for name, (ids, right) in sorted(outcomes.items()):
         arrays |= {f"{name}/ids": ids.astype(np.int64), f"{name}/right": right.astype(bool)}
@@ -110,10 +114,10 @@ def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def read_arrays(results: Path) -> dict[str, Outcome]:
-    """The outcomes beside `results`, by `<label>/<attack>`; none where there is no such file.
+    """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no such file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     path = arrays_file(results)
     if not path.is_file():
@@ -122,29 +126,18 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"The per-image outcomes {path} are damaged. Move the file away, and its results with it."
-        ) from error
+        raise UserError(f"The per-image outcomes {path} are damaged. Move them and {results.name} away.") from error
     names = {name.removesuffix("/ids") for name in arrays if name.endswith("/ids")}
     return {name: (arrays[f"{name}/ids"], arrays[f"{name}/right"]) for name in names if f"{name}/right" in arrays}
 
 
-_HEADER = ("data", "threat", "versions")
+# ---- results.json ---------------------------------------------------------------------------------------------------
 
 
-# ---- results that are there already ---------------------------------------------------------------------------------
-
-
-def _versions() -> dict[str, str]:
-    package = autoattack_package()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", package)}
-    return {"nrat_scale": nrat_scale.__version__, **versions}
-
-
-def results_header(shards: ShardSet, plan: Request) -> dict[str, Any]:
-    threat = plan.threat
+def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
+    """The content of results.json before the first measurement."""
     return {
-        "format": "nrat_scale.results",
+        "format": FORMAT,
         "version": 1,
         "data": {
             "folder": Path(shards.folder).name,
@@ -153,57 +146,81 @@ def results_header(shards: ShardSet, plan: Request) -> dict[str, Any]:
             "num_images": len(shards),
         },
         "threat": {"norm": threat.norm, "eps": threat.eps, "step": threat.step, "space": threat.space},
-        "versions": _versions(),
+        "versions": {
+            "nrat_scale": nrat_scale.__version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "timm", autoattack_package())},
+        },
         "checkpoints": {},
     }
 
 
-def earlier_results(out: Path | None, header: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """The records and outcomes in `out`; only those whose arrays are what results.json says of them."""
-    if out is None or not out.is_file():
+def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """The checkpoints and outcomes that `out` holds already; an entry whose arrays are missing or different is dropped.
+
+    Args:
+        new: `new_results`; data, threat and versions must be equal.
+    """
+    if not out.is_file():
         return {}, {}
     results, arrays = read_json(out, "results"), read_arrays(out)
-    if results.get("format") != header["format"]:
-        raise UserError(f"{out} is there already and holds no results of ours. Choose another --out.")
-    for key in _HEADER:
-        if results.get(key) != header[key]:
+    if results.get("format") != FORMAT:
+        raise UserError(f"{out} exists and is not a results file. Choose another --out.")
+    for key in ("data", "threat", "versions"):
+        if results.get(key) != new[key]:
             raise UserError(
-                f"{out} holds results with other {key}: {_shown(results.get(key))}, now {_shown(header[key])}. "
+                f"{out} holds results with other {key}: {_in_words(results.get(key))}, now {_in_words(new[key])}. "
                 "They are not mixed and nothing is overwritten: give another --out, or move that file away."
             )
-    checkpoints = {}
+    checkpoints: dict[str, Any] = {}
+    outcomes: dict[str, Outcome] = {}
     for label, record in results.get("checkpoints", {}).items():
-        names = {name: arrays.get(f"{label}/{name}") for name in record.get("attacks", {})}
-        attacks = {
-            name: record["attacks"][name]
-            for name, outcome in names.items()
-            if outcome is not None and digest(outcome) == record["attacks"][name].get("outcome_sha256")
-        }
-        checkpoints[label] = {**record, "attacks": attacks}
-    known = {f"{label}/{name}" for label, record in checkpoints.items() for name in record["attacks"]}
-    return checkpoints, {name: outcome for name, outcome in arrays.items() if name in known}
+        checkpoints[label] = {**record, "attacks": {}}
+        for name, entry in record.get("attacks", {}).items():
+            outcome = arrays.get(f"{label}/{name}")
+            if outcome is not None and outcome_digest(outcome) == entry.get("outcome_sha256"):
+                checkpoints[label]["attacks"][name] = entry
+                outcomes[f"{label}/{name}"] = outcome
+    return checkpoints, outcomes
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{key} {str(item)[:16]}" for key, item in value.items())
 
 
-def is_answered(entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> bool:
-    """Whether `entry` answers the question; only one of fewer images may be replaced by one of more."""
+_MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "outcome_sha256"}
+
+
+def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> bool:
+    """Whether `entry` was measured with these settings. An entry over fewer images may be replaced.
+
+    Raises:
+        UserError: other settings, or more images: a measured number is never replaced.
+    """
     if entry is None:
         return False
-    differ = [name for name in {*settings, *_SETTINGS} if entry.get(name) != settings.get(name)]
+    names = (entry.keys() - _MEASURED) | settings.keys()
+    differ = sorted(name for name in names if entry.get(name) != settings.get(name))
     if not differ:
         return True
     if differ == ["n"] and entry["n"] < settings["n"]:
         return False
-    what = ", ".join(f"{name} {entry.get(name)} (asked: {settings.get(name)})" for name in sorted(differ))
+    words = ", ".join(f"{name} {entry.get(name)} (requested: {settings.get(name)})" for name in differ)
     raise UserError(
-        f"The results hold {key} with other settings: {what}. A measured number is not replaced: give another --out."
+        f"The results hold {key} with other settings: {words}. A measured number is not replaced: give another --out."
     )
 
 
-_SETTINGS = ("n", "seed", "batch_size", "eps", "norm", "step", "steps", "restarts", "components", "source",
-             "without_images_broken_by")  # fmt: skip
+def results_text(results: dict[str, Any], labels: list[str]) -> str:
+    """The accuracies and flags of these checkpoints, for a terminal."""
+    threat = results["threat"]
+    lines = [f"{results['data']['dataset']}, {threat['norm']} eps {threat['eps']:.4g}, 95 % Wilson intervals"]
+    for label in labels:
+        record = results["checkpoints"][label]
+        worst = {} if record["worst"] is None else {"worst case": record["worst"]}
+        for attack, entry in {**record["attacks"], **worst}.items():
+            accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
+            lines.append(f"  {label:8s} {attack:10s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}")
+        lines += [f"  {label:8s} FLAG: {flag}" for flag in record["flags"]]
+    return "\n".join(lines)

@@ -1,5 +1,5 @@
 """Reasons not to believe a robust accuracy, after Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022
-(arXiv:2202.13711): what makes an evaluation meaningless is refused, what makes it doubtful is a flag in plain words.
+(arXiv:2202.13711): an evaluation that would be meaningless is refused, a doubtful one gets a flag (a sentence).
 """
 
 from collections.abc import Mapping
@@ -9,36 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
-from nrat_scale.evaluate.measures import Attack, Images, parse_attack
+from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
+from nrat_scale.evaluate.measures import Images
+from nrat_scale.evaluate.results import Outcome
 
-# A pixel's gradient that small is less than what rounding leaves of probabilities in float32.
-_VANISHED = 1e-10
-_VANISHED_SHARE = 0.1
-# Kernels may round differently for another batch; anything more is another answer.
-_SAME_LOGITS = 1e-3
-# Robust accuracy that more steps or restarts may take away before fewer were too few, as a fraction.
-_CONVERGED = 0.03
-_SPACE = (
-    "threat.space is 'released_code': eps and the clamp to [0, 1] act in normalised units, which is another threat model "
-    "than everybody else's. These numbers cannot be compared with RobustBench."
-)
+_VANISHED = 1e-10  # gradient of a pixel that is below the rounding error of float32 probabilities
+_VANISHED_SHARE = 0.1  # of the images; above it, the flag is raised
+_SAME_LOGITS = 1e-3  # relative difference that kernels may cause for another batch size
+_CONVERGED = 0.03  # loss of robust accuracy by more steps or restarts, above which fewer had not converged
 
 
 def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str) -> list[str]:
-    """Refuse a model that cannot be measured; the flags of one that can.
+    """Refuse a model that cannot be measured; return the flags of one that can.
 
     Args:
         model: on its device.
-        images: a few of those that are evaluated.
+        images: a few of the evaluated ones.
         what: names the model in errors.
 
     Raises:
-        UserError: a module in training mode, logits that are not finite or not [B, K], gradients that are not finite, an
-            answer that changes when the same image is shown again or beside other images.
+        UserError: a module is in training mode, logits are not finite or not [B, K], gradients are not finite, or logits
+            change when the same image is shown again or beside other images.
     """
     for name, module in model.named_modules():
         if module.training:
@@ -51,28 +46,28 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
     if logits.ndim != 2 or len(logits) != len(x):
         raise UserError(f"{what} gives {list(logits.shape)} for {len(x)} images; expected logits [{len(x)}, classes].")
     if not bool(logits.isfinite().all()):
-        raise UserError(f"{what} gives logits that are not finite, so its accuracy means nothing.")
+        raise UserError(f"{what} gives logits that are not finite: its accuracy would be meaningless.")
     if _differ(logits, again):
         raise UserError(
-            f"{what} answers differently when it is shown the same images again. A random model needs attacks on the "
-            "expectation (AutoAttack's version 'rand'), which is not what is measured here."
+            f"{what} gives different logits for the same images. A randomised model needs attacks on the expectation "
+            "(AutoAttack's version 'rand'), which are not available here."
         )
     if _differ(logits, alone):
         raise UserError(
-            f"What {what} says of an image depends on the images beside it (BatchNorm with batch statistics?). "
+            f"The logits of {what} depend on the other images of the batch (BatchNorm with batch statistics?). "
             "Evaluate it with running statistics."
         )
-    flags = [] if threat.space == "pixel" else [_SPACE]
+    flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
         flags.append(
-            "The model gives probabilities instead of logits: their gradients vanish where it is sure, and attacks on logits "
-            "are weakened. Take the softmax out."
+            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, which "
+            "weakens attacks on logits. Remove the softmax."
         )
     return flags + _vanishing(model, x, y, logits, what)
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() > _SAME_LOGITS * (1 + a.abs().max()))
+def _differ(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() > _SAME_LOGITS * (1 + one.abs().max()))
 
 
 def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str) -> list[str]:
@@ -83,64 +78,53 @@ def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str
         x = x[right].detach().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y[right], reduction="sum"), x)
     if not bool(gradient.isfinite().all()):
-        raise UserError(f"{what} gives gradients that are not finite: no attack can follow them.")
+        raise UserError(f"{what} has gradients that are not finite: gradient-based attacks cannot work.")
     share = float((gradient.abs().flatten(1).amax(1) < _VANISHED).float().mean())
     if share <= _VANISHED_SHARE:
         return []
     return [
-        f"The gradient of the cross-entropy vanishes on {100 * share:.0f} % of {len(x)} images that are classified rightly: "
-        "attacks that follow it (FGSM, PGD) find less than there is. Trust the margin (CW) and Square more."
+        f"The gradient of the cross-entropy vanishes on {100 * share:.0f} % of {len(x)} correctly classified images: attacks "
+        "that follow it (FGSM, PGD) underestimate the vulnerability. Rely on the margin loss (CW) and on Square."
     ]
 
 
-# ---- what attacks say of each other ---------------------------------------------------------------------------------
+# ---- attacks that contradict each other -----------------------------------------------------------------------------
 
 
-def contradictions(outcomes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Flags for outcomes that cannot all be the truth about one model.
+def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Flags for outcomes of one model that cannot all be valid.
 
     Args:
-        outcomes: by the attack's name, ids int64 [n] and whether the image survived, bool [n]; each attack on its own (no
-            transfer, none that skipped what others broke).
+        outcomes: by the attack's name; only attacks on the model itself that ran on every image (no transfer attacks, none
+            that skipped what others broke).
     """
     attacks = {name: parse_attack(name) for name in outcomes}
     flags = []
-    for strong, weak in ((a, b) for a in attacks for b in attacks if a != b):
+    for strong, weak in ((one, other) for one in attacks for other in attacks if one != other):
         n, left, other = _common(outcomes[strong], outcomes[weak])
-        if not n or attacks[strong].kind == "natural":
+        if not n:
             continue
         natural = _common(outcomes["natural"], outcomes[weak])[1] if "natural" in outcomes else 1.0
-        if why := _reason(attacks[strong], attacks[weak], left, other, natural):
-            seen = f"{_named(strong)} leaves {_percent(left)} right, {_named(weak)} {_percent(other)}"
+        if why := _contradiction(attacks[strong], attacks[weak], left, other, natural):
+            seen = f"{attack_title(strong)} leaves {100 * left:.1f} % right, {attack_title(weak)} {100 * other:.1f} %"
             flags.append(f"On the same {n} images {seen}: {why}")
     return flags
 
 
-def _reason(strong: Attack, weak: Attack, left: float, other: float, natural: float) -> str | None:
-    """Why it is suspicious that of `natural` right images `strong` leaves `left` and `weak` `other`; None where it is not."""
+def _contradiction(strong: Attack, weak: Attack, left: float, other: float, natural: float) -> str | None:
+    """Why it is suspicious that `strong` leaves accuracy `left`, `weak` leaves `other`, and no attack `natural`; else None."""
     if strong.kind == "aa" and weak.kind in ("pgd", "cw", "fgsm") and left > other:
-        return "a stronger attack that breaks fewer images did not work; AutoAttack's number is too high."
+        return "the stronger attack broke fewer images, so it failed; AutoAttack's number is too high."
     if strong.kind == "pgd" and weak.kind == "fgsm" and left > 0 and other <= left and other < natural:
-        return "one step breaks as many as an iterated attack, which is what masked gradients look like."
-    if strong.kind == weak.kind and strong.kind in ("pgd", "cw") and other - left > _CONVERGED:
-        more_steps = strong.steps >= weak.steps and strong.restarts >= weak.restarts
-        if more_steps:
-            return (
-                "more steps or restarts still find much, so the shorter attack had not converged; trust neither alone."
-            )
+        return "one step breaks as many images as an iterated attack: a sign of masked gradients."
+    more_steps = strong.steps >= weak.steps and strong.restarts >= weak.restarts
+    if strong.kind == weak.kind and strong.kind in ("pgd", "cw") and more_steps and other - left > _CONVERGED:
+        return "more steps or restarts still break many images: the shorter attack had not converged; rely on neither alone."
     return None
 
 
-def _common(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> tuple[int, float, float]:
-    """(n, accuracy under a, accuracy under b) on the images that both were run on."""
-    _, in_a, in_b = np.intersect1d(a[0], b[0], assume_unique=True, return_indices=True)
-    n = len(in_a)
-    return (n, float(a[1][in_a].mean()), float(b[1][in_b].mean())) if n else (0, 0.0, 0.0)
-
-
-def _named(attack: str) -> str:
-    return {"aa": "AutoAttack", "aa-apgd": "APGD"}.get(attack, attack)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _common(one: Outcome, other: Outcome) -> tuple[int, float, float]:
+    """(n, accuracy of `one`, accuracy of `other`) on the images that both contain."""
+    _, rows, other_rows = np.intersect1d(one[0], other[0], assume_unique=True, return_indices=True)
+    n = len(rows)
+    return (n, float(one[1][rows].mean()), float(other[1][other_rows].mean())) if n else (0, 0.0, 0.0)

@@ -8,10 +8,7 @@ import numpy as np
 
 from nrat_scale.evaluate.results import Outcome
 
-_Z95 = 1.959963984540054
-
-
-# ---- numbers --------------------------------------------------------------------------------------------------------
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -23,23 +20,23 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def accuracy_record(outcome: np.ndarray) -> dict[str, Any]:
-    """Counts, accuracy and interval of per-image outcomes bool [n]."""
-    correct, n = int(outcome.sum()), len(outcome)
+def accuracy_record(right: np.ndarray) -> dict[str, Any]:
+    """Counts, accuracy and interval of per-image outcomes bool [n]. The accuracy is a mean over images, not over batches."""
+    correct, n = int(right.sum()), len(right)
     low, high = wilson(correct, n)
     return {"correct": correct, "n": n, "accuracy": correct / n, "low": low, "high": high}
 
 
 def worst_case(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
-    """Accuracy where an image must survive every attack that was run, on the images that all of them saw: counts, interval and
-    the names of the attacks. None for a single attack, or where they have no image in common."""
-    common: np.ndarray | None = None
-    for ids, _ in outcomes.values():
-        common = ids if common is None else np.intersect1d(common, ids, assume_unique=True)
-    if common is None or len(outcomes) < 2 or not len(common):
+    """The accuracy if an image must survive every attack, over the images that all of them saw, and the attacks' names.
+
+    None for a single attack, or if the attacks have no image in common.
+    """
+    if len(outcomes) < 2:
         return None
-    right = np.ones(len(common), bool)
-    for ids, survived in outcomes.values():
-        order = np.argsort(ids)
-        right &= survived[order[np.searchsorted(ids, common, sorter=order)]]
+    survived = [dict(zip(ids.tolist(), right.tolist(), strict=True)) for ids, right in outcomes.values()]
+    common = set.intersection(*(set(one) for one in survived))
+    if not common:
+        return None
+    right = np.array([all(one[image_id] for one in survived) for image_id in common])
     return {"attacks": sorted(outcomes), **accuracy_record(right)}

@@ -1,4 +1,4 @@
-"""What can be evaluated: a run's checkpoints, a release (here or on the Hub), a file of weights, a model of timm's."""
+"""What can be evaluated: checkpoints of a run, a release (a folder or on the Hub), a weight file, a timm model."""
 
 import hashlib
 import re
@@ -16,17 +16,16 @@ from nrat_scale.attacks import ThreatSpec
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.checkpoint.format import Checkpoint
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import read_json, sha256_of
-from nrat_scale.data.source import SKIPPED
+from nrat_scale.core.files import sha256_of
+from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import resolve
+from nrat_scale.loading.release_folder import WEIGHTS, resolve
 from nrat_scale.recipe import load_recipe
 
-RESULTS = "results.json"
 CHECKPOINTS = ("best", "last")
-WEIGHTS = ("evaluated", "ema", "raw")
-_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
+WEIGHT_CHOICES = ("evaluated", "ema", "raw")
+_WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Target:
     """One set of weights to evaluate.
 
     Attributes:
-        label: what results call it.
+        label: its name in results.json.
         model: in evaluation mode, on the CPU.
-        identity: what its results say of it; `sha256` is that of the file of weights.
+        identity: its facts in results.json; `sha256` is that of the weight file.
     """
 
     label: str
@@ -46,30 +45,33 @@ class Target:
 
 @dataclass(frozen=True)
 class FoundTargets:
-    """What a name on the command line stands for.
+    """The targets behind a name on the command line.
 
     Attributes:
-        subjects: to be evaluated.
-        threat: that they were trained for, where that is known.
-        results: where results are written unless the user says otherwise.
+        targets: the weights to evaluate.
+        threat: the threat they were trained for, if known.
+        results: the default results file.
         run: the run directory, if it is one.
     """
 
-    subjects: list[Target]
+    targets: list[Target]
     threat: ThreatSpec | None
     results: Path
-    run: Path | None = None
+    run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How to read what the name alone does not say.
+    """Which weights of a run, and how to build the model of a weight file.
 
     Attributes:
         checkpoints: of a run, from `CHECKPOINTS`.
-        weights: of a run, from `WEIGHTS`; `evaluated` are the EMA's where there is one.
-        arch: of a file of weights, a name that timm knows.
-        mean, std: normalisation of a file of weights.
+        weights: of a run, from `WEIGHT_CHOICES`; `evaluated` means the EMA if there is one, else the raw weights.
+        arch: architecture of a weight file, a name known to timm.
+        mean, std: normalisation of a weight file.
+
+    Raises:
+        UserError: an unknown choice, or a normalisation without `arch`.
     """
 
     checkpoints: Sequence[str] = CHECKPOINTS
@@ -78,130 +80,111 @@ class TargetOptions:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
+    def __post_init__(self) -> None:
+        for option, given, choices in (
+            ("checkpoint", self.checkpoints, CHECKPOINTS),
+            ("weights", self.weights, WEIGHT_CHOICES),
+        ):
+            if unknown := sorted(set(given) - set(choices)):
+                raise UserError(
+                    f"--{option} names '{unknown[0]}'; expected {', '.join(choices[:-1])} or {choices[-1]}."
+                )
+        if self.arch is None and (self.mean or self.std):
+            raise UserError("--mean and --std describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
+
 
 def find_targets(what: str, options: TargetOptions) -> FoundTargets:
-    """The subjects that `what` names.
+    """The targets that `what` names.
 
     Raises:
-        UserError: nothing of that name, an option that does not fit it, or weights that do not fit their architecture.
+        UserError: there is nothing of that name, an option does not apply to it, or its weights do not fit its architecture.
     """
     path = Path(what)
-    if options.arch is None and (options.mean or options.std):
-        raise UserError("--mean and --std describe a file of weights; they need --arch, such as --arch wrn28_10_silu.")
+    run = RunFolder(path)
     if path.is_file():
-        return _file(path, options)
+        return _weight_file(path, options)
     if options.arch is not None:
-        raise UserError(f"--arch is for a file of weights, and {what} is none.")
-    if is_run(path):
-        return _run(path, options)
-    if path.is_dir():
+        kind = "a run folder" if run.is_run else "a folder" if path.is_dir() else "not a file"
+        raise UserError(f"--arch needs a weight file; {what} is {kind}.")
+    if run.is_run:
+        threat = load_recipe(run.recipe).threat
+        return FoundTargets(_run_targets(run, options), threat, run.results, run)
+    if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
         return _release(what)
-    if path.suffix in _FILES:
+    if path.suffix in _WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
-    if "/" not in what and timm.is_model(what):
-        return _zoo(what)
-    if "/" not in what:
-        raise UserError(
-            f"There is no {what} here, and timm knows no model of that name. Give a run directory, a release folder, "
-            "user/repo on the Hub, a file of weights with --arch, or one of timm's models."
-        )
-    return _release(what)
+    if timm.is_model(what):
+        return _timm_model(what)
+    raise UserError(
+        f"There is no {what} here, and timm knows no model of that name. Give a run directory, a release folder, "
+        "user/repo on the Hub, a weight file with --arch, or the name of a timm model."
+    )
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
+    """Each checkpoint with each choice of weights; equal weights are loaded once.
 
-
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run directory (and not a release)."""
-    return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()
-
-
-def run_model(run: Path, checkpoint: Checkpoint, weights: str | None = None) -> nn.Module:
-    """A model with the `weights` (`ema` or `model`; by default the evaluated ones) of a run's checkpoint, in evaluation
-    mode."""
-    description = read_json(run / "model.json", "description of the model")
-    model = models.create(str(description["architecture"]), dict(description["model_args"]))
-    try:
-        model.load_state_dict(checkpoint.tensors(weights or checkpoint.evaluated))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint.folder} does not fit the model of {run / 'model.json'}: {error}") from error
-    return model.eval()
-
-
-def skipped_shards(run: Path) -> list[dict[str, Any]]:
-    """The shards that a run did without (`data.on_bad_shard: skip`): source, name, number of images, reason."""
-    path = run / SKIPPED
-    return list(read_json(path, "log of skipped shards").get("skipped", [])) if path.is_file() else []
-
-
-def run_subjects(run: Path, names: Sequence[str], weights: Sequence[str] = ("evaluated",)) -> list[Target]:
-    """The named checkpoints of a run, each with each of `weights`; what has the same tensors is loaded once.
-
-    Labels are `best` and `last` for the evaluated weights, else `best-ema`, `best-raw` and so on.
+    Labels are `best` and `last` for the evaluated weights, `best-ema`, `best-raw` and so on for the others.
     """
-    known: dict[tuple[int, str], Target] = {}
-    subjects = []
-    for name in names:
-        checkpoint = named_checkpoint(run, name)
-        for choice in weights:
-            label = name if choice == "evaluated" else f"{name}-{choice}"
-            file = {"evaluated": checkpoint.evaluated, "ema": "ema", "raw": "model"}[choice]
-            if f"{file}.safetensors" not in checkpoint.sha256:
-                raise UserError(f"The run {run} trained without an EMA (ema.decay). Leave ema out of --weights.")
-            if (checkpoint.step, file) not in known:
+    loaded: dict[tuple[int, str], Target] = {}
+    targets = []
+    for name in options.checkpoints:
+        checkpoint = named_checkpoint(run.path, name)
+        for choice in options.weights:
+            kind = {"evaluated": checkpoint.evaluated, "ema": "ema", "raw": "model"}[choice]
+            if f"{kind}.safetensors" not in checkpoint.sha256:
+                raise UserError(f"The run {run.path} trained without an EMA (ema.decay). Drop ema from --weights.")
+            if (checkpoint.step, kind) not in loaded:
                 identity = {
                     "step": checkpoint.step,
                     "epoch": checkpoint.state["epoch"],
-                    "weights": "ema" if file == "ema" else "raw",
-                    "sha256": checkpoint.sha256[f"{file}.safetensors"],
-                    "skipped_shards": skipped_shards(run),
+                    "weights": "ema" if kind == "ema" else "raw",
+                    "sha256": checkpoint.sha256[f"{kind}.safetensors"],
+                    "skipped_shards": run.read_skipped_shards(),
                 }
-                known[checkpoint.step, file] = Target(label, run_model(run, checkpoint, file), identity)
-            subjects.append(replace(known[checkpoint.step, file], label=label))
-    return subjects
+                loaded[checkpoint.step, kind] = Target(name, _run_model(run, checkpoint, kind), identity)
+            label = name if choice == "evaluated" else f"{name}-{choice}"
+            targets.append(replace(loaded[checkpoint.step, kind], label=label))
+    return targets
 
 
-def _run(run: Path, options: TargetOptions) -> FoundTargets:
-    for given, choices, option in (
-        (options.checkpoints, CHECKPOINTS, "checkpoint"),
-        (options.weights, WEIGHTS, "weights"),
-    ):
-        if unknown := sorted(set(given) - set(choices)):
-            raise UserError(f"--{option} names '{unknown[0]}'; a run has {', '.join(choices[:-1])} and {choices[-1]}.")
-    threat = load_recipe(run / "recipe.yaml").threat
-    return FoundTargets(run_subjects(run, options.checkpoints, options.weights), threat, run / RESULTS, run)
-
-
-# ---- everything else ------------------------------------------------------------------------------------------------
+def _run_model(run: RunFolder, checkpoint: Checkpoint, kind: str) -> nn.Module:
+    """The run's model with the `kind` (`ema` or `model`) weights of a checkpoint, in evaluation mode."""
+    description = run.read_model()
+    model = models.create(str(description["architecture"]), dict(description["model_args"]))
+    try:
+        model.load_state_dict(checkpoint.tensors(kind))
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
+    return model.eval()
 
 
 def _release(source: str) -> FoundTargets:
     folder = resolve(source)
-    recipe = folder / "recipe.yaml"
+    recipe = folder / RECIPE
     threat = load_recipe(recipe).threat if recipe.is_file() else None
-    identity: dict[str, Any] = {"sha256": sha256_of(folder / "model.safetensors"), "weights": "released"}
+    identity: dict[str, Any] = {"sha256": sha256_of(folder / WEIGHTS), "weights": "released"}
     if not Path(source).is_dir():
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
-    return FoundTargets([Target("release", load(folder), identity)], threat, _beside(source))
+    return FoundTargets([Target("release", load(folder), identity)], threat, _default_results(source))
 
 
-def _file(path: Path, options: TargetOptions) -> FoundTargets:
+def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
     if options.arch is None:
-        raise UserError(f"{path} is a file of weights: say of which model with --arch, such as --arch wrn28_10_silu.")
+        raise UserError(f"{path} is a weight file: name its model with --arch, such as --arch wrn28_10_silu.")
     model = load(path, arch=options.arch, mean=options.mean, std=options.std)
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
-    return FoundTargets([Target("file", model, identity)], None, _beside(path.stem))
+    return FoundTargets([Target("file", model, identity)], None, _default_results(path.stem))
 
 
-def _zoo(name: str) -> FoundTargets:
+def _timm_model(name: str) -> FoundTargets:
     model = pretrained(name)
-    digest = hashlib.sha256()  # timm does not say which file it read
+    digest = hashlib.sha256()  # of the tensors: timm does not tell which file it read
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.contiguous().numpy().tobytes())
     identity = {"sha256": digest.hexdigest(), "weights": "pretrained", "architecture": name}
-    return FoundTargets([Target("pretrained", model, identity)], None, _beside(name))
+    return FoundTargets([Target("pretrained", model, identity)], None, _default_results(name))
 
 
-def _beside(name: str) -> Path:
-    """Where results of something that is no run go: a folder of their own."""
+def _default_results(name: str) -> Path:
     return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") / RESULTS

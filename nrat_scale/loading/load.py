@@ -1,7 +1,7 @@
-"""Trained weights from anywhere: releases (here or on the Hub), files as RobustBench has them, timm's own.
+"""Load trained weights: a release (a folder or on the Hub), or a weight file in RobustBench's layout.
 
-Of a release only safetensors and JSON are read, the architecture is built here from its configuration, and names, types, shapes
-and sizes are compared before anything is allocated: a file from a stranger can be wrong, but it cannot run.
+Of a release only safetensors and JSON are read, and the architecture is built here from its configuration. Names, types, shapes
+and sizes are checked before anything is allocated, and no code of the release is run.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,7 @@ from torch import nn
 
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.loading.checks import (
-    describe_differences,
-    expected_tensors,
-    is_ours,
-    read_configuration,
-    read_safetensors_header,
-)
+from nrat_scale.loading.checks import check_tensors, is_ours, read_configuration, read_safetensors_header
 from nrat_scale.loading.foreign import load_weight_file, normalised_timm
 from nrat_scale.loading.release_folder import CONFIG, WEIGHTS, resolve
 
@@ -38,11 +32,11 @@ def load(
     """A trained model in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
 
     Args:
-        source: a release folder; `user/repo` or `user/repo@revision` on the Hugging Face Hub; or, with `arch`, a file of
-            weights (`.pt` and the like, read with `weights_only=True`, or `.safetensors`).
-        device: where to put it.
-        arch: of a file of weights: a model that timm knows, such as `wrn28_10_silu`.
-        mean, std: normalisation of a file of weights: by default what the file holds, else the architecture's.
+        source: a release folder; `user/repo` or `user/repo@revision` on the Hugging Face Hub; or, with `arch`, a weight file
+            (`.pt` and the like, read with `weights_only=True`, or `.safetensors`).
+        device: where to put the model.
+        arch: architecture of a weight file: a model that timm knows, such as `wrn28_10_silu`.
+        mean, std: normalisation of a weight file (default: the constants in the file, else those of the architecture).
         model_args: further arguments of the architecture, such as `width=64`.
 
     Raises:
@@ -51,11 +45,9 @@ def load(
     if arch is not None:
         model = load_weight_file(Path(source), arch, mean, std, model_args)
     elif Path(source).is_file():
-        raise UserError(f"{source} is a file of weights: say of which model, such as arch='wrn28_10_silu'.")
+        raise UserError(f"{source} is a weight file: name its model with arch=, such as arch='wrn28_10_silu'.")
     elif mean is not None or std is not None or model_args:
-        raise UserError(
-            "mean, std and other arguments describe a file of weights and need arch=; a release has its own."
-        )
+        raise UserError("mean, std and other arguments describe a weight file and need arch=; a release has its own.")
     else:
         folder = resolve(source)
         try:
@@ -67,14 +59,12 @@ def load(
 
 def _from_release(folder: Path) -> nn.Module:
     name, arguments, constants = read_configuration(folder / CONFIG)
-    found = read_safetensors_header(folder / WEIGHTS)
-    if wrong := describe_differences(expected_tensors(name, arguments, len(found)), found):
-        raise UserError(f"{WEIGHTS} does not fit the architecture {name}: {wrong}.")
+    check_tensors(name, arguments, read_safetensors_header(folder / WEIGHTS), WEIGHTS)
     model = models.create(name, arguments)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (RuntimeError, SafetensorError, OSError) as error:
         raise UserError(f"{WEIGHTS} cannot be read: {first_line(error)}") from error
-    return (
-        model if is_ours(name) else normalised_timm(model, name, arguments, constants.get("mean"), constants.get("std"))
-    )
+    if is_ours(name):
+        return model
+    return normalised_timm(model, name, arguments, constants.get("mean"), constants.get("std"))

@@ -1,4 +1,4 @@
-"""A release folder, local or on the Hub: its files and their verification."""
+"""A release folder, local or on the Hub: its files, their download and verification."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -14,20 +14,17 @@ from huggingface_hub.errors import (
 )
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.core.files import read_json, sha256_of
+from nrat_scale.core.files import manifest_mismatch, read_json
+from nrat_scale.core.run_folder import RECIPE, RESULTS
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
-_EXTRAS = ("recipe.yaml", "results.json")
-
-
-# ---- releases -------------------------------------------------------------------------------------------------------
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder of a release: `source` itself, or its files fetched from the Hub. Raises as `load`."""
+    """The local, verified folder of a release: `source` itself, or its download from the Hub. Raises as `load`."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = _fetch(str(source))
+        folder = _download(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
@@ -39,43 +36,38 @@ def resolve(source: str | Path) -> Path:
 
 
 def verify(folder: Path, *, everything: bool = False) -> None:
-    """Compare a release with its manifest: what `load` reads, or `everything`. Without a manifest (timm's own) nothing is known.
+    """Compare the files that `load` reads, or `everything`, with the manifest. timm's own repositories have no manifest.
 
     Raises:
-        UserError: a file is missing or has other bytes; with `everything` also where there is no manifest.
+        UserError: a file is missing or has other bytes; or there is no manifest and `everything` is set.
     """
     if not (folder / MANIFEST).is_file():
         if everything:
             raise UserError(f"{folder} has no {MANIFEST}: it was not made by python -m nrat_scale.release.")
         return
     files = read_json(folder / MANIFEST, "manifest of the release").get("files")
-    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+    if not isinstance(files, dict):
         raise UserError(f"The manifest {folder / MANIFEST} is damaged: it lists no files.")
-    for name, facts in files.items():
-        path = folder / name
-        if not everything and name not in (CONFIG, WEIGHTS):
-            continue
-        if not path.is_file():
-            raise UserError(f"{folder} is damaged: {name} is missing.")
-        if path.stat().st_size != facts.get("bytes") or sha256_of(path) != facts.get("sha256"):
-            raise UserError(f"{folder} is damaged: {name} is not what its manifest says. Fetch or release it again.")
+    for name, entry in files.items():
+        if (everything or name in (CONFIG, WEIGHTS)) and (mismatch := manifest_mismatch(folder / name, entry)):
+            raise UserError(f"{folder} is damaged: {mismatch}. Fetch or release it again.")
 
 
-def _fetch(source: str) -> Path:
-    """The snapshot folder of `user/repo[@revision]`, all files of one commit."""
+def _download(source: str) -> Path:
+    """The snapshot folder of `user/repo[@revision]`, all files from one commit."""
     repo, _, revision = source.partition("@")
     if repo.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"There is no release folder {source}, and it is not of the Hub's form user/repo either.")
     try:
         folder = Path(hf_hub_download(repo, CONFIG, revision=revision or None)).parent
-        commit = folder.name  # what `revision` meant when the first file was asked for
+        commit = folder.name  # `revision` may move between two downloads
         hf_hub_download(repo, WEIGHTS, revision=commit)
-        for name in (*_EXTRAS, MANIFEST):
+        for name in (RECIPE, RESULTS, MANIFEST):
             with suppress(EntryNotFoundError, LocalEntryNotFoundError):
                 hf_hub_download(repo, name, revision=commit)
         try:
             verify(folder)
-        except UserError:  # damaged on the way, which the client does not notice: once more, past its cache
+        except UserError:  # damaged in transit, which hf_hub_download does not check: bypass its cache once
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 hf_hub_download(repo, name, revision=commit, force_download=True)
     except HFValidationError as error:

@@ -10,36 +10,34 @@ from torch import nn
 from nrat_scale.core.errors import UserError, did_you_mean
 from nrat_scale.loading.load import load
 
-# ---- RobustBench ----------------------------------------------------------------------------------------------------
-
-_registered: dict[str, str] = {}  # entry point -> source
 _BENCHMARKS = {"dataset": ("cifar10", "cifar100", "imagenet"), "threat_model": ("Linf", "L2", "corruptions")}
+_registered: dict[str, str] = {}  # timm name -> source
 
 
 def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10", threat_model: str = "Linf") -> str:
     """Let RobustBench's `load_model(name, dataset=dataset, threat_model=threat_model)` find a release.
 
-    RobustBench asks timm for a model called `<name>_<dataset>_<threat_model>` in lower case with `-` as `_`, before it looks into
-    its own zoo.
+    Before RobustBench looks into its own zoo, it asks timm for a model called `<name>_<dataset>_<threat_model>`, in lower case
+    with `_` for `-`.
 
     Args:
         source: as for `load`.
-        name: what the model is to be called.
+        name: the name for the model.
         dataset: `cifar10`, `cifar100` or `imagenet`.
-        threat_model: `Linf`, `L2` or `corruptions`, which RobustBench also asks for where `corruptions_3d` is meant.
+        threat_model: `Linf`, `L2` or `corruptions`; RobustBench asks for the latter for `corruptions_3d` too.
 
     Returns:
         The name registered with timm.
 
     Raises:
-        UserError: the name is taken, or is none, or RobustBench has no such data set or threat model.
+        UserError: the name is taken or invalid, or RobustBench has no such data set or threat model.
     """
     for what, value in (("dataset", dataset), ("threat_model", threat_model)):
         if value not in _BENCHMARKS[what]:
             raise UserError(
                 f"RobustBench has no {what} '{value}' and would never ask for it. {did_you_mean(value, _BENCHMARKS[what])}"
             )
-    # What is meant must not change with the working directory between now and the call.
+    # Absolute: the working directory may change before the model is loaded.
     source = str(Path(source).resolve() if Path(source).exists() else source)
     entry = f"{name.lower().replace('-', '_')}_{dataset.lower()}_{threat_model.lower()}"
     if not entry.isidentifier():
@@ -56,7 +54,7 @@ def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10"
             raise UserError(f"{entry} is a trained model and takes no {', '.join(others)}.")
         model = load(source)
         if num_classes not in (None, model.num_classes):
-            raise UserError(f"{source} knows {model.num_classes} classes, not {num_classes}.")
+            raise UserError(f"{source} has {model.num_classes} classes, not {num_classes}.")
         return model
 
     create.__name__, create.__module__ = entry, __name__

@@ -1,4 +1,4 @@
-"""A model as an ONNX or `torch.export` file with any number of images, compared with the model itself."""
+"""ONNX and `torch.export` files that take any number of images, compared with the model itself."""
 
 import importlib.util
 import warnings
@@ -19,10 +19,10 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
 
     Args:
         model: in evaluation mode, on the CPU.
-        x: images [B, C, H, W], B > 1, of the size that it takes.
+        x: images [B, C, H, W], B > 1, of the size that the model takes.
 
     Raises:
-        UserError: the packages for it are not installed.
+        UserError: a package that the export needs is not installed.
     """
     absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
@@ -30,7 +30,7 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter deprecates its own parts
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own deprecated code
         torch.onnx.export(
             model,
             (x,),
@@ -51,14 +51,14 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
 
 
 def export_torch(model: nn.Module, x: Tensor, path: Path) -> None:
-    """Write `path`, a `torch.export` file; `torch.export.load(path).module()` gives the logits. Arguments as `export_onnx`."""
+    """Write `path`, a `torch.export` file: `torch.export.load(path).module()` is the model. Arguments as `export_onnx`."""
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(exported, path)
     _compare(model, torch.export.load(path).module(), x, "torch.export")
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, other: Any, x: Tensor, what: str) -> None:
-    for images in (x, x[:1], torch.cat([x, 1 - x])):  # as exported, one image, and more of them
-        distance = float((model(images) - other(images)).abs().max())
-        assert distance <= TOLERANCE, f"the {what} file gives other logits, by {distance}"
+def _compare(model: nn.Module, exported: Any, x: Tensor, what: str) -> None:
+    for images in (x, x[:1], torch.cat([x, 1 - x])):  # the exported batch size, 1 and a larger one
+        difference = float((model(images) - exported(images)).abs().max())
+        assert difference <= TOLERANCE, f"the logits of the {what} file differ by {difference}"

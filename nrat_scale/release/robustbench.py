@@ -1,30 +1,24 @@
-"""RobustBench's JSON and issue text for a release."""
+"""Texts for a submission to RobustBench: its `model_info` JSON and the text of its new-model issue."""
 
-import json
 from typing import Any
 
-from nrat_scale.release.card import NORM_TITLES, TO_FILL_IN, Contents, eps_text
+from nrat_scale.attacks import AUTOATTACK_NORMS, fraction_text
+from nrat_scale.release.card import TEMPLATES
+from nrat_scale.release.contents import Contents
 
-# ---- RobustBench ----------------------------------------------------------------------------------------------------
+TO_FILL_IN = "TO FILL IN"  # what only the authors know
 
 
 def robustbench_info(contents: Contents) -> dict[str, Any]:
     """The JSON that RobustBench keeps of a model (`model_info/<dataset>/<threat model>/<name>.json`).
 
-    What only the authors know is `TO_FILL_IN`. `autoattack_acc` is given only for AutoAttack standard on all test images.
+    `autoattack_acc` is given only for standard AutoAttack on all test images.
     """
-    attacks = contents.record.get("attacks", {})
-    total = contents.results["data"]["num_images"] if contents.results is not None else None
-    whole = {name: entry for name, entry in attacks.items() if entry["n"] == total}
-    notes = []
-    if contents.recipe.data.generated.shards:
-        notes.append("It uses generated images in training.")
-    if contents.noise is not None and contents.noise.get("num_noisy"):
-        notes.append(f"{100 * contents.noise['realised_rate']:.1f} % of its real training labels are wrong on purpose.")
-    if "aa" not in whole:
-        seen = f"on {attacks['aa']['n']} of {total} images only" if "aa" in attacks else "not at all"
-        notes.append(f"No AutoAttack accuracy is claimed: it was run {seen}.")
-    notes += contents.flags
+    results = contents.results
+    total = None if results is None else results["data"]["num_images"]
+    accuracies = {
+        name: f"{100 * entry['accuracy']:.2f}" for name, entry in contents.attacks.items() if entry["n"] == total
+    }
     return {
         "link": TO_FILL_IN,
         "name": TO_FILL_IN,
@@ -34,69 +28,51 @@ def robustbench_info(contents: Contents) -> dict[str, Any]:
         "dataset": str(contents.description["dataset"]),
         "venue": TO_FILL_IN,
         "architecture": str(contents.description["architecture"]),
-        "eps": eps_text(contents.results["threat"]["eps"]) if contents.results is not None else None,
-        "clean_acc": _percentage(whole.get("natural")),
-        "reported": _percentage(whole.get("aa")),
-        "autoattack_acc": _percentage(whole.get("aa")),
-        "footnote": " ".join(notes) or None,
+        "eps": None if results is None else fraction_text(results["threat"]["eps"]),
+        "clean_acc": accuracies.get("natural"),
+        "reported": accuracies.get("aa"),
+        "autoattack_acc": accuracies.get("aa"),
+        "footnote": " ".join(_notes(contents, total)) or None,
         "unreliable": bool(contents.flags),
     }
 
 
-def robustbench_issue(contents: Contents) -> str:
-    """The text of RobustBench's new-model issue, as far as a run knows it."""
+def new_model_issue(contents: Contents) -> str:
+    """The text of RobustBench's new-model issue, as far as the run's files answer it."""
     info = robustbench_info(contents)
-    norm = contents.results["threat"]["norm"] if contents.results is not None else contents.recipe.threat.norm
-    claimed = {
-        key: info[key] if info[key] is not None else "not measured on all test images"
-        for key in ("clean_acc", "autoattack_acc")
-    }
-    lines = [
-        "# Paper Information",
-        "",
-        f"- **Paper Title**: {TO_FILL_IN}",
-        f"- **Paper URL**: {TO_FILL_IN}",
-        f"- **Paper authors**: {TO_FILL_IN}",
-        "",
-        "# Leaderboard Claim(s)",
-        "",
-        "## Model 1",
-        "",
-        f"- **Architecture**: {info['architecture']}",
-        f"- **Dataset**: {info['dataset']}",
-        f"- **Threat Model**: {NORM_TITLES[norm][1]}",
-        f"- **eps**: {info['eps']}",
-        f"- **Clean accuracy**: {claimed['clean_acc']}",
-        f"- **Robust accuracy**: {claimed['autoattack_acc']}",
-        "- **Additional data**: false",
-        f"- **Evaluation method**: {_evaluation_method(contents)}",
-        f"- **Checkpoint and code**: {TO_FILL_IN} (user/{contents.name} on the Hub; loads with nrat_scale, sha256 {contents.sha256})",
-        "",
-        "# Model Zoo:",
-        "",
-        "- [ ] I want to add my models to the Model Zoo (check if true)",
-        f"- [ ] I use an architecture that is **not** included among those of the zoo (check if true; ours is "
-        f"{info['architecture']})",
-        "- [ ] I agree to release my model(s) under MIT license (check if true)",
-    ]
-    if info["footnote"]:
-        lines += ["", f"Footnote: {info['footnote']}"]
-    return "\n".join(lines) + "\n"
+    threat = contents.recipe.threat.norm if contents.results is None else contents.results["threat"]["norm"]
+    return TEMPLATES.get_template("new_model_issue.md").render(
+        contents=contents,
+        info=info,
+        accuracies={key: info[key] or "not measured on all test images" for key in ("clean_acc", "autoattack_acc")},
+        threat_model=AUTOATTACK_NORMS[threat],
+        method=_evaluation_method(contents),
+        to_fill_in=TO_FILL_IN,
+    )
+
+
+def _notes(contents: Contents, total: int | None) -> list[str]:
+    notes = []
+    if contents.recipe.data.generated.shards:
+        notes.append("It uses generated images in training.")
+    if contents.noise is not None and contents.noise.get("num_noisy"):
+        rate, kind = 100 * contents.noise["realised_rate"], contents.noise["kind"]
+        notes.append(f"{rate:.1f} % of its real training labels are wrong ({kind} label noise).")
+    autoattack = contents.attacks.get("aa")
+    if autoattack is None:
+        notes.append("No AutoAttack accuracy is claimed: AutoAttack was not run.")
+    elif autoattack["n"] != total:
+        images = f"{autoattack['n']} of {total} images"
+        notes.append(f"No AutoAttack accuracy is claimed: AutoAttack was run on {images} only.")
+    return notes + contents.flags
 
 
 def _evaluation_method(contents: Contents) -> str:
-    attacks = contents.record.get("attacks", {})
-    if contents.results is None or "aa" not in attacks:
+    entry = contents.attacks.get("aa")
+    if contents.results is None or entry is None:
         return "not evaluated with AutoAttack"
     versions = ", ".join(f"{name} {version}" for name, version in contents.results["versions"].items())
-    entry = attacks["aa"]
-    return f"AutoAttack standard in blocks of {entry['batch_size']} images, seed {entry['seed']}, n = {entry['n']} ({versions})"
-
-
-def _percentage(entry: dict[str, Any] | None) -> str | None:
-    return None if entry is None else f"{100 * entry['accuracy']:.2f}"
-
-
-def info_json(contents: Contents) -> str:
-    """`robustbench_info` as text."""
-    return json.dumps(robustbench_info(contents), indent=2, ensure_ascii=False) + "\n"
+    return (
+        f"standard AutoAttack in batches of {entry['batch_size']} images, seed {entry['seed']}, n = {entry['n']} "
+        f"({versions})"
+    )

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, sha256_of
-from nrat_scale.remote.transfer import Cancelled, download, wait_before_retry
+from nrat_scale.remote.transfer import Cancelled, download, sleep_unless
 
 CACHE_VARIABLE = "NRAT_SCALE_CACHE"
 DEFAULT_CACHE_GB = 50.0
@@ -126,7 +126,7 @@ class Cache:
             )
         while not self._reserved(num_bytes, part, stopped):
             part.unlink(missing_ok=True)  # it counts as a reservation: two that wait would wait for each other
-            wait_before_retry(0.2, stopped)
+            sleep_unless(stopped, 0.2)
 
     def _reserved(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> bool:
         with self._locked("room", stopped):

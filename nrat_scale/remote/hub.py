@@ -1,124 +1,99 @@
-"""Files to a repository on the Hugging Face Hub: what is there already is not sent, what may pass is tried again, and what arrived
-is compared with what lies here. The token is the one of the environment (HF_TOKEN) or of `hf auth login`, and is never shown.
+"""Upload files to a repository on the Hugging Face Hub: skip what it already has, retry, compare what arrived.
+
+The token comes from HF_TOKEN or `hf auth login` and is never printed.
 """
 
 import hashlib
-import random
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import sha256_of
+from nrat_scale.remote.stores import hub_failure
+from nrat_scale.remote.transfer import retried
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-REVISION = re.compile(r"[\w.-]+", re.ASCII)
-_ATTEMPTS = 6
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 300.0  # whatever the Hub asks for
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_Result = TypeVar("_Result")
+ATTEMPTS = 6  # per request
+_NAME = r"[\w.-]+"
+T = TypeVar("T")
 
 
 class HubRepository:
-    """One repository on the Hub (`HF_ENDPOINT`), to be written to.
+    """One repository on the Hub (`HF_ENDPOINT`) to upload to.
 
     Args:
         repo: `user/repo`.
         kind: `model` or `dataset`.
-        revision: a branch; None is the main one.
-        what: names what is pushed in errors, such as "The release".
-        shown: names where to in errors.
+        revision: a branch; None for the main branch.
+        what: the subject of error messages, such as "The release".
+        shown: the destination in error messages.
+        api: a client; default `huggingface_hub.HfApi()`.
     """
 
-    def __init__(self, repo: str, kind: str, revision: str | None, what: str, shown: str) -> None:
+    def __init__(self, repo: str, kind: str, revision: str | None, what: str, shown: str, api: Any = None) -> None:
         from huggingface_hub import HfApi
 
         self._repo, self._kind, self._revision, self._what, self._shown = repo, kind, revision, what, shown
-        self._api = HfApi()
+        self._api: Any = api or HfApi()
 
     def prepare(self, *, private: bool = False) -> None:
-        """Make the repository and the branch where they do not exist; `private` counts for a new repository."""
+        """Create the repository and the branch if they do not exist; `private` only affects a new repository."""
         where: dict[str, Any] = {"repo_id": self._repo, "repo_type": self._kind, "exist_ok": True}
-        made = {**where, "private": True} if private else where
-        self._retried(lambda: self._api.create_repo(**made))
-        if self._revision is not None and self._revision != "main":
-            self._retried(lambda: self._api.create_branch(**where, branch=self._revision or "main"))
+        options = {**where, "private": True} if private else where
+        self._retried(lambda: self._api.create_repo(**options))
+        if self._revision not in (None, "main"):
+            self._retried(lambda: self._api.create_branch(**where, branch=self._revision))
 
     def missing(self, files: Mapping[str, Path]) -> list[str]:
-        """Which of `files` (name in the repository -> file here) are not there, or with other bytes."""
-        there = self._retried(
+        """Which of `files` (name in the repository -> local file) the repository lacks or has with other bytes."""
+        found = self._retried(
             lambda: self._api.get_paths_info(self._repo, list(files), repo_type=self._kind, revision=self._revision)
         )
-        known = {entry.path: entry for entry in there}
-        return [name for name, path in files.items() if not _is(known.get(name), path)]
+        entries = {entry.path: entry for entry in found}
+        return [name for name, path in files.items() if not _has_bytes_of(entries.get(name), path)]
 
     def upload(self, files: Mapping[str, Path], message: str | None = None) -> None:
-        """Commit `files` (name in the repository -> file here), and make sure that they arrived.
+        """Commit `files` (name in the repository -> local file) and verify that they arrived.
 
         Raises:
-            UserError: no permission, the Hub cannot be reached, or something else arrived.
+            UserError: no permission, the Hub cannot be reached, or a file did not arrive.
         """
         from huggingface_hub import CommitOperationAdd
 
         names = list(files)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
 
         def commit() -> None:
             self._api.create_commit(
                 repo_id=self._repo,
                 repo_type=self._kind,
                 revision=self._revision,
-                # Made anew for each attempt: a half-used operation remembers what went wrong.
+                # New for each attempt: an operation keeps state from a failed one.
                 operations=[CommitOperationAdd(name, str(path)) for name, path in files.items()],
-                commit_message=message
-                or f"Upload {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                commit_message=message or f"Upload {names[0]}{more}",
             )
 
         self._retried(commit)
-        if missing := self.missing(
-            files
-        ):  # a .gitignore in the repository, for instance, makes the client leave a file out
-            raise UserError(f"{missing[0]} did not arrive at {self._shown} as it is here. Look at the repository.")
+        # The client skips files that a .gitignore in the repository names, without an error.
+        if missing := self.missing(files):
+            raise UserError(
+                f"{missing[0]} did not arrive at {self._shown} with the local bytes. Check the repository's .gitignore."
+            )
 
-    def _retried(self, attempt: Callable[[], _Result]) -> _Result:
-        """The result of `attempt`, repeated while what fails may pass."""
-        for failed in range(1, _ATTEMPTS + 1):
+    def _retried(self, request: Callable[[], T]) -> T:
+        def attempt() -> T:
             try:
-                return attempt()
-            except (
-                Exception
-            ) as error:  # below the Hub's client lie different HTTP libraries, whose errors share no base
-                response = getattr(error, "response", None)
-                status = getattr(response, "status_code", None)
-                # Without an answer it was the network, unless the client refused what it was given.
-                may_pass = status in _TRANSIENT or (
-                    status is None and not isinstance(error, ValueError | FileNotFoundError)
-                )
-                if not may_pass or failed == _ATTEMPTS:
-                    raise self._sentence(error, status) from error
-                pause = _FIRST_PAUSE_SECONDS * 2.0 ** (failed - 1) * random.uniform(0.5, 1.0)
-                pause = max(pause, _asked_pause(response))
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+                return request()
+            except Exception as error:  # the HTTP libraries of the Hub's client share no base class
+                raise hub_failure(error) from error
 
-    def _sentence(self, error: Exception, status: int | None) -> UserError:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        way_out = "What was uploaded stays there: the same command goes on with it."
-        if status in (401, 403):
-            way_out = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
-        return UserError(f"{self._what} cannot be pushed to {self._shown}: {reason}. {way_out}")
+        what = f"{self._what} cannot be pushed to {self._shown}"
+        return retried(attempt, what, attempts=ATTEMPTS, way_out="The same command resumes the upload.")
 
 
-def _asked_pause(response: Any) -> float:
-    """The seconds of a Retry-After header."""
-    text = str(getattr(response, "headers", {}).get("Retry-After", "")) if response is not None else ""
-    return min(float(text), _LONGEST_PAUSE_SECONDS) if text.isdecimal() else 0.0
-
-
-def _is(entry: Any, path: Path) -> bool:
-    """Whether a file on the Hub has the bytes of `path`: by sha256 if it is large there (LFS), else by git's blob id."""
+def _has_bytes_of(entry: Any, path: Path) -> bool:
+    """Compare a file on the Hub with `path`: by sha256 if the Hub stores it as LFS, else by git's blob id."""
     if entry is None or getattr(entry, "size", None) != path.stat().st_size:
         return False
     lfs = getattr(entry, "lfs", None)
@@ -129,11 +104,11 @@ def _is(entry: Any, path: Path) -> bool:
 
 
 def check_repository(repo: str, revision: str | None) -> None:
-    """Raise `UserError` where `repo` is not of the form `user/repo`, or `revision` no name of a branch."""
-    if not REPOSITORY.fullmatch(repo):
-        raise UserError(f"'{repo}' is no repository on the Hub. Expected user/repo.")
-    if revision is not None and not REVISION.fullmatch(revision):
-        raise UserError(f"'{revision}' is no name of a revision. Use letters, digits, ., _ and -.")
+    """Raise `UserError` if `repo` is not `user/repo`, or `revision` cannot be the name of a branch."""
+    if not re.fullmatch(f"{_NAME}/{_NAME}", repo, re.ASCII):
+        raise UserError(f"{quoted(repo)} is not a repository on the Hub. Expected user/repo.")
+    if revision is not None and not re.fullmatch(_NAME, revision, re.ASCII):
+        raise UserError(f"{quoted(revision)} cannot be a revision. Use letters, digits, ., _ and -.")
 
 
 def names_of(folder: Path, names: Sequence[str]) -> dict[str, Path]:

@@ -1,4 +1,8 @@
-"""Transfers that resume by byte and retry with backoff: the one retry policy for reading."""
+"""Transfers that resume at the byte where they stopped, and the one retry policy.
+
+A transient failure (no answer, HTTP 429 or 5xx, a cut) is retried with exponential backoff and jitter, or after the
+pause that the server asks for. A permanent one (404, no permission) ends at once.
+"""
 
 import contextlib
 import os
@@ -6,30 +10,30 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import fsync_folder, sha256_of
-from nrat_scale.remote.stores import MayPass, RangeRefused, WillNotPass, open_at
+from nrat_scale.remote.stores import PermanentError, RangeRefused, TransientError, open_at
 
-ATTEMPTS = 8  # without progress; the pauses below add up to one to two minutes
+T = TypeVar("T")
+ATTEMPTS = 8  # without progress; the pauses add up to one to two minutes
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
-_DAMAGED_ATTEMPTS = 3  # complete transfers whose content is wrong
-_PROGRESS_BYTES = 1 << 20  # an attempt that brought this much does not count as failed
+_LONGEST_WAIT_SECONDS = 300.0  # limits the pause that a server asks for
+_INDEX_ATTEMPTS = 4  # a run fetches its indexes first, and a mistyped address should fail soon
+_DAMAGED_ATTEMPTS = 3  # complete transfers with wrong content
+_PROGRESS_BYTES = 1 << 20  # an attempt that adds this much does not count as failed
 
 
 class Cancelled(Exception):
-    """The transfer was given up because nobody waits for it any more."""
-
-
-# ---- whole files ----------------------------------------------------------------------------------------------------
+    """The caller gave up the transfer."""
 
 
 def fetch_bytes(url: str, limit: int) -> bytes:
     """The content of a small file, at most `limit` bytes.
 
     Raises:
-        UserError: it cannot be had, or is larger.
+        UserError: the file cannot be fetched, or is larger.
     """
 
     def attempt() -> bytes:
@@ -38,13 +42,12 @@ def fetch_bytes(url: str, limit: int) -> bytes:
             for chunk in chunks:
                 data += chunk
                 if len(data) > limit:
-                    raise WillNotPass(f"it has more than {limit} bytes")
+                    raise PermanentError(f"it has more than {limit} bytes")
             if size is not None and len(data) != size:
-                raise MayPass(f"{len(data)} of {size} bytes arrived")
+                raise TransientError(f"{len(data)} of {size} bytes arrived")
         return bytes(data)
 
-    # Fewer attempts: this is the first thing that a run asks for, and a mistyped address should end soon.
-    return _retried(attempt, url, lambda: False, attempts=4)
+    return retried(attempt, f"{url} cannot be fetched", attempts=_INDEX_ATTEMPTS)
 
 
 def download(
@@ -57,18 +60,18 @@ def download(
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Fetch `url` into `path`, which is whole and verified or not there. Not for two processes at once: see `Cache`.
+    """Fetch `url` into `path`, which appears only when it is complete and verified. One process at a time: see `Cache`.
 
     Args:
-        num_bytes, sha256: what must arrive; None where nobody knows, then only a cut is noticed.
-        part: where the bytes are collected; what an earlier call left there is not fetched again.
-        stopped: asked whenever bytes arrive (at the latest after STALL_SECONDS) and in pauses; once it is true the
-            transfer is given up, resumable.
-        progress: told the number of bytes that are there, after each chunk.
+        num_bytes, sha256: of the expected file; None if unknown, then only a cut is detected.
+        part: collects the bytes; those of an earlier call are kept.
+        stopped: polled with each chunk (at the latest after STALL_SECONDS) and in pauses; True cancels the transfer,
+            which can be resumed.
+        progress: receives the number of bytes so far after each chunk.
 
     Raises:
-        UserError: it cannot be had, is not what it should be, or cannot be written.
-        Stopped: `stopped` said so.
+        UserError: the file cannot be fetched, differs from the expected one, or cannot be written.
+        Cancelled: `stopped` returned True.
     """
     part = part or path.with_name(f"{path.name}.part")
     damaged = 0
@@ -79,13 +82,16 @@ def download(
         if sha256 is not None and sha256_of(part) != sha256:
             os.truncate(part, 0)
             damaged += 1
-            wrong = f"what arrives has not the sha256 {sha256[:12]}... of the index"
+            wrong = f"it does not have the expected sha256 {sha256[:12]}..."
             if damaged == _DAMAGED_ATTEMPTS:
-                raise WillNotPass(f"{wrong}, {damaged} times")
-            raise MayPass(wrong)
+                raise PermanentError(f"{wrong} after {damaged} transfers")
+            raise TransientError(wrong)
+
+    def size_of_part() -> int:
+        return part.stat().st_size if part.exists() else 0
 
     try:
-        _retried(attempt, url, stopped, size_of=lambda: part.stat().st_size if part.exists() else 0)
+        retried(attempt, f"{url} cannot be fetched", stopped=stopped, progress_of=size_of_part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -96,24 +102,24 @@ def download(
         ) from error
     finally:
         with contextlib.suppress(OSError):
-            if part.stat().st_size == 0:  # nothing to go on with
+            if part.stat().st_size == 0:  # nothing to resume
                 part.unlink()
 
 
 def _transfer(
     url: str, part: Path, num_bytes: int | None, stopped: Callable[[], bool], progress: Callable[[int], object]
 ) -> None:
-    """Bring `part` to its full size, from where it stands."""
-    there = part.stat().st_size if part.exists() else 0
-    if num_bytes is not None and there > num_bytes:
+    """Append the missing bytes to `part`."""
+    kept = part.stat().st_size if part.exists() else 0
+    if num_bytes is not None and kept > num_bytes:
         os.truncate(part, 0)
-        there = 0
-    if num_bytes and there == num_bytes:
+        kept = 0
+    if num_bytes and kept == num_bytes:
         return
     try:
-        with open_at(url, there) as (chunks, received, size):
+        with open_at(url, kept) as (chunks, received, size):
             if num_bytes is not None and size is not None and size != num_bytes:
-                raise WillNotPass(f"it has {size} bytes there instead of {num_bytes}")
+                raise PermanentError(f"it has {size} bytes there instead of {num_bytes}")
             with open(part, "ab") as file:
                 file.truncate(received)
                 for chunk in chunks:
@@ -123,44 +129,59 @@ def _transfer(
                     received += len(chunk)
                     progress(received)
                     if num_bytes is not None and received > num_bytes:
-                        raise WillNotPass(f"it has more than {num_bytes} bytes there")
+                        raise PermanentError(f"it has more than {num_bytes} bytes there")
     except RangeRefused:
-        if there:
-            os.truncate(part, 0)  # the next attempt asks from the beginning
+        if kept:
+            os.truncate(part, 0)  # the next attempt starts at byte 0
         raise
     expected = num_bytes if num_bytes is not None else size
     if expected is not None and received != expected:
-        raise MayPass(f"{received} of {expected} bytes arrived")
+        raise TransientError(f"{received} of {expected} bytes arrived")
 
 
-def _retried(
-    attempt: Callable[[], Any],
-    url: str,
-    stopped: Callable[[], bool],
+# ---- the retry policy -----------------------------------------------------------------------------------------------
+
+
+def retried(
+    attempt: Callable[[], T],
+    what: str,
     *,
+    way_out: str = "Check address and network.",
     attempts: int = ATTEMPTS,
-    size_of: Callable[[], int] = lambda: 0,
-) -> Any:
-    """The result of `attempt`, repeated while it may help."""
-    failed, most = 0, size_of()  # most: a server that lets us begin again and again makes no progress
+    stopped: Callable[[], bool] = lambda: False,
+    progress_of: Callable[[], int] = lambda: 0,
+) -> T:
+    """The result of `attempt`, repeated while it raises `TransientError`.
+
+    Args:
+        what: begins the error message, for instance "https://host/a.tar cannot be fetched".
+        way_out: ends the error message after the last attempt.
+        attempts: without progress.
+        stopped: polled in pauses.
+        progress_of: bytes so far; an attempt that adds _PROGRESS_BYTES to the maximum does not count.
+
+    Raises:
+        UserError: `PermanentError`, or no attempt succeeded.
+        Cancelled: `stopped` returned True in a pause.
+    """
+    failed, most = 0, progress_of()  # `most` is a high-water mark: restarting from byte 0 is not progress
     while True:
         try:
             return attempt()
-        except WillNotPass as error:
-            raise UserError(f"{url} cannot be fetched: {error}.") from None
-        except MayPass as error:
+        except PermanentError as error:
+            raise UserError(f"{what}: {error}.") from None
+        except TransientError as error:
             failed += 1
-            if size_of() - most >= _PROGRESS_BYTES:
-                failed, most = 1, size_of()
+            if progress_of() - most >= _PROGRESS_BYTES:
+                failed, most = 1, progress_of()
             if failed >= attempts:
-                raise UserError(
-                    f"{url} cannot be fetched: {error} ({attempts} attempts). Check address and network."
-                ) from None
+                raise UserError(f"{what}: {error} ({attempts} attempts). {way_out}") from None
             pause = min(FIRST_PAUSE_SECONDS * 2.0 ** (failed - 1), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
-            wait_before_retry(min(max(pause, error.wait or 0.0), 5 * LONGEST_PAUSE_SECONDS), stopped)
+            sleep_unless(stopped, min(max(pause, error.wait or 0.0), _LONGEST_WAIT_SECONDS))
 
 
-def wait_before_retry(seconds: float, stopped: Callable[[], bool]) -> None:
+def sleep_unless(stopped: Callable[[], bool], seconds: float) -> None:
+    """Sleep; raises `Cancelled` soon after `stopped` returns True."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         if stopped():

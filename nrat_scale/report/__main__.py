@@ -5,24 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import run_cli
-from nrat_scale.report.page import write_page
+from nrat_scale.report.page import write_report
 from nrat_scale.report.run import read_runs
 from nrat_scale.report.tables import text_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see `--help`."""
+    """Write the report, print its table and its path; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m nrat_scale.report",
-        description="One HTML page about one run, or several side by side: robustness, learning curves, label noise.",
+        description="One HTML page about one run or several: robustness, learning curves, label noise.",
         epilog="Example: python -m nrat_scale.report runs/nrat runs/plain --out comparison.html",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="(default: report.html in the first RUN)")
-    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--title", help="heading of the page")
     arguments = parser.parse_args(argv)
     runs = read_runs(arguments.runs)
-    path = write_page(runs, arguments.out or arguments.runs[0] / "report.html", arguments.title)
+    path = write_report(runs, arguments.out, arguments.title)
     print(text_table(runs))
     print(path)
 

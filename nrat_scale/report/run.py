@@ -1,8 +1,6 @@
-"""Read a run directory for a report; every file but the recipe or the metrics may be absent."""
+"""Read run directories for a report. Only the recipe or the metrics must exist, and any value in a file may be absent."""
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,38 +10,111 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.attacks import RELEASED_CODE_WARNING
+from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.evaluate.attacks import attack_title
 
-_TITLES = {"natural": "natural", "aa": "AutoAttack", "aa-apgd": "APGD", "fgsm": "FGSM", "worst": "worst case"}
+# ---- values in JSON and YAML ----------------------------------------------------------------------------------------
 
 
-# ---- reading a run --------------------------------------------------------------------------------------------------
+def value_at(tree: Any, path: str, default: Any = None) -> Any:
+    """The value at a dotted path; `default` if any part of the path is absent or null."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return default if tree is None else tree
+
+
+def dict_at(tree: Any, path: str) -> dict[str, Any]:
+    """The mapping at a dotted path, empty if there is none."""
+    value = value_at(tree, path)
+    return value if isinstance(value, dict) else {}
+
+
+def number_at(tree: Any, path: str) -> float | None:
+    """The finite number at a dotted path, None if there is none."""
+    value = value_at(tree, path)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """One accuracy.
+
+    Attributes:
+        percent: the accuracy in %.
+        interval: its 95 % interval as `[low, high]` in %, empty if unknown (validation has none).
+        n: number of images, `?` if unknown.
+    """
+
+    percent: float
+    interval: str
+    n: int | str
+
+
+def read_score(record: Any) -> Score | None:
+    """The score in a record of results.json or metrics.jsonl, None if nothing was measured."""
+    accuracy, low, high, n = (number_at(record, key) for key in ("accuracy", "low", "high", "n"))
+    if accuracy is None:
+        return None
+    interval = "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+    return Score(100 * accuracy, interval, "?" if n is None else int(n))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluated checkpoint (`best`, `last`, `best = last`, `release`) and its record in results.json."""
+    """One evaluated checkpoint: a row of the results table.
+
+    Attributes:
+        checkpoint: `best`, `last`, `best = last` or `release`.
+        epoch, weights: of the checkpoint, None if unknown.
+        scores: by attack, `worst` for the worst case over all of them.
+        flags: reasons to doubt these scores, without the warning about `threat.space` (see `Run.warnings`).
+    """
 
     checkpoint: str
-    record: dict[str, Any]
+    epoch: Any
+    weights: Any
+    scores: dict[str, Score]
+    flags: list[str]
 
-    def score(self, attack: str) -> dict[str, Any]:
-        """Accuracy, low, high and n under `attack` (`worst`: under all of them); empty where it was not run."""
-        return as_dict(
-            self.record.get("worst") if attack == "worst" else as_dict(self.record.get("attacks")).get(attack)
-        )
 
-    @property
-    def flags(self) -> list[str]:
-        """What makes these numbers doubtful, in sentences."""
-        flags = self.record.get("flags")
-        return [str(flag) for flag in flags] if isinstance(flags, list) else []
+def result_rows(results: dict[str, Any]) -> list[Row]:
+    """The checkpoints in a results.json, best before last; one row for both if they are the same step."""
+    records = {
+        str(name): record for name, record in dict_at(results, "checkpoints").items() if isinstance(record, dict)
+    }
+    names = sorted(filter(records.get, records), key=lambda name: {"best": 0, "last": 1}.get(name, 2))
+    same = value_at(records, "best.step") is not None and records["best"]["step"] == value_at(records, "last.step")
+    if same:
+        names.remove("last")
+    return [_read_row("best = last" if same and name == "best" else name, records[name]) for name in names]
+
+
+def _read_row(checkpoint: str, record: dict[str, Any]) -> Row:
+    entries = {**dict_at(record, "attacks"), "worst": record.get("worst")}
+    scores = {str(attack): score for attack, entry in entries.items() if (score := read_score(entry)) is not None}
+    flags = record.get("flags")
+    flags = [str(flag) for flag in flags if flag != RELEASED_CODE_WARNING] if isinstance(flags, list) else []
+    return Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory says. `best` and `last` are the pointers in checkpoints/; an absent file is empty."""
+    """The content of a run directory; whatever comes from an absent file is empty.
+
+    Attributes:
+        name: the end of its path that distinguishes it from the other runs of the report.
+        train, validation: the rows of metrics.jsonl, by kind.
+        best, last: the pointers to these checkpoints.
+    """
 
     name: str
     path: Path
@@ -59,167 +130,88 @@ class Run:
     @property
     def rows(self) -> list[Row]:
         """The evaluated checkpoints."""
-        return summary_table(self.results)
+        return result_rows(self.results)
 
     @property
     def best_row(self) -> dict[str, Any]:
-        """The validation of the best checkpoint: that of best.json, else the first of the highest robust accuracy."""
-        named = [row for row in self.validation if "step" in self.best and row.get("step") == self.best["step"]]
-        ranked = sorted(self.validation, key=lambda row: -accuracy_percent(row.get("robust"), -1.0))
-        return next(iter([*reversed(named), *ranked]), {})
+        """The validation of the best checkpoint; without a pointer to it, the first with the highest robust accuracy."""
+        step = self.best.get("step")
+        named = [row for row in self.validation if step is not None and row.get("step") == step]
+        if named:
+            return named[-1]
+        return max(self.validation, key=lambda row: number_at(row, "robust.accuracy") or 0.0, default={})
 
     @property
     def attack(self) -> str:
-        """The attack of the validation."""
-        rows: list[Any] = [*self.validation, {"attack": get_path(self.recipe, "train.validation_attack", "attack")}]
-        return attack_title(str(get_path(rows[0], "attack", "attack")))
+        """The title of the attack in validation."""
+        name = value_at(self.recipe, "train.validation_attack", "attack")
+        return attack_title(str(value_at(self.validation[0], "attack", name) if self.validation else name))
 
     @property
-    def space(self) -> str:
-        """The threat space of evaluation or training, whichever is not the standard one."""
-        spaces = [str(get_path(tree, "threat.space", "pixel")) for tree in (self.results, self.recipe)]
-        return next((space for space in spaces if space != "pixel"), "pixel")
+    def warnings(self) -> list[str]:
+        """Why the results must not be compared with others, or are out of date."""
+        warnings = []
+        if "released_code" in (value_at(tree, "threat.space") for tree in (self.recipe, self.results)):
+            warnings.append(RELEASED_CODE_WARNING)
+        evaluated, best = value_at(self.results, "checkpoints.best.step"), self.best.get("step")
+        if None not in (evaluated, best) and evaluated != best:
+            warnings.append(
+                f"The results are of step {evaluated}, but the best checkpoint is now step {best}. Evaluate the run again."
+            )
+        return warnings
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read a run directory; files that a run need not have yet may be absent.
+    """Read a run directory.
 
     Raises:
-        UserError: there is no run at `path`, or one of its files is damaged.
+        UserError: `path` is not a run, or one of its files is damaged.
     """
     way_out = "Give a folder that nrat_scale.train has written."
+    folder = RunFolder(path)
     if not path.is_dir():
         raise UserError(f"There is no run directory {path}. {way_out}")
-    if not any((path / file).is_file() for file in ("recipe.yaml", "metrics.jsonl")):
+    if not folder.recipe.is_file() and not folder.metrics.is_file():
         raise UserError(f"{path} is not a run: it has neither recipe.yaml nor metrics.jsonl. {way_out}")
-    rows = _read_metrics(path / "metrics.jsonl")
-    results = _read_optional(path / "results.json", "Delete it and run nrat_scale.evaluate again.")
+    results = _read_optional(folder.results, "Delete it and evaluate again.")
     if results and (results.get("format"), results.get("version")) != ("nrat_scale.results", 1):
-        raise UserError(f"{path / 'results.json'} is no nrat_scale.results of version 1. Delete it and evaluate again.")
-    best, last, noise, model = (
-        _read_optional(path / file, "Delete it; the report does without.")
-        for file in ("checkpoints/best.json", "checkpoints/last.json", "label_noise.json", "model.json")
-    )
+        raise UserError(
+            f"{folder.results} is not an nrat_scale.results file of version 1. Delete it and evaluate again."
+        )
+    optional = (folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
+    best, last, noise, model = (_read_optional(file, "Delete it; the report does not need it.") for file in optional)
+    rows = folder.read_metrics()
     train, validation = ([row for row in rows if row.get("kind") == kind] for kind in ("train", "validation"))
-    recipe, names = _read_recipe(path / "recipe.yaml"), get_path(model, "class_names", [])
-    return Run(name, path, recipe, train, validation, best, last, noise, names, results)
+    names = value_at(model, "class_names", [])
+    return Run(name, path, _read_recipe(folder.recipe), train, validation, best, last, noise, names, results)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read several runs, each once, named by the shortest ends of their paths that tell them apart."""
+    """Read each run once, named by the shortest ends of their paths that differ."""
     if not paths:
         raise UserError("No run was given. Name at least one run directory.")
-    unique = list({path.resolve(): path for path in map(Path, paths)}.items())
-    depth, names = 0, [""]
-    while len(set(names)) < len(unique) or not depth:
+    given = {path.resolve(): path for path in map(Path, paths)}
+    depth = 1
+    while len({path.parts[-depth:] for path in given}) < len(given):
         depth += 1
-        names = ["/".join(path.parts[-depth:]) for path, _ in unique]
-    return [read_run(given, name) for (_, given), name in zip(unique, names, strict=True)]
+    return [read_run(path, "/".join(full.parts[-depth:])) for full, path in given.items()]
 
 
 def _read_optional(path: Path, way_out: str) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        return read_json(path, "file")
+        return read_json(path, "file") if path.exists() else {}
     except UserError as error:
         raise UserError(f"{error} {way_out}") from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as plain values, without the checks of `load_recipe`: a run of another version has a report too."""
     if not path.exists():
         return {}
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"The recipe {path} cannot be read ({' '.join(str(error).split())}). Restore it.") from error
+        raise UserError(f"The recipe {path} cannot be read ({first_line(error)}). Restore it.") from error
     if not isinstance(recipe, dict):
         raise UserError(f"The recipe {path} is damaged: it must be a mapping of keys to values. Restore it.")
     return {str(key): value for key, value in recipe.items()}
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line without its end is what a killed run leaves, and is passed over."""
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Restore it.") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode()) if line.strip() else {}
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):
-            raise UserError(
-                f"{path} is damaged: line {number} is not a JSON object. Remove that line or restore the file."
-            )
-    return rows
-
-
-# ---- values, each of which may be absent ----------------------------------------------------------------------------
-
-
-def as_dict(value: Any) -> dict[Any, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def get_path(tree: Any, path: str, default: Any = None) -> Any:
-    """The value at a dotted path; `default` where a part of it is absent or null."""
-    for key in path.split("."):
-        tree = as_dict(tree).get(key)
-    return default if tree is None else tree
-
-
-def finite_number(value: Any) -> float | None:
-    """`value` where it is a finite number."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def accuracy_percent(score: Any, default: float = math.nan) -> float:
-    accuracy = finite_number(get_path(score, "accuracy"))
-    return default if accuracy is None else 100 * accuracy
-
-
-def printable(value: Any) -> str:
-    """Text without control characters and lone surrogates (file names that are no UTF-8)."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
-
-
-def short_number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def fraction_text(value: Any) -> str:
-    """`8/255 (0.0314)`; 0.3, which is no multiple of 1/255, as it is."""
-    number = finite_number(value)
-    if number is None:
-        return str(value)
-    k = round(255 * number)
-    return f"{k}/255 ({number:.3g})" if k and abs(255 * number - k) < 1e-3 else short_number(number)
-
-
-# ---- rows of accuracies ---------------------------------------------------------------------------------------------
-
-
-def summary_table(results: dict[str, Any]) -> list[Row]:
-    """The evaluated checkpoints of a results.json, best before last; one row where they are the same step."""
-    records = {str(name): record for name, record in as_dict(results.get("checkpoints")).items() if as_dict(record)}
-    best, last = records.pop("best", {}), records.pop("last", {})
-    if best and last and best.get("step") is not None and best.get("step") == last.get("step"):
-        records = {"best = last": best, **records}
-    else:
-        records = {**({"best": best} if best else {}), **({"last": last} if last else {}), **records}
-    return [Row(name, record) for name, record in records.items()]
-
-
-def attack_title(attack: str) -> str:
-    """`pgd20` as PGD-20, `aa` as AutoAttack."""
-    if attack.startswith("transfer-"):
-        return f"{attack_title(attack.removeprefix('transfer-'))}, transferred"
-    match = re.fullmatch(r"(pgd|cw)([0-9]+)(?:x([0-9]+))?", attack)
-    if match is None:
-        return _TITLES.get(attack, attack)
-    return f"{match[1].upper()}-{match[2]}" + (f", {match[3]} starts" if match[3] else "")

@@ -203,7 +203,7 @@ def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda entry: entry.update(sha256="0" * 64), "sha256 000000000000... of the index, 3 times"),
+        (lambda entry: entry.update(sha256="0" * 64), "does not have the expected sha256 000000000000... after 3 transfers"),
         (lambda entry: entry.update(bytes=entry["bytes"] + 512), "bytes there instead of"),
         (lambda entry: entry.update(bytes=entry["bytes"] - 512), "bytes there instead of"),
         (lambda entry: entry.update(sha256="none"), "states no sha256"),

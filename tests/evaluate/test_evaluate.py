@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from nrat_scale.attacks import ThreatSpec, pgd
 from nrat_scale.core.errors import UserError
 from nrat_scale.evaluate import __main__ as evaluate_cli
-from nrat_scale.evaluate.measures import Images, block_outcome, correct_under, parse_attack
+from nrat_scale.evaluate.attacks import parse_attack
+from nrat_scale.evaluate.measures import Images, block_outcome, correct_under
 from nrat_scale.evaluate.results import BlockLog, FinishedBlock, read_arrays, unfinished_folder
 from nrat_scale.evaluate.sanity import check_model, contradictions
 from nrat_scale.loading.load import load
@@ -263,7 +264,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     launched(command(run, *options, "--out", str(tmp_path / "one" / "results.json")))
     script = tmp_path / "counted.py"  # says how many processes there really were
     script.write_text(
-        "from accelerate import PartialState\nfrom nrat_scale import evaluate\nimport sys\nevaluate.main(sys.argv[1:])\n"
+        "from accelerate import PartialState\nfrom nrat_scale.evaluate.__main__ import main\nimport sys\nmain(sys.argv[1:])\n"
         "state = PartialState()\nprint('WORLD', state.num_processes, flush=True) if state.is_main_process else None\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(run)]
@@ -445,8 +446,8 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda z: z + 0.1 * torch.randn_like(z), "answers differently"),
-        (lambda z: z - z.mean(0), "images beside it"),
+        (lambda z: z + 0.1 * torch.randn_like(z), "different logits for the same images"),
+        (lambda z: z - z.mean(0), "depend on the other images"),
         (lambda z: z / 0, "not finite"),
         (lambda z: z[:, 0], "expected logits"),
         (lambda z: torch.where(z < 1e9, z, z).sqrt().nan_to_num(), "gradients that are not finite"),
@@ -490,7 +491,7 @@ def outcome(n: int, right: int) -> tuple[np.ndarray, np.ndarray]:
     ("outcomes", "words"),
     [
         ({"pgd20": outcome(100, 50), "aa": outcome(100, 51)}, "AutoAttack leaves 51.0 %"),
-        ({"cw20": outcome(200, 50), "aa": outcome(100, 51)}, "did not work"),
+        ({"cw20": outcome(200, 50), "aa": outcome(100, 51)}, "it failed"),
         ({"natural": outcome(100, 90), "fgsm": outcome(100, 50), "pgd20": outcome(100, 50)}, "one step"),
         ({"pgd20": outcome(100, 50), "pgd50": outcome(100, 46)}, "converged"),
         ({"cw20": outcome(100, 50), "cw20x10": outcome(100, 40)}, "restarts"),

@@ -19,7 +19,8 @@ from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate import __main__ as evaluate_cli
-from nrat_scale.evaluate.measures import Images, correct_under, margin
+from nrat_scale.evaluate.attacks import margin
+from nrat_scale.evaluate.measures import Images, correct_under
 from nrat_scale.evaluate.statistics import wilson
 from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.prepare.input import LabelledArrays
@@ -189,7 +190,7 @@ def test_results_are_reused_only_for_the_same_question(run: Path) -> None:
         (["--attacks", "natural,pgdx"], "pgdx"),
         (["--eps", "8"], "8/255"),
         (["--eps", "a/b"], "--eps"),
-        (["--images", "0"], "--images"),
+        (["--images", "0"], "images is 0"),
         (["--checkpoint", "worst"], "worst"),
     ],
 )

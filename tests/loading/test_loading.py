@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_named(model: nn.Module, tmp_path: Path) -> None:
         load(tmp_path / "w.pt")
     with pytest.raises(UserError, match="need arch="):
         load(tmp_path, mean=[0.1])
-    with pytest.raises(UserError, match="no file of weights"):
+    with pytest.raises(UserError, match="no weight file"):
         load(tmp_path / "nowhere.pt", arch="cnn4")
     torch.save({"a": {"x": torch.zeros(1)}, "b": 3}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match="expected a state dict"):
@@ -314,11 +314,11 @@ def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "evil"}, "not known here"),
+        ({"architecture": "evil"}, "is unknown"),
         ({"model_args": {**ARGUMENTS, "width": 10**9}}, "no model is that large"),
         ({"architecture": "wrn28_10", "model_args": {"depth": 6 * 10**5 + 4}}, "no model is that large"),
         ({"model_args": {**ARGUMENTS, "width": 50000}}, "does not fit"),
-        ({"model_args": {**ARGUMENTS, "pretrained_cfg": "x"}}, "no property"),
+        ({"model_args": {**ARGUMENTS, "pretrained_cfg": "x"}}, "not a property"),
         ({"model_args": {**ARGUMENTS, "width": {"a": 1}}}, "expected a number"),
         ({"model_args": {**ARGUMENTS, "padding": "x" * (1 << 20)}}, "no configuration is that large"),
     ],
@@ -338,8 +338,8 @@ def test_a_configuration_that_asks_too_much(
         ("convnext_atto", {"depths": [10**6, 2, 2, 2]}, "far more layers"),
         ("convnext_atto", {"depths": [2**20] * 1000}, "no model is that large"),
         ("vit_tiny_patch16_224", {"depth": 1000}, "far more layers"),
-        ("test_vit", {"device": "cpu", "embed_dim": 4096}, "no property"),
-        ("test_vit", {"dtype": "float64"}, "no property"),
+        ("test_vit", {"device": "cpu", "embed_dim": 4096}, "not a property"),
+        ("test_vit", {"dtype": "float64"}, "not a property"),
         ("resnet10t", {"act_layer": "nope"}, "does not take these arguments"),  # KeyError
         ("resnet10t", {"block": "x"}, "does not take these arguments"),  # AttributeError
         ("wrn28_10", {"width": 0}, "factor of 1 or more"),

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nrat_scale.remote.hub
 from nrat_scale.core.errors import UserError
 from nrat_scale.prepare import __main__ as prepare_cli
 from nrat_scale.prepare import push
@@ -44,8 +43,8 @@ def _run(hub: HubServer, home: Path, *commands: list[object], token: str | None 
     """Run commands in one process, one after the other, with short pauses: the client reads its environment at import."""
     lines = [[str(word) for word in command] for command in commands]
     script = (
-        "import nrat_scale.remote.hub; from nrat_scale.core.errors import run_cli; from nrat_scale.prepare.__main__ import main; "
-        f"nrat_scale.remote.hub._FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [main(line) for line in {lines!r}])"
+        "import nrat_scale.remote.transfer; from nrat_scale.core.errors import run_cli; from nrat_scale.prepare.__main__ import main; "
+        f"nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.05; run_cli(lambda: [main(line) for line in {lines!r}])"
     )
     env = {**os.environ, **hub.environment(home, token), "NRAT_SCALE_CACHE": str(home / "cache")}
     return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=120)
@@ -91,39 +90,6 @@ def test_a_wrong_token_is_a_sentence(tmp_path, hub, folder):
     assert hub.files("someone/made") == {} and hub.commits == []
 
 
-class _Fails:
-    """A client that fails `times` times with `error` and then does nothing."""
-
-    def __init__(self, error: Exception, times: int) -> None:
-        self.error, self.times, self.calls = error, times, 0
-
-    def __call__(self) -> str:
-        self.calls += 1
-        if self.calls <= self.times:
-            raise self.error
-        return "done"
-
-
-@pytest.mark.parametrize(
-    ("status", "times", "calls"), [(None, 2, 3), (503, 5, 6), (503, 99, 6), (403, 99, 1), (404, 99, 1), (400, 1, 1)]
-)
-def test_only_what_may_pass_is_tried_again(monkeypatch, status, times, calls):
-    """A cut connection or a busy server gets six attempts; what will not pass ends at once, with one sentence."""
-    monkeypatch.setattr(nrat_scale.remote.hub, "_FIRST_PAUSE_SECONDS", 0.001)
-    error = ConnectionError("cut\nmore lines")
-    if status is not None:
-        error.response = type("Response", (), {"status_code": status})
-    attempt = _Fails(error, times)
-    hub = hub_module.HubRepository("a/b", "dataset", None, "The shards", "hf://datasets/a/b")
-    if times < calls:
-        assert hub._retried(attempt) == "done"
-    else:
-        with pytest.raises(UserError, match=r"cannot be pushed to hf://datasets/a/b: cut\.") as caught:
-            hub._retried(attempt)
-        assert "\n" not in str(caught.value)
-    assert attempt.calls == calls
-
-
 @pytest.mark.parametrize(
     "address",
     [
@@ -159,12 +125,3 @@ def test_damaged_shards_are_never_published(tmp_path, monkeypatch, folder):
         push.push(folder, "hf://datasets/someone/made")
     with pytest.raises(UserError, match="no shards"):
         push.push(tmp_path / "nowhere", "hf://datasets/someone/made")
-
-
-def test_a_file_that_the_hub_left_out_is_noticed(folder, monkeypatch):
-    """The client skips silently what a .gitignore of the repository names; the push must not call that a success."""
-    hub = hub_module.HubRepository("a/b", "dataset", None, "The shards", "hf://datasets/a/b")
-    monkeypatch.setattr(hub._api, "create_commit", lambda **options: None)
-    monkeypatch.setattr(hub._api, "get_paths_info", lambda *arguments, **options: [])
-    with pytest.raises(UserError, match=r"shard-00000\.tar did not arrive"):
-        hub.upload({"shard-00000.tar": folder / "shard-00000.tar"})

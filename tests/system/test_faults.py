@@ -1,17 +1,52 @@
-"""The fault campaigns of whole runs, bounded: whatever strikes, the same command ends with the undisturbed run's bits."""
+"""Short fault campaigns: after any fault, the same command ends with the bits of the undisturbed run."""
 
 import pytest
 
-from faults import CAMPAIGNS
+from faults.__main__ import CAMPAIGNS, main
+from faults.checkpoints import Row, checkpoints, operations
+from nrat_scale.core.errors import UserError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trials", "lost_at_most"),
     [("runs", 4, 12), ("ranks", 1, 12), ("stopped", 1, 12), ("files", 1, 4), ("full-disk", 1, 0)],
 )
-def test_nothing_is_wrong_afterwards(name: str, trials: int, lost_at_most: int) -> None:
-    """SIGKILL, SIGTERM, a lost or frozen rank, damaged files, no room: an epoch has 6 steps, and each is saved."""
+def test_a_disturbed_run_ends_with_the_same_bits(name: str, trials: int, lost_at_most: int) -> None:
+    """SIGKILL, SIGTERM, a lost or frozen rank, damaged files, a full disk; an epoch has 6 steps and ends with a save."""
     campaign, _ = CAMPAIGNS[name]
     row = campaign(trials)
     assert row.wrong == []
     assert row.lost_steps <= lost_at_most
+
+
+@pytest.mark.slow
+def test_killed_before_every_file_operation() -> None:
+    """Whichever file operation of a save is the last, the run resumes from an intact checkpoint, one step back at most."""
+    row = operations(0)
+    assert row.wrong == []
+    assert row.lost_steps == 1
+    assert row.trials > 40, "reads, writes, renames, pointers and removals of two saves"
+
+
+def test_killed_at_random_moments() -> None:
+    """A process that saves without pause is killed; the run resumes from the last or the previous checkpoint, exactly."""
+    row = checkpoints(12)
+    assert row.wrong == []
+    assert row.lost_steps <= 1
+
+
+def test_the_table_of_campaigns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints one row per campaign; a wrong result is printed and ends with status 1."""
+
+    def campaign(trials: int) -> Row:
+        return Row("Made up", trials, 4, ["trial 2: nothing is left"], "")
+
+    monkeypatch.setitem(CAMPAIGNS, "checkpoints", (campaign, 9))
+    with pytest.raises(SystemExit, match="1"):
+        main(["checkpoints", "--trials", "3"])
+    printed = capsys.readouterr()
+    assert "| Made up | 3 | 4 | 1 |" in printed.out
+    assert "nothing is left" in printed.err
+    with pytest.raises(UserError, match=r"no campaign 'chekpoints'.*'checkpoints'"):
+        main(["chekpoints"])

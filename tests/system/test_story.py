@@ -13,10 +13,11 @@ from nrat_scale.checkpoint.format import open_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate import __main__ as evaluate_cli
-from nrat_scale.evaluate import request
+from nrat_scale.evaluate import measures
 from nrat_scale.recipe import load_recipe
 from nrat_scale.release import bundle
-from nrat_scale.report import page as page_module
+from nrat_scale.report.page import write_report
+from nrat_scale.report.run import read_runs
 from nrat_scale.train.__main__ import main
 from nrat_scale.train.loop import train
 from tests.support.runs import RECIPE, ROOT, digest, launch, make_shards
@@ -45,11 +46,11 @@ def test_the_whole_story(recipe_path: Path, tmp_path: Path) -> None:
     evaluate_cli.main([str(run), "--data", str(test), "--attacks", "natural,pgd3,cw3"])
     results = json.loads((run / "results.json").read_text())
     assert results["checkpoints"]["last"]["attacks"]["pgd3"]["n"] == 40
-    page = page_module.write_report([run])
+    page = write_report(read_runs([run]))
     assert "cw3" in page.read_text().lower() or "cw-3" in page.read_text().lower()
     folder = bundle.release(run, tmp_path / "release")
     model = nrat_scale.load(folder)
-    images = request.read_images(open_shards(test))
+    images = measures.read_images(open_shards(test))
     with torch.no_grad():
         right = model(images.pixels.float() / 255).argmax(1).eq(images.labels).sum()
     assert int(right) == results["checkpoints"]["best"]["attacks"]["natural"]["correct"]

@@ -57,7 +57,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     assert named_checkpoint(run, "last").step == 12
 
 
-def test_epochs_are_put_aside_for_a_release(
+def test_epochs_are_queued_for_a_release(
     recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The evaluated weights at the end of every epoch that the recipe names, once, also after an interruption. If they
@@ -80,7 +80,7 @@ def test_epochs_are_put_aside_for_a_release(
     (blocked / "releases").write_text("in the way")
     train(load_recipe(recipe_path, [f"run_dir={blocked}", *aside]))
     assert digest(blocked) == digest(whole)
-    assert "not put aside for a release" in "".join(capfd.readouterr())
+    assert "not queued for a release" in "".join(capfd.readouterr())
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

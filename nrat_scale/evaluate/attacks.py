@@ -1,0 +1,197 @@
+"""The evaluation attacks: `ATTACKS` is the one table of how each is named, run on a block of images, and titled.
+
+To add an attack, add an entry: a pattern of its names and a function from (attack, block) to adversarial images.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nrat_scale.attacks import ThreatSpec, apply_noise, in_space, pgd, start_noise
+from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.seeds import torch_generator
+from nrat_scale.evaluate.autoattack import COMPONENTS, STANDARD, autoattack
+from nrat_scale.losses import LOSSES
+
+TRANSFER = "transfer-"  # prefix in results: the adversarial images were made on another model
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An evaluation attack, parsed from its name.
+
+    Attributes:
+        name: as given, such as `pgd20x5`.
+        kind: its key in `ATTACKS`.
+        title: its name in tables and text.
+        steps: gradient steps, 0 if the attack takes none.
+        restarts: independent random starts; an image counts as correct if it survives all of them.
+        components: the parts of AutoAttack, in order.
+    """
+
+    name: str
+    kind: str
+    title: str
+    steps: int = 0
+    restarts: int = 1
+    components: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """An evaluation block: the images that one call of an attack sees.
+
+    Attributes:
+        model: the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K].
+        x, y, ids: images [B, C, H, W] in [0, 1], labels [B], and ids int64 [B] that seed each image's noise.
+        threat: eps, step, norm and space.
+        seed, restart: of the random start.
+        running: receives the name of each part of AutoAttack as it starts.
+        warn: receives the warnings of AutoAttack's own checks.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    ids: np.ndarray
+    threat: ThreatSpec
+    seed: int = 0
+    restart: int = 0
+    running: Callable[[str], None] = lambda name: None
+    warn: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True)
+class AttackKind:
+    """An entry of `ATTACKS`.
+
+    Attributes:
+        usage: the names it takes, for --help.
+        pattern: regular expression that matches a whole name.
+        parse: match of `pattern` -> title and other fields of `Attack`; may raise `UserError`.
+        perturb: (attack, block) -> x_adv, shaped like block.x; None: the images are not perturbed.
+        whole_blocks: the outcome depends on the block as a whole, so that no image may be dropped from it.
+    """
+
+    usage: str
+    pattern: str
+    parse: Callable[[re.Match[str]], dict[str, Any]]
+    perturb: Callable[[Attack, Block], Tensor] | None
+    whole_blocks: bool = False
+
+
+def parse_attack(name: str) -> Attack:
+    """The attack called `name`.
+
+    Raises:
+        UserError: unknown name.
+    """
+    for kind, entry in ATTACKS.items():
+        if match := re.fullmatch(entry.pattern, name):
+            return Attack(name, kind, **entry.parse(match))
+    raise UserError(f"Unknown attack '{name}'. Known: {attack_usage()}.")
+
+
+def attack_usage() -> str:
+    """All names that `parse_attack` takes, in words."""
+    return ", ".join(entry.usage for entry in ATTACKS.values())
+
+
+def attack_title(name: str) -> str:
+    """`pgd20` as PGD-20, `aa` as AutoAttack, `worst` as worst case; an unknown name as it is."""
+    if name == "worst":
+        return "worst case"
+    if name.startswith(TRANSFER):
+        return f"{attack_title(name.removeprefix(TRANSFER))}, transferred"
+    try:
+        return parse_attack(name).title
+    except UserError:
+        return name
+
+
+# ---- FGSM, PGD, CW --------------------------------------------------------------------------------------------------
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The CW loss of each image [B]: max over k != y of z_k, minus z_y; above 0 the image is misclassified."""
+    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return others - logits.gather(1, y[:, None]).squeeze(1)
+
+
+def gradient_threat(attack: Attack, threat: ThreatSpec) -> ThreatSpec:
+    """The PGD settings of fgsm (one step of eps from the image itself), pgdN and cwN (from a uniform start)."""
+    init, step = ("zero", threat.eps) if attack.kind == "fgsm" else ("uniform", threat.step)
+    return replace(threat, num_steps=attack.steps, step=step, init=init, bn="eval")
+
+
+def _gradient_attack(loss: Callable[[Tensor, Tensor], Tensor], attack: Attack, block: Block) -> Tensor:
+    threat = gradient_threat(attack, block.threat)
+    restart = (block.restart,) if block.restart else ()
+    # By image id and on the CPU: an image has the same start in any block and on any device.
+    generators = (torch_generator("cpu", block.seed, "evaluate", int(i), *restart) for i in block.ids)
+    shape, like = block.x.shape[1:], torch.zeros(())
+    noise = torch.stack([start_noise(shape, threat.init, like, generator) for generator in generators])
+    _, encode, _ = in_space(block.model, threat.space)
+    start = apply_noise(encode(block.x), noise.to(block.x), threat)
+    return pgd(block.model, block.x, lambda logits: loss(logits, block.y), threat, start=start)
+
+
+_STEPS = "([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,3}))?"
+
+
+def _parse_steps(match: re.Match[str]) -> dict[str, Any]:
+    restarts = int(match[3] or 1)
+    title = f"{match[1].upper()}-{match[2]}" + (f", {restarts} starts" if restarts > 1 else "")
+    return {"title": title, "steps": int(match[2]), "restarts": restarts}
+
+
+# ---- AutoAttack -----------------------------------------------------------------------------------------------------
+
+
+def _parse_components(match: re.Match[str]) -> dict[str, Any]:
+    if match[0] == "aa":
+        return {"title": "AutoAttack", "components": STANDARD}
+    if match[0] == "aa-apgd":
+        return {"title": "APGD", "components": STANDARD[:2]}
+    components = tuple(match[1].split("+"))
+    for component in components:
+        if component not in COMPONENTS:
+            raise UserError(
+                f"AutoAttack has no part '{component}' (in '{match[0]}'). {did_you_mean(component, COMPONENTS)}"
+            )
+    return {"title": match[0], "components": components}
+
+
+def _autoattack(attack: Attack, block: Block) -> Tensor:
+    seed, parts = block.seed, attack.components
+    return autoattack(block.model, block.x, block.y, block.threat, seed, parts, block.running, block.warn)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+ATTACKS: dict[str, AttackKind] = {
+    "natural": AttackKind("natural", "natural", lambda match: {"title": "natural"}, None),
+    "fgsm": AttackKind(
+        "fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, partial(_gradient_attack, LOSSES["ce"])
+    ),
+    "pgd": AttackKind(
+        "pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, partial(_gradient_attack, LOSSES["ce"])
+    ),
+    "cw": AttackKind(
+        "cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, partial(_gradient_attack, margin)
+    ),
+    "aa": AttackKind(
+        "aa (AutoAttack), aa-apgd, aa:PART+PART",
+        "aa|aa-apgd|aa:([a-z+-]+)",
+        _parse_components,
+        _autoattack,
+        whole_blocks=True,
+    ),
+}

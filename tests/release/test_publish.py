@@ -1,0 +1,156 @@
+"""Releases on their way to a Hub on loopback and back, with the real client: exact, or a clear sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nrat_scale.release import bundle
+from tests.support.hub_server import HubServer
+from tests.support.run_folders import folder_contents
+
+SCRIPT = """
+import sys, json
+import nrat_scale.remote.transfer
+nrat_scale.remote.transfer.FIRST_PAUSE_SECONDS = 0.05
+from nrat_scale.core.errors import UserError, run_cli
+from nrat_scale.release import __main__ as release
+import nrat_scale, torch
+def run(line):
+    if line[0] == "load":
+        model = nrat_scale.load(line[1])
+        x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        print("logits", model(x).double().sum().item())
+    else:
+        release.main(line)
+def main():
+    for line in json.loads(sys.argv[1]):
+        if line[0] != "fails":
+            run(line)
+            continue
+        try:
+            run(line[1:])
+        except UserError as error:
+            print("error:", error)
+run_cli(main)
+"""
+TIMM = """
+import nrat_scale, nrat_scale.models, timm, torch
+x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+print(timm.create_model("hf-hub:someone/mine", pretrained=True).eval()(x).double().sum().item())
+name = nrat_scale.register_robustbench("someone/mine", "Some2026Noisy-CNN")
+print(name)
+model = timm.create_model(name, num_classes=10, pretrained=True, checkpoint_path="")
+print(model(x).double().sum().item(), model.training)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """An empty Hub."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def released(evaluated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a release, by name."""
+    return folder_contents(bundle.release(evaluated_run, tmp_path_factory.mktemp("released") / "mine"))
+
+
+def client(
+    hub: HubServer, home: Path, *lines: list[object], token: str | None = None, script: str = SCRIPT
+) -> "subprocess.CompletedProcess[str]":
+    """Commands in a process of their own (the client reads its environment at import), with short pauses."""
+    given = json.dumps([[str(word) for word in line] for line in lines])
+    env = {**os.environ, **hub.environment(home, token)}
+    return subprocess.run([sys.executable, "-c", script, given], env=env, text=True, capture_output=True, timeout=240)
+
+
+def logits(model: nn.Module) -> float:
+    """The sum that the scripts print."""
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return float(model(x).detach().double().sum())
+
+
+def test_a_release_goes_to_the_hub_and_back(run: Path, model: nn.Module, hub: HubServer, tmp_path: Path) -> None:
+    """Through 429 with Retry-After, 500 and cut connections: the release's files arrive byte for byte, and no other file.
+
+    Loading by revision gives the logits; a second push sends nothing; the token is in no file and no output.
+    """
+    hub.failures = {"POST /api/repos/create": [429], "PUT /lfs/": [500, 0], "/commit/": [503], "preupload": [0]}
+    hub.retry_after = 1
+    folder = tmp_path / "mine"
+    lines: list[list[object]] = [
+        [run, "--to", folder, "--push", "someone/mine", "--private"],
+        [run, "--push", "someone/mine", "--private"],
+        [run, "--push", "someone/mine", "--revision", "v1"],
+        ["load", "someone/mine@v1"],
+    ]
+    done = client(hub, tmp_path / "home", *lines)
+    assert done.returncode == 0, done.stderr
+    assert hub.files("someone/mine") == folder_contents(folder) == hub.files("someone/mine", "v1")
+    assert "someone/mine: every file is already there" in done.stdout
+    assert len(hub.commits) == 1, "neither the second push nor a branch of the same files commits"
+    assert hub.private == {"someone/mine"}
+    assert not any(map(bool, hub.failures.values())), "every failure happened"
+    shown = float(done.stdout.strip().splitlines()[-1].removeprefix("logits "))
+    assert shown == pytest.approx(logits(model), rel=1e-9)
+    written = b"".join(folder_contents(run).values()) + b"".join(hub.files("someone/mine").values())
+    assert hub.token not in done.stdout + done.stderr and hub.token.encode() not in written
+    assert not any("secret" in str(content) for content in hub.files("someone/mine").values())
+
+
+def test_timm_loads_it_from_the_hub(
+    released: dict[str, bytes], model: nn.Module, hub: HubServer, tmp_path: Path
+) -> None:
+    """`hf-hub:` of timm, and the name that RobustBench asks for, give the release's model."""
+    hub.put("someone/mine", released)
+    done = client(hub, tmp_path / "home", script=TIMM)
+    assert done.returncode == 0, done.stderr
+    first, name, second = done.stdout.strip().splitlines()
+    assert name == "some2026noisy_cnn_cifar10_linf"
+    assert float(first) == pytest.approx(logits(model), rel=1e-9) == float(second.split()[0])
+    assert second.endswith("False")
+
+
+def test_a_corrupted_download_is_found(
+    released: dict[str, bytes], model: nn.Module, hub: HubServer, tmp_path: Path
+) -> None:
+    """A file damaged in transit is downloaded once more; a file damaged twice ends in a sentence."""
+    hub.put("someone/twice", released)
+    hub.put("someone/once", released)
+    hub.corrupted = {"model.safetensors": 3}
+    done = client(hub, tmp_path / "home", ["fails", "load", "someone/twice"], ["load", "someone/once"])
+    assert done.returncode == 0, done.stderr
+    error, shown = done.stdout.strip().splitlines()
+    assert error.startswith("error: ") and "is damaged: model.safetensors" in error
+    assert float(shown.removeprefix("logits ")) == pytest.approx(logits(model), rel=1e-9)
+
+
+def test_a_wrong_token_is_a_sentence(run: Path, hub: HubServer, tmp_path: Path) -> None:
+    """401 is exit status 2 with the way out; the token is not printed and nothing reaches the Hub."""
+    done = client(hub, tmp_path / "home", [run, "--push", "someone/mine"], token="hf_wrong")
+    assert done.returncode == 2 and "401" in done.stderr and "hf auth login" in done.stderr
+    assert "hf_wrong" not in done.stderr + done.stdout and "Traceback" not in done.stderr and hub.commits == []
+
+
+def test_the_queue_is_sent_later(run: Path, model: nn.Module, hub: HubServer, tmp_path: Path) -> None:
+    """The push after a failed one sends each queued epoch to its revision; a third sends nothing again."""
+    hub.failures = {"POST /api/repos/create": [403]}
+    line: list[object] = [run, "--push", "someone/mine", "--queued"]
+    before = folder_contents(run)
+    done = client(hub, tmp_path / "home", ["fails", *line], line, line, ["load", "someone/mine@epoch-0002"])
+    assert done.returncode == 0, done.stderr
+    error, sent, again, shown = done.stdout.strip().splitlines()
+    assert error.startswith("error: ") and "cannot be pushed" in error
+    assert sent.startswith("someone/mine@epoch-0002: ") and sent.endswith("files sent")
+    assert again == "someone/mine@epoch-0002: already there"
+    assert float(shown.removeprefix("logits ")) == pytest.approx(logits(model), rel=1e-9)
+    assert folder_contents(run) == before, "a push does not change the run"

@@ -1,0 +1,40 @@
+"""The results table in Markdown and for the terminal."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nrat_scale.report.__main__ import main
+from nrat_scale.report.tables import markdown_table
+from tests.support.evaluated_runs import changed, make_run, results, score
+
+
+def test_markdown_table() -> None:
+    """Accuracy, interval and n of each checkpoint under each attack; text from a file cannot end a cell or add a tag."""
+    assert markdown_table(results()).splitlines()[:3] == [
+        "| checkpoint | natural | PGD-20 | CW-20 | AutoAttack |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| best (epoch 3) | 97.4 % [95.6, 98.5], n = 500 | 62.0 % [57.7, 66.1], n = 500 | 61.0 % [56.7, 65.2], n = 500 "
+        "| 59.0 % [52.1, 65.6], n = 200 |",
+    ]
+    assert markdown_table({}).count("\n") == 2
+    hostile = changed(results(), "checkpoints.best.attacks.<b>|\x1b", score(1, 2, 0.1, 0.9))
+    assert "| &lt;b&gt;\\|? |" in markdown_table(hostile)
+
+
+def test_text_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Aligned columns; n is in the heading if all rows have the same; a run without results shows how to evaluate it."""
+    runs = [make_run(tmp_path / "nrat"), make_run(tmp_path / "plain", results=None)]
+    main([*map(str, runs), "--out", str(tmp_path / "r.html")])
+    assert capsys.readouterr().out.splitlines() == [
+        "run   checkpoint  natural (n=500)    PGD-20 (n=500)     CW-20 (n=500)      AA (n=200)",
+        "nrat  best        97.4 [95.6, 98.5]  62.0 [57.7, 66.1]  61.0 [56.7, 65.2]  59.0 [52.1, 65.6]",
+        "nrat  last        98.4 [96.9, 99.2]  55.0 [50.6, 59.3]  61.0 [56.7, 65.2]  59.0 [52.1, 65.6]",
+        f"plain: not evaluated yet: python -m nrat_scale.evaluate {runs[1]} --data SHARDS --attacks natural,pgd20,cw20,aa",
+        str(tmp_path / "r.html"),
+    ]
+    shutil.rmtree(runs[1])
+    other = changed(results(), "checkpoints.best.attacks.aa", score(50, 100, 0.4, 0.6))
+    main([str(runs[0]), str(make_run(tmp_path / "plain", results=other))])
+    assert "50.0 [40.0, 60.0] n=100" in capsys.readouterr().out

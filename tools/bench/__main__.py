@@ -1,0 +1,105 @@
+"""Benchmarks: ratios of alternating measurements within one run.
+
+    python tools/bench data                feeding: images per core-second against the usual loaders, and memory
+    python tools/bench plan                an index of 50 million images: time to open, memory, time of a batch's ids
+    python tools/bench convert             1,000,000 images of an npz -> shards: core-seconds and memory
+    python tools/bench step                the training step against the textbook one: speed, forwards, equality; parts
+    python tools/bench precision           the attack's final loss in bf16 and fp16 against float32, for every objective
+    python tools/bench processes           one process against two; where the time of a step goes; start-up
+    python tools/bench soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
+
+Temporary files go to a folder (inside --work if given) that is removed at the end.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
+
+from bench.data import convert, data, plan, run_contender, run_plan
+from bench.precision import precision
+from bench.processes import processes
+from bench.soak import run_soak, soak
+from bench.step import step
+from nrat_scale.core.errors import run_cli
+
+
+def machine() -> str:
+    """Date, processor, cores and versions, in one line."""
+    name = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return (
+        f"{datetime.date.today()}, {name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, numpy {np.__version__}"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `run` takes a working folder and the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the temporary files (several GB)")
+    kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
+
+    def add(name: str, run: Callable[..., Any], about: str, rounds: int | None = None) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=about)
+        kind.set_defaults(run=run)
+        if rounds is not None:
+            kind.add_argument("--rounds", type=int, default=rounds, help="alternations (default: %(default)s)")
+        return kind
+
+    feed = add(
+        "data", lambda work, o: data(work, o.images, o.rounds), "batches of 358 generated and 154 real images", 3
+    )
+    feed.add_argument("--images", type=int, default=200_000, help="generated images (default: %(default)s)")
+    add("plan", lambda work, o: plan(work), "an index of 50 million images")
+    conversion = add("convert", lambda work, o: convert(work, o.images), "npz -> shards")
+    conversion.add_argument("--images", type=int, default=1_000_000, help="images (default: %(default)s)")
+    steps = add(
+        "step",
+        lambda work, o: step(work, o.models, o.rounds, dict(zip(o.models, o.batch, strict=True))),
+        "the training step",
+        10,
+    )
+    steps.add_argument("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
+    steps.add_argument("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
+    low = add("precision", lambda work, o: precision(work, o.steps), "attacks in low precision")
+    low.add_argument("--steps", type=int, default=40, help="training steps before (default: %(default)s)")
+    add("processes", lambda work, o: processes(work, o.rounds), "one process and two", 3)
+    long = add("soak", lambda work, o: soak(work, o.minutes), "memory, descriptors and threads over time")
+    long.add_argument("--minutes", type=float, default=10.0)
+    return parser.parse_args(argv)
+
+
+# Measurements that need a process of their own: `python tools/bench NAME ARGUMENTS`, started by the benchmarks.
+INNER: dict[str, Callable[..., None]] = {
+    "contender": lambda name, folder: run_contender(name, Path(folder)),
+    "plan-process": lambda folder: run_plan(Path(folder)),
+    "soak-process": lambda url, cache, rank, seconds: run_soak(url, cache, int(rank), float(seconds)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in INNER:
+        INNER[argv[0]](*argv[1:])
+        return
+    given = parse(argv)
+    print(f"# {given.kind}: {machine()}", flush=True)
+    with tempfile.TemporaryDirectory(dir=given.work) as work:
+        given.run(Path(work), given)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,62 @@
+"""Training in processes of its own: one against two, start-up time, and where the time of a step goes."""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.step import make_images, spread, write_recipe
+
+
+def processes(work: Path, rounds: int) -> None:
+    """Print the speed of one and two processes (one thread and the same images each), start-up time, and a profile."""
+    make_images(work)
+    recipe = write_recipe(work, "processes", "resnet18_cifar", "nrat", 8)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for count in (1, 2):
+            rates[count].append(_images_per_second(recipe, work / f"run{number}-{count}", count))
+    ratios = [two / (2 * one) for one, two in zip(rates[1], rates[2], strict=True)]
+    one, two = (statistics.median(rates[count]) for count in (1, 2))
+    print(f"images/s: one process {one:.2f}, two {two:.2f}; two / (2 x one) = {spread(ratios)}")
+    starts = [_startup_seconds(recipe, work / f"start{number}") for number in range(rounds)]
+    print(f"from the command to the end of the first step, batch 8: {statistics.median(starts):.1f} s")
+    out = _launch(recipe, work / "profiled", 1, "data.batch_size=16", "train.max_steps=6", flags=["--profile", "4"])
+    print(out[out.index("profile of") :].split("\nbest")[0].strip())
+
+
+def _images_per_second(recipe: Path, run: Path, count: int) -> float:
+    out = _launch(recipe, run, count, f"data.batch_size={8 * count}", "train.max_steps=6", "train.log_every=2")
+    return float(re.findall(r"([0-9.]+) img/s", out)[-1])
+
+
+def _launch(recipe: Path, run: Path, count: int, *overrides: str, flags: Iterable[str] = ()) -> str:
+    """Train with `count` processes on as many cores; returns the output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "-m", "nrat_scale.train"]
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:count])
+    done = subprocess.run(
+        ["taskset", "-c", cores, *command, str(recipe), f"run_dir={run}", "train.validation_attack=pgd1", *overrides, *flags],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{count} process(es)" in done.stdout, "the launcher must start all processes"
+    return done.stdout
+
+
+def _startup_seconds(recipe: Path, run: Path) -> float:
+    overrides = ["data.batch_size=8", "train.max_steps=1", "train.log_every=1", "train.validation_attack=pgd1"]
+    command = [sys.executable, "-m", "nrat_scale.train", str(recipe), f"run_dir={run}", *overrides]
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        seconds = time.perf_counter() - begun
+        process.communicate()
+    assert process.returncode == 0
+    return seconds

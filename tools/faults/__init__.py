@@ -1,0 +1,1 @@
+"""Fault campaigns: kill, stop and damage real runs, and count what was lost."""
