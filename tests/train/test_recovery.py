@@ -36,7 +36,7 @@ def test_saving_does_not_change_what_follows(recipe_path: Path, tmp_path: Path) 
             expected = {name: value.clone() for name, value in state.base.state_dict().items()}
             save(state, is_best=True)
     assert state.saver is not None
-    state.saver.close()
+    state.saver.wait(final=True)
     saved = named_checkpoint(tmp_path / "run", "best").tensors("model")
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
