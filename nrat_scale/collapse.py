@@ -14,7 +14,10 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 
 ACTIONS = ("warn", "stop", "rewind", "none")
-ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 where training collapses"
+ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
+
+
+_SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints
 
 
 @dataclass(frozen=True)
@@ -138,20 +141,7 @@ class Guard:
         Raises:
             UserError: an entry is missing, unknown or of another type.
         """
-        if saved.keys() != _SAVED.keys() or not all(type(saved[name]) in kinds for name, kinds in _SAVED.items()):
-            raise UserError(
-                f"the state of the collapse guard is {quoted(saved)}; this version expects {', '.join(_SAVED)}. Resume with "
-                "the version that wrote it, or start anew with run_dir=PATH."
-            )
+        if saved.keys() != set(_SAVED) or any(type(saved[name]) is not type(getattr(self, name)) for name in _SAVED):
+            raise UserError(f"the state of the collapse guard is {quoted(saved)}, expected {', '.join(_SAVED)}")
         for name in _SAVED:
             setattr(self, name, saved[name])
-
-
-# What a checkpoint keeps of a `Guard`, and the JSON types it may have.
-_SAVED: dict[str, tuple[type, ...]] = {
-    "bad_windows": (int,),
-    "healthy_step": (int,),
-    "rewinds": (int,),
-    "lr_scale": (int, float),
-    "warned": (bool,),
-}

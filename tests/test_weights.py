@@ -177,7 +177,7 @@ def test_a_gradient_of_zero_does_not_perturb(make_net):
 
 
 def _partly_bad(bad: dict[str, float]):
-    """A loss whose gradient is finite for all weights but those of `bad`, where it is what `bad` says, in one element."""
+    """A loss whose gradient is finite except for the weights of `bad`, whose value it has in one element."""
 
     def loss(model: nn.Module) -> Tensor:
         total = sum(parameter.square().sum() for parameter in model.parameters())

@@ -122,21 +122,13 @@ def _foldable(module: nn.Module, nodes: list[Node]) -> list[tuple[str, str]]:
     def used_once(name: str) -> bool:
         layer = module.get_submodule(name)
         hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
-        return (
-            uses.count(name) == names.count(id(layer)) == 1
-            and not hooked
-            and not any(r.startswith(f"{name}.") for r in read)
-        )
+        tied = any(parameter.startswith(f"{name}.") for parameter in read)
+        return uses.count(name) == names.count(id(layer)) == 1 and not hooked and not tied
 
     found = []
     for node in nodes:
         before = node.args[0] if node.args else None
-        if (
-            node.op != "call_module"
-            or not isinstance(before, Node)
-            or before.op != "call_module"
-            or len(before.users) != 1
-        ):
+        if not isinstance(before, Node) or not node.op == before.op == "call_module" or len(before.users) != 1:
             continue
         convolution, norm = str(before.target), str(node.target)
         layers = type(module.get_submodule(convolution)), module.get_submodule(norm)

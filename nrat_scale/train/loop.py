@@ -165,7 +165,7 @@ def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
 
 
 def _save_and_stop(state: TrainState, signum: int) -> None:
-    """Save, and leave the loop.
+    """Save and end training.
 
     Raises:
         Stopped: always, unless a step was not finite (FloatingPointError).

@@ -31,7 +31,7 @@ class Clock:
         """Add the time of the block to `name`; a profiler shows the block under this name."""
         assert name in SECTIONS, name
         with record_function(name):
-            # Loading and logging run on the host, whatever the device.
+            # Loading and logging run on the host.
             on_device = self._cuda and name not in ("data", "logging")
             begin = self._now(on_device)
             try:

@@ -1,6 +1,5 @@
 """Checkpoints of a run: save while training, resume after an interruption, rewind after a collapse."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,22 +74,14 @@ def resume(state: TrainState) -> None:
 
 def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
     facts = checkpoint.state
-    names = facts.get("sum_names", list(UNNAMED_SUMS))
-    if not isinstance(names, list) or sorted(map(str, names)) != sorted(sum_names()):
-        raise UserError(
-            f"{checkpoint.folder} was written by another version: it has sums of {quoted(names)}, this version of "
-            f"{', '.join(sum_names())}. Resume with the version that wrote it, or start anew with run_dir=PATH."
-        )
-    sums = _rows(checkpoint, "sums", len(names))[:, [names.index(name) for name in sum_names()]]
-    for ours, rows in ((state.sums, sums), (state.guard.sums, _rows(checkpoint, "guard_sums", len(state.guard.sums)))):
-        if len(rows) == state.accelerator.num_processes:
-            ours.copy_(rows[state.accelerator.process_index])
-        else:  # saved by another number of processes: the main one takes the total
-            ours.copy_(rows.sum(0) * state.accelerator.is_main_process)
     try:
+        _restore_sums(state, facts)
         state.guard.load(facts["guard"])
     except UserError as error:
-        raise UserError(f"{checkpoint.folder}: {error}") from error
+        raise UserError(
+            f"{checkpoint.folder} was written by another version ({error}). Resume with that version, or start a new run "
+            "with run_dir=PATH."
+        ) from error
     try:
         state.base.load_state_dict(checkpoint.tensors("model"))
         if state.ema is not None:
@@ -104,15 +95,25 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
     state.step, state.best, state.validation_due = int(facts["step"]), facts["best"], bool(facts["validation_due"])
 
 
-def _rows(checkpoint: Checkpoint, name: str, width: int) -> Tensor:
-    """`name` of state.json, one row per rank: float64 [processes, width]."""
-    rows: Sequence[Sequence[float]] = checkpoint.state[name]
-    if any(len(row) != width for row in rows):
-        raise UserError(
-            f"{checkpoint.folder} does not fit this version: '{name}' in state.json does not have {width} numbers per process. "
-            "Resume with the version that wrote it, or start anew with run_dir=PATH."
-        )
-    return torch.tensor(rows, dtype=torch.float64)
+def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
+    """Restore the sums of the metrics and of the guard, saved as one row per rank.
+
+    Raises:
+        UserError: they are not the sums of this version.
+    """
+    names = facts.get("sum_names", list(UNNAMED_SUMS))
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(sum_names()):
+        raise UserError(f"it has sums of {quoted(names)}, expected {', '.join(sum_names())}")
+    for key, ours in (("sums", state.sums), ("guard_sums", state.guard.sums)):
+        if any(len(row) != len(ours) for row in facts[key]):
+            raise UserError(f"'{key}' in state.json does not have {len(ours)} numbers per process")
+        rows = torch.tensor(facts[key], dtype=torch.float64)
+        if key == "sums":
+            rows = rows[:, [names.index(name) for name in sum_names()]]
+        if len(rows) == state.accelerator.num_processes:
+            ours.copy_(rows[state.accelerator.process_index])
+        else:  # saved by another number of processes: the main one takes the total
+            ours.copy_(rows.sum(0) * state.accelerator.is_main_process)
 
 
 def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,12 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     with state.clock.section("attack"):
         state.attack_model.refresh()
         threat = state.recipe.threat
-        mixed, precise = _in_autocast(state), state.attack_model.forward
-        first = precise if _starts_precisely(state) else mixed
+
+        def mixed(x: Tensor) -> Tensor:
+            with state.accelerator.autocast():
+                return state.attack_model.forward(x)
+
+        first = state.attack_model.forward if _starts_precisely(state) else mixed
         model, encode, decode = in_space(state.attack_model.module, threat.space, mixed)
         first_model, _, _ = in_space(state.attack_model.module, threat.space, first)
         if logits is None and state.objective.inner_needs_natural:
@@ -119,17 +123,6 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
         state.checks.note("attack", ~found.finite)
         state.checks.note("ball", found.finite & ~found.inside)
         return replace(part, x_adv=decode(found.x_adv))
-
-
-def _in_autocast(state: TrainState) -> Callable[[Tensor], Tensor]:
-    if state.recipe.precision in ("fp32", "fp64"):
-        return state.attack_model.forward
-
-    def mixed(x: Tensor) -> Tensor:
-        with state.accelerator.autocast():
-            return state.attack_model.forward(x)
-
-    return mixed
 
 
 def _starts_precisely(state: TrainState) -> bool:
@@ -157,14 +150,11 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     if not _awp_acts(state):
         return contextlib.nullcontext()
 
-    def loss_of(part: MicroBatch) -> Any:
-        def loss(model: nn.Module) -> Tensor:
-            logits = model(part.x) if state.objective.family != "at" else None
-            return state.objective.loss(logits, model(part.x_adv) if part.x_adv is not None else None, part.y)
+    def loss(part: MicroBatch, model: nn.Module) -> Tensor:
+        logits = model(part.x) if state.objective.family != "at" else None
+        return state.objective.loss(logits, model(part.x_adv) if part.x_adv is not None else None, part.y)
 
-        return loss
-
-    losses = [loss_of(part) for part in parts]
+    losses = [partial(loss, part) for part in parts]
     return awp(
         state.base, losses, state.recipe.awp.gamma, reduce=lambda gradient: state.accelerator.reduce(gradient, "mean")
     )

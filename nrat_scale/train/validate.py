@@ -14,7 +14,7 @@ from nrat_scale.train.state import TrainState
 def validate(state: TrainState) -> dict[str, Any] | None:
     """Natural and robust accuracy on the held-out images, split over ranks: a row of metrics.jsonl.
 
-    None on all ranks if one of them received a signal to stop meanwhile; the resumed run validates again.
+    None on all ranks if one of them received a signal to stop; the resumed run validates again.
     """
     model, held_out = state.evaluated, state.validation
     training = model.training

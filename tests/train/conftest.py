@@ -1,4 +1,4 @@
-"""The recipes that tests of training share; each test stands for a process of its own."""
+"""Recipes shared by the tests of training, and the state of a fresh process for each test."""
 
 from collections.abc import Iterator
 from pathlib import Path

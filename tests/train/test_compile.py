@@ -1,4 +1,4 @@
-"""`train.compile`: on for CUDA by default; a failure falls back to eager, or ends the run if compiling was asked for."""
+"""`train.compile`: on for CUDA by default; a failure falls back to eager, or ends the run if it is `true`."""
 
 from pathlib import Path
 
@@ -34,10 +34,10 @@ def test_auto_is_off_on_a_cpu(recipe_path: Path, tmp_path: Path, compiler: list[
 
 
 @pytest.mark.parametrize("model", [[], ["model.bn=groups", "model.bn_group_size=4"]], ids=["local", "groups"])
-def test_attack_and_training_are_compiled_apart(
+def test_attack_and_training_are_separate_graphs(
     wide_path: Path, tmp_path: Path, compiler: list[object], model: list[str]
 ) -> None:
-    """Two graphs; the passes that compile them leave weights, statistics and so the run's metrics as they were."""
+    """Two graphs; the passes that compile them change neither weights nor statistics, so the run's metrics are the same."""
     runs = [
         train(load_recipe(wide_path, [f"train.compile={on}", *model, "train.epochs=1", f"run_dir={tmp_path / on}"]))
         for on in ("false", "true")
@@ -46,10 +46,10 @@ def test_attack_and_training_are_compiled_apart(
     assert RunFolder(runs[0]).read_metrics() == RunFolder(runs[1]).read_metrics()
 
 
-def test_a_failure_ends_a_run_that_asked_for_it(
+def test_a_failure_to_compile(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`true` ends with a sentence; under `auto`, on a device where it compiles, the run says why and is eager."""
+    """`true` ends with a sentence; under `auto`, on a device of AUTO_DEVICES, the run prints the reason and is eager."""
 
     def broken(function: object, *, dynamic: bool) -> object:
         raise RuntimeError("no C compiler found\nlong details")
@@ -62,3 +62,12 @@ def test_a_failure_ends_a_run_that_asked_for_it(
     compiling.compile_models(state)
     assert "warning: torch.compile cannot compile the model (no C compiler found)" in capsys.readouterr().out
     assert state.attack_model.forward is state.attack_model.module and state.base._compiled_call_impl is None
+
+
+def test_stored_recipes_load(recipe_path: Path) -> None:
+    """Older recipes hold a boolean; no value changes the identity, and others are refused."""
+    recipes = [load_recipe(recipe_path, [f"train.compile={value}"]) for value in ("true", "false", "auto")]
+    assert [recipe.train.compile for recipe in recipes] == [True, False, "auto"]
+    assert len({recipe.identity for recipe in recipes}) == 1
+    with pytest.raises(UserError, match=r"train\.compile is 'maybe'; it must be auto, true or false"):
+        load_recipe(recipe_path, ["train.compile=maybe"])

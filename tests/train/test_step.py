@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import bench_step
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from bench import step as bench_step
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train.setup import prepare_for_skipped_steps, start
 from nrat_scale.train.step import micro_batches, train_step
@@ -40,8 +40,7 @@ def test_the_step_is_the_textbook_step_and_costs_no_more(tmp_path: Path, objecti
     assert differing == 0
     assert abs(loss) < 1e-9
     ours = bench_step.Ours(tmp_path, "resnet18_cifar", objective, 2, f"threat.bn={bench_step.STEPPED[objective]}")
-    (part,) = micro_batches(ours.t, next(ours.t.data.batches(0, 1)))
-    assert most - 1 < bench_step.forward_equivalents(ours.t.base, part.x, ours.step) <= most
+    assert most - 1 < bench_step.forward_equivalents(ours.state.base, ours.first_part().x, ours.step) <= most
 
 
 def test_mixed_precision_starts_in_float32(recipe_path: Path, tmp_path: Path) -> None:
