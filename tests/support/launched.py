@@ -1,8 +1,10 @@
 """Training in processes of its own, forked from a server that has imported everything: they start at once."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -40,6 +42,7 @@ class Launched:
 
     def __init__(self, arguments: Sequence[str], processes: int = 1, script: str = "") -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="launched-"))
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         environments: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": ""}]
         if processes > 1:
             with socket.socket() as free:
@@ -62,7 +65,7 @@ class Launched:
         return pid
 
     def text(self, ending: str, rank: int = 0) -> str:
-        """What a rank has printed: `out` or `err`."""
+        """The output of a rank so far: `out` or `err`."""
         path = self._folder / f"{rank}.{ending}"
         return path.read_text() if path.is_file() else ""
 
@@ -87,7 +90,7 @@ class Launched:
         return self.text("out")
 
     def kill(self) -> None:
-        """End what still runs."""
+        """Kill the ranks that still run."""
         for rank in self.ranks:
             if rank.is_alive():
                 rank.kill()
