@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean
 from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, label_sums, mean_predictions, plugin_smoothed, upcast
 
 FAMILIES = ("natural", "at", "trades", "mart")
-SMOOTHING_MODES = ("off", "mixed", "plugin")
 # Fields of `ObjectiveSpec` that only a preset sets: they are not recipe keys, and recipe.yaml does not hold them.
 PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 
@@ -63,38 +62,24 @@ class ObjectiveSpec:
     b: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, choice, known in (
-            ("family", self.family, FAMILIES),
-            ("loss", self.loss, LOSSES),
-            ("inner", self.inner, {**LOSSES, **DIVERGENCES}),
-            ("smoothing_mode", self.smoothing_mode, SMOOTHING_MODES),
-        ):
-            if choice not in known:
-                raise UserError(f"objective.{name} is '{choice}'. {did_you_mean(choice, known)}")
-        if self.family == "trades" and self.divergence not in DIVERGENCES:
-            raise UserError(
-                f"objective.divergence is '{self.divergence}'. {did_you_mean(self.divergence, DIVERGENCES)}"
-            )
-        if self.family != "trades" and self.divergence:
+        check_choice("objective.family", self.family, FAMILIES)
+        check_choice("objective.loss", self.loss, LOSSES)
+        check_choice("objective.inner", self.inner, {**LOSSES, **DIVERGENCES})
+        check_choice("objective.smoothing_mode", self.smoothing_mode, ("off", "mixed", "plugin"))
+        if self.family == "trades":
+            check_choice("objective.divergence", self.divergence, DIVERGENCES)
+        elif self.divergence:
             raise UserError(f"objective.divergence is '{self.divergence}', but the family '{self.family}' has none.")
         if self.inner in DIVERGENCES and self.family in ("natural", "at"):
-            raise UserError(
-                f"objective.inner '{self.inner}' needs natural predictions, which {self.name} does not have: use ce."
-            )
-        if not 0.0 <= self.smoothing < 1.0:
-            raise UserError(f"objective.smoothing is {self.smoothing}; it must be in [0, 1).")
+            raise UserError(f"objective.inner '{self.inner}' needs natural logits, which {self.name} lacks: use ce.")
+        check_value("objective.smoothing", self.smoothing, 0.0 <= self.smoothing < 1.0, "in [0, 1)")
         if self.smoothing and self.smoothing_mode == "off":
-            raise UserError(
-                f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off' "
-                f"(the default of {self.name}). Choose mixed or plugin, or set the smoothing to 0."
-            )
+            off = f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off'"
+            raise UserError(f"{off}. Choose mixed or plugin, or set the smoothing to 0.")
         if self.smoothing_mode == "plugin" and self.loss != "nce_rce":
-            raise UserError(
-                f"objective.smoothing_mode 'plugin' is for NCE+RCE; {self.name} trains with {self.loss}: use mixed."
-            )
+            raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"objective.{name} is {weight}; it must be finite and 0 or more.")
+            check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -125,11 +110,8 @@ def preset(name: str) -> ObjectiveSpec:
     return OBJECTIVES[name]
 
 
-# ---- MART (Wang et al. 2020) ----------------------------------------------------------------------------------------
-
-
 def _mart_margin(logits_adv: Tensor, y: Tensor) -> Tensor:
-    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: the second half of MART's BCE."""
+    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: second half of MART's BCE (Wang et al. 2020)."""
     p_adv = logits_adv.softmax(1)
     others = p_adv.scatter(1, y[:, None], -1.0)
     return -(1.0001 - others.amax(1) + 1e-12).log()
@@ -141,9 +123,6 @@ def _mart_regulariser(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
     p = log_p.exp()
     kl = (p * (log_p - (logits_adv.softmax(1) + 1e-12).log())).sum(1)
     return kl * (1.0000001 - p.gather(1, y[:, None]).squeeze(1))
-
-
-# ---- families -------------------------------------------------------------------------------------------------------
 
 
 class Objective(nn.Module):
@@ -163,12 +142,9 @@ class Objective(nn.Module):
     def __init__(self, spec: ObjectiveSpec, num_classes: int | None = None) -> None:
         super().__init__()
         self.spec, self.family = spec, spec.family
-        keeps_means = num_classes is not None and "ikl" in (spec.divergence, spec.inner)
-        self.register_buffer("class_sums", torch.zeros(num_classes or 0, num_classes or 0) if keeps_means else None)
-        self.register_buffer("class_counts", torch.zeros(num_classes or 0) if keeps_means else None)
-
-    def extra_repr(self) -> str:
-        return str(self.spec)
+        k = num_classes if "ikl" in (spec.divergence, spec.inner) else None
+        self.register_buffer("class_sums", None if k is None else torch.zeros(k, k))
+        self.register_buffer("class_counts", None if k is None else torch.zeros(k))
 
     @property
     def attacks(self) -> bool:
@@ -203,22 +179,17 @@ class Objective(nn.Module):
             y: int64 [B], or probabilities [B, K] except for MART.
         """
         spec = self.spec
-        if self.family == "at":
-            assert logits_adv is not None
-            return self._classify(spec.loss, logits_adv, y, spec.smoothing)
-        assert logits is not None
-        if self.family == "natural":
-            return self._classify(spec.loss, logits, y, spec.smoothing)
-        assert logits_adv is not None
+        classified = logits if self.family in ("natural", "trades") else logits_adv
+        assert classified is not None
+        outer = self._classify(spec.loss, classified, y, spec.smoothing)
+        if self.family in ("natural", "at"):
+            return outer
+        assert logits is not None and logits_adv is not None
         if self.family == "trades":
-            outer = self._classify(spec.loss, logits, y, spec.smoothing)
             return outer + spec.lam * self._diverge(spec.divergence, logits, logits_adv, y)
         if y.ndim != 1:
-            raise UserError(
-                "MART needs hard labels (its margin and weight name one class); soft labels cannot be used."
-            )
+            raise UserError("MART needs hard labels, because its margin and weight name one class.")
         logits, logits_adv = upcast(logits), upcast(logits_adv)
-        outer = self._classify(spec.loss, logits_adv, y, spec.smoothing)
         if spec.loss == "ce":
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)

@@ -88,7 +88,7 @@ def test_identity_is_what_is_computed() -> None:
         ("threat.eps=8", ["threat.eps is 8", "8/255"]),
         ("threat.eps=8/0", ["threat.eps", "'8/0' is not a number", "8/255"]),
         ("threat.bn=evil", ["threat.bn", "'eval'"]),
-        ("threat=3", ["ThreatSpec"]),
+        ("threat=3", ["threat is '3'; it must be a mapping of keys"]),
         ("train.epochs=many", ["train.epochs", "many"]),
         ("train.epochs=0", ["train.epochs is 0"]),
         ("train.validation_attack=aa", ["train.validation_attack", "pgd10"]),
