@@ -11,10 +11,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import check_value
 from nrat_scale.core.modes import attack_mode
-
-# ---- EMA ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,7 @@ class EmaSpec:
 
     def __post_init__(self) -> None:
         for name in ("decay", "warmup_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"ema.{name} is {getattr(self, name)}; it must be in [0, 1).")
+            check_value(f"ema.{name}", getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
 
 
 def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
@@ -42,19 +39,9 @@ def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
     update_after_step - 1; gamma 9 and power 1 make that (1 + t) / (10 + t) with t = s - 1, counted from the end of the
     warm-up.
     """
-    warmup_steps = math.ceil(spec.warmup_fraction * total_steps)
-    return ModelEmaV3(
-        model,
-        decay=spec.decay,
-        update_after_step=warmup_steps - 2,
-        use_warmup=True,
-        warmup_gamma=9.0,
-        warmup_power=1.0,
-        exclude_buffers=True,
-    )
-
-
-# ---- AWP ------------------------------------------------------------------------------------------------------------
+    start = math.ceil(spec.warmup_fraction * total_steps) - 2
+    warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0, "update_after_step": start}
+    return ModelEmaV3(model, decay=spec.decay, exclude_buffers=True, **warmup)
 
 
 @dataclass(frozen=True)
@@ -71,19 +58,13 @@ class AwpSpec:
     warmup_epochs: int = 10
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.gamma < 1.0:
-            raise UserError(f"awp.gamma is {self.gamma}; it must be in [0, 1).")
-        if self.warmup_epochs < 0:
-            raise UserError(f"awp.warmup_epochs is {self.warmup_epochs}; it must be 0 or more.")
+        check_value("awp.gamma", self.gamma, 0.0 <= self.gamma < 1.0, "in [0, 1)")
+        check_value("awp.warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "0 or more")
 
 
 def perturbable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that AWP perturbs: more than one dimension and a name that ends in `weight`."""
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and name.endswith("weight")
-    ]
+    return [(name, weight) for name, weight in model.named_parameters() if weight.ndim > 1 and name.endswith("weight")]
 
 
 @contextmanager
@@ -106,8 +87,7 @@ def awp(
         gamma: see `AwpSpec`.
         reduce: averages a gradient over ranks before its norm is taken.
     """
-    names_and_weights = perturbable(model)
-    weights = [weight for _, weight in names_and_weights]
+    weights = [weight for _, weight in perturbable(model)]
     functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
     gradients = [torch.zeros_like(weight) for weight in weights]
     with attack_mode(model, "batch"):
@@ -121,8 +101,7 @@ def awp(
             gradient = reduce(gradient)
             size = gradient.norm()
             shift = gamma * weight.norm() * gradient / (size + 1e-20)
-            # Skip the perturbation if the gradient is not finite: adding NaN cannot be undone. The step's own gradient
-            # check reports it.
+            # Skip a gradient that is not finite: adding NaN cannot be undone. The step's gradient check reports it.
             shifts.append(torch.where(size.isfinite(), shift, 0.0))
             weight.add_(shifts[-1])
     try:
