@@ -283,7 +283,7 @@ def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> 
     }
 
 
-_CFGS = {
+_CFGS: dict[str, Any] = {
     "wrn28_10_silu.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
     "wrn28_10.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
     "resnet18_cifar.untrained": _cfg("conv1", "linear", (3, 32, 32)),
