@@ -97,7 +97,7 @@ def pgd(
         space_model, encode, decode = in_space(model, threat.space)
         x = encode(x.detach())
         if start is None:
-            start = initial_point(x, threat, generator)
+            start = apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
         found = search(space_model, x, inner, threat, start)
     if not found.finite:
         raise FloatingPointError(
@@ -143,11 +143,6 @@ def search(
         x_adv = project(x_adv, x, threat.eps, threat.norm)
     inside = inside_ball(x_adv, x, threat.eps, around=threat.space == "pixel", norm=threat.norm)
     return Found(x_adv, finite, inside)
-
-
-def initial_point(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
-    """The starting point named by `threat.init`, shaped like `x`."""
-    return apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
 
 
 def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -208,10 +203,8 @@ def in_space(model: nn.Module, space: str, forward: Map | None = None) -> tuple[
     """The model in the coordinates of a threat space, with the maps from pixels to these coordinates and back.
 
     `pixel`: identities. `released_code`: coordinates are (x - mean) / std with the model's constants, so that eps and the
-    clamp to [0, 1] act as in that code; the returned model maps back to pixels first.
-
-    Args:
-        forward: called instead of `model`, for instance under autocast.
+    clamp to [0, 1] act as in that code; the returned model maps back to pixels first. It calls `forward` instead of
+    `model` if given, for instance under autocast.
     """
     forward = forward if forward is not None else model
     if space == "pixel":
@@ -232,11 +225,7 @@ def in_space(model: nn.Module, space: str, forward: Map | None = None) -> tuple[
 
 
 def parse_fraction(text: str) -> float:
-    """The number that `8/255` or `0.03` writes.
-
-    Raises:
-        ValueError: anything else, or not finite.
-    """
+    """The number that `8/255` or `0.03` stands for; raises `ValueError` if it is none or not finite."""
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)

@@ -19,28 +19,17 @@ _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of 
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """What to do when training collapses.
+    """What to do when training collapses. A window of steps is bad if one of the three limits is crossed."""
 
-    Attributes:
-        action: `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse and reduce the learning
-            rate; `none`.
-        window: steps per window.
-        patience: consecutive bad windows before the action; an untrained network predicts one class, too.
-        top_share: a window is bad if this share of the predictions is one class and accuracy is at most twice chance.
-        min_grad_norm: it is also bad if the mean gradient norm is smaller than this.
-        max_logit_scale: it is also bad if the logits spread wider (standard deviation per image, mean over images).
-        lr_factor: `rewind` multiplies the learning rate by it.
-        max_rewinds: rewinds before the run stops.
-    """
-
+    # `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse, at a lower learning rate; `none`.
     action: str = "warn"
-    window: int = 100
-    patience: int = 3
-    top_share: float = 0.9
-    min_grad_norm: float = 1e-8
-    max_logit_scale: float = 1e4
-    lr_factor: float = 0.5
-    max_rewinds: int = 3
+    window: int = 100  # steps
+    patience: int = 3  # consecutive bad windows before the action; an untrained network predicts one class, too
+    top_share: float = 0.9  # largest share of one class among the predictions while accuracy is at most twice chance
+    min_grad_norm: float = 1e-8  # mean over the window
+    max_logit_scale: float = 1e4  # standard deviation of an image's logits, mean over images
+    lr_factor: float = 0.5  # `rewind` multiplies the learning rate by it
+    max_rewinds: int = 3  # before the run stops
 
     def __post_init__(self) -> None:
         check_choice("guard.action", self.action, ("warn", "stop", "rewind", "none"))

@@ -7,18 +7,12 @@ from nrat_scale._class_names import CIFAR100, CIFAR100_SUPERCLASSES, TINY_IMAGEN
 
 @dataclass(frozen=True)
 class Dataset:
-    """Facts about one data set.
+    """Facts about one data set."""
 
-    Attributes:
-        class_names: in label order.
-        mean, std: per channel, of [0, 1] pixels.
-        asymmetric_map: label -> the label it is confused with; empty if no map is published.
-    """
-
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
+    class_names: tuple[str, ...]  # in label order
+    mean: tuple[float, ...]  # per channel, of [0, 1] pixels
     std: tuple[float, ...]
-    asymmetric_map: dict[int, int] = field(default_factory=dict)
+    asymmetric_map: dict[int, int] = field(default_factory=dict)  # empty if no map is published
 
 
 _DIGITS = tuple("0123456789")

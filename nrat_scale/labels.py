@@ -39,33 +39,24 @@ _NO_HUMAN_LABELS = (
 class NoiseSpec:
     """Label noise of the real training data.
 
-    Attributes:
-        kind: key of `NOISES`.
-        rate: fraction of labels to corrupt, in [0, 1] (not used by `cifar10n`).
-        seed: of the noise alone; runs with different training seeds can share one noise.
-        class_map: label -> label for the asymmetric kinds; by default the published map of the data set.
-        human_labels: for `cifar10n`, the .npz that `shard_dataset.py cifar10n` writes, or an .npy file of int64 [n] in
-            source order.
-        human_set: the labels of the .npz to use, key of `HUMAN_SETS`; an .npy file has only one set.
-
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
     """
 
-    kind: str = "none"
-    rate: float = 0.0
-    seed: int = 0
-    class_map: dict[int, int] | None = None
-    human_labels: str | None = None
-    human_set: str = "worse"
+    kind: str = "none"  # key of `NOISES`
+    rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
+    seed: int = 0  # of the noise alone, so that runs with different training seeds can share one noise
+    class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
+    human_labels: str | None = None  # of `cifar10n`: the .npz of `shard_dataset.py cifar10n`, or an .npy of int64 [n]
+    human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
 
     def __post_init__(self) -> None:
-        _check_kind_and_rate(self.kind, self.rate)
-        check_choice("data.real.noise.human_set", self.human_set, HUMAN_SETS)
+        key = "data.real.noise"
+        check_choice(f"{key}.kind", self.kind, NOISES)
+        check_choice(f"{key}.human_set", self.human_set, HUMAN_SETS)
+        check_value(f"{key}.rate", self.rate, 0.0 <= self.rate <= 1.0, "a fraction of the labels, in [0, 1]")
         if self.kind == "none" and self.rate:
-            raise UserError(
-                f"data.real.noise.rate is {self.rate} but the kind is 'none'. Name a kind, such as symmetric."
-            )
+            raise UserError(f"{key}.rate is {self.rate} but {key}.kind is 'none'. Name a kind, such as symmetric.")
         if self.kind == "cifar10n" and self.human_labels is None:
             raise UserError(_NO_HUMAN_LABELS)
 
@@ -100,7 +91,8 @@ def corrupt(
         UserError: unknown kind, rate outside [0, 1], labels out of range, a missing or unusable extra argument.
     """
     labels = _checked(labels, num_classes, "labels")
-    _check_kind_and_rate(kind, rate)
+    check_choice("The kind of label noise", kind, NOISES)
+    check_value("The label noise rate", rate, 0.0 <= rate <= 1.0, "a fraction of the labels, in [0, 1]")
     # At rate 0 the truncated normal of instance_dependent would still flip labels.
     if rate == 0.0 and kind != "cifar10n":
         return labels
@@ -108,11 +100,6 @@ def corrupt(
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
     extra = {"class_map": class_map, "images": images, "human_labels": human_labels}
     return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
-
-
-def _check_kind_and_rate(kind: str, rate: float) -> None:
-    check_choice("The kind of label noise", kind, NOISES)
-    check_value("The label noise rate", rate, 0.0 <= rate <= 1.0, "a fraction of the labels, in [0, 1]")
 
 
 def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:

@@ -28,31 +28,25 @@ BN_STATISTICS = ("local", "groups", "sync")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model to train.
-
-    Attributes:
-        name: a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`.
-        mean, std: per channel, of [0, 1] pixels; by default those of the data set.
-        kwargs: further keyword arguments of the model, for instance {width: 64} for `cnn4`.
-        bn_momentum: weight of the new batch in the running statistics; None keeps the model's own.
-        bn_first_step: after the very first step the running statistics are those of its batch alone, as in DM_AT.
-        bn: the statistics that BatchNorm trains with on several processes: `local`, those of the images that each process
-            holds at a time, as in the published code; `groups`, those of `bn_group_size` consecutive images of the global
-            batch, the same for any number of processes; `sync`, those of the global batch (GPUs only).
-        bn_group_size: for `groups`; each process must hold whole groups.
+    """Which model to train, and how its BatchNorm layers work.
 
     Raises:
         UserError: a value is unknown or out of range.
     """
 
-    name: str = "resnet18_cifar"
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    bn_momentum: float | None = None
-    bn_first_step: bool = False
+    name: str = "resnet18_cifar"  # a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`
+    mean: list[float] | None = None  # per channel, of [0, 1] pixels; by default that of the data set
+    std: list[float] | None = None  # likewise
+    kwargs: dict[str, Any] = field(
+        default_factory=dict
+    )  # further keyword arguments, for instance {width: 64} for `cnn4`
+    bn_momentum: float | None = None  # weight of the new batch in the running statistics; None keeps the model's own
+    bn_first_step: bool = False  # after the first step the running statistics are those of its batch, as in DM_AT
+    # Training statistics on several processes. `local`: of the images that each process holds at a time, as in the
+    # published code; `groups`: of `bn_group_size` consecutive images of the global batch, the same for any number of
+    # processes; `sync`: of the global batch (GPUs only).
     bn: str = "local"
-    bn_group_size: int | None = None
+    bn_group_size: int | None = None  # for `groups`; each process must hold whole groups
 
     def __post_init__(self) -> None:
         check_choice("model.bn", self.bn, BN_STATISTICS)
@@ -84,11 +78,10 @@ class Normalised(nn.Module):
         self.num_classes, self.in_chans = num_classes, in_chans
         cifar10 = DATASETS["cifar10"]
         for name, given, default in (("mean", mean, cifar10.mean), ("std", std, cifar10.std)):
-            values = [float(value) for value in (given if given is not None else default if in_chans == 3 else (0.5,))]
+            default = default if in_chans == 3 else (0.5,)
+            values = [float(value) for value in (default if given is None else given)]
             if len(values) not in (1, in_chans):
-                raise UserError(
-                    f"The model has {in_chans} input channels but {len(values)} values of {name}: {values}."
-                )
+                raise UserError(f"The model has {in_chans} input channels but {len(values)} values of {name}: {given}.")
             values *= in_chans // len(values)
             if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
                 wanted = "finite" if name == "mean" else "positive"
@@ -200,11 +193,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(Normalised):
-    """ResNet-18 (He et al. 2016) for CIFAR: a 3 x 3 stem and no pooling before the stages.
-
-    Args:
-        num_classes, in_chans, mean, std: as for `WideResNet`.
-    """
+    """ResNet-18 (He et al. 2016) for CIFAR: a 3 x 3 stem and no pooling before the stages. Arguments: see `WideResNet`."""
 
     last_layer = "linear"
 

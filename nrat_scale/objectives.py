@@ -31,35 +31,22 @@ PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 class ObjectiveSpec:
     """One objective as data; `OBJECTIVES` holds the published ones, and a recipe may change their constants.
 
-    Attributes:
-        name: key of `OBJECTIVES`.
-        family: one of `FAMILIES`.
-        loss: C, a key of `LOSSES`.
-        divergence: D, a key of `DIVERGENCES`, for the family `trades` only.
-        lam: weight of the divergence, or of MART's regulariser.
-        inner: what the attack maximises: a key of `LOSSES` or of `DIVERGENCES`.
-        smoothing: label smoothing s in [0, 1).
-        smoothing_mode: `off`; `mixed`: the losses of the labels are mixed; `plugin`: the smoothed label enters RCE's
-            logarithm.
-        init, bn: defaults of `threat.init` and `threat.bn`.
-        a, b: weights of NCE and RCE in NCE+RCE (Ma et al. use 1, 10 on MNIST).
-
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
     """
 
-    name: str
-    family: str
-    loss: str
-    divergence: str = ""
-    lam: float = 0.0
-    inner: str = "ce"
-    smoothing: float = 0.0
-    smoothing_mode: str = "off"
-    init: str = "normal"
-    bn: str = "eval"
-    a: float = 1.0
-    b: float = 1.0
+    name: str  # key of `OBJECTIVES`
+    family: str  # one of `FAMILIES`
+    loss: str  # C, a key of `LOSSES`
+    divergence: str = ""  # D, a key of `DIVERGENCES`, for the family `trades` only
+    lam: float = 0.0  # weight of the divergence, or of MART's regulariser
+    inner: str = "ce"  # what the attack maximises: a key of `LOSSES` or of `DIVERGENCES`
+    smoothing: float = 0.0  # label smoothing s in [0, 1)
+    smoothing_mode: str = "off"  # `mixed`: mix the losses of the labels; `plugin`: smooth the label in RCE's logarithm
+    init: str = "normal"  # default of `threat.init`
+    bn: str = "eval"  # default of `threat.bn`
+    a: float = 1.0  # weight of NCE in NCE+RCE
+    b: float = 1.0  # weight of RCE in NCE+RCE (Ma et al. use a = 1, b = 10 on MNIST)
 
     def __post_init__(self) -> None:
         check_choice("objective.family", self.family, FAMILIES)
@@ -194,12 +181,9 @@ class Objective(nn.Module):
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
 
-    def loss(
-        self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, weights: Tensor | None = None
-    ) -> Tensor:
-        """The mean of `per_sample`, or its mean under `weights` [B] (sum w l / sum w): a scalar."""
-        losses = self.per_sample(logits, logits_adv, y)
-        return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
+    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+        """The mean of `per_sample`: a scalar."""
+        return self.per_sample(logits, logits_adv, y).mean()
 
     @torch.no_grad()
     def update(self, logits: Tensor | None, y: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:

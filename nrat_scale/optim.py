@@ -21,31 +21,19 @@ BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")  # of Linear, convolutions
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """The optimizer and its schedule.
+    """The optimizer and its schedule."""
 
-    Attributes:
-        name: `sgd`, as in all published recipes, or `adamw`, with which small models without BatchNorm start better.
-        lr: (peak) learning rate.
-        momentum: of SGD, or AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95, torch's default.
-        weight_decay: L2 penalty (decoupled for AdamW).
-        decay_norms: decay the parameters of norm layers (BatchNorm, GroupNorm, LayerNorm, ...) too (DM_AT: no; the
-            paper's ResNet-18 tables: yes).
-        decay_biases: decay the biases of all other layers too (DM_AT: yes).
-        nesterov: Nesterov's momentum.
-        schedule: `constant`; `multistep` (times `gamma` at each of `milestones`, in epochs); `onecycle` (cosine with its
-            peak after `pct_start` of the run); `cosine` (from `lr` to 0 at the end of the last epoch).
-        per: `epoch` or `step`, how often `onecycle` and `cosine` change; the others always change between epochs.
-    """
-
-    name: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_norms: bool = True
-    decay_biases: bool = True
+    name: str = "sgd"  # as in all published recipes; `adamw` starts better with small models without BatchNorm
+    lr: float = 0.1  # of a schedule with a peak, the peak
+    momentum: float = 0.9  # of SGD, or AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95, torch's default
+    weight_decay: float = 5e-4  # L2 penalty; decoupled for AdamW
+    decay_norms: bool = True  # decay norm layers too (BatchNorm, LayerNorm, ...); DM_AT: no, the paper's ResNet-18: yes
+    decay_biases: bool = True  # decay the biases of all other layers too; DM_AT: yes
     nesterov: bool = False
+    # `constant`; `multistep`: times `gamma` at each of `milestones`, in epochs; `onecycle`: cosine with its peak after
+    # `pct_start` of the run; `cosine`: from `lr` to 0 at the end of the last epoch.
     schedule: str = "multistep"
-    per: str = "epoch"
+    per: str = "epoch"  # or `step`, how often `onecycle` and `cosine` change; the others always change between epochs
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     pct_start: float = 0.025
@@ -120,8 +108,7 @@ def schedule_table(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
     elif spec.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, T_max=count)
     else:
-        milestones = spec.milestones if spec.schedule == "multistep" else []
-        scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)
+        scheduler = MultiStepLR(optimizer, spec.milestones if spec.schedule == "multistep" else [], spec.gamma)
     table, (group,) = [], optimizer.param_groups
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "optimizer.step() before": this optimizer never steps

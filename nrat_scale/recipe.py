@@ -7,9 +7,7 @@ the command line. The specs check them once, here, and they never change afterwa
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
@@ -52,38 +50,22 @@ _NOT_IDENTITY = (
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Length of a run, and how often it validates and saves.
+    """Length of a run, how often it validates and saves, and how fast it computes."""
 
-    Attributes:
-        epochs: length of the schedule.
-        max_steps: stop after this many optimizer steps in all; the schedule remains that of `epochs`.
-        accumulate: micro-batches per step, whose gradients are averaged; each process holds
-            batch_size / (processes * accumulate) images at a time.
-        max_grad_norm: clip the gradient to this norm.
-        validate_every: epochs between validations.
-        validation_attack: `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps.
-        save_every: epochs between checkpoints.
-        keep: how many of the newest checkpoints to keep besides the best.
-        log_every: steps between lines of progress.
-        channels_last: channels-last memory format for images and weights, in which convolutions are fastest.
-        fold_batchnorm: fold BatchNorm into convolutions while attacking with `threat.bn: eval`.
-        compile: torch.compile for attack and training: `auto` (on CUDA, and eager if it fails), `true` or `false`.
-        timeout_minutes: the run ends if a process does not answer the others for this long; it must exceed the time
-            that the main process takes to verify the data.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: int = 1  # length of the schedule
+    max_steps: int | None = None  # stop after this many optimizer steps in all; the schedule remains that of `epochs`
+    # Micro-batches per step, whose gradients are averaged; a process holds batch_size / (processes * accumulate) images.
     accumulate: int = 1
-    max_grad_norm: float | None = None
-    validate_every: int = 1
-    validation_attack: str = "pgd10"
-    save_every: int = 1
-    keep: int = 1
-    log_every: int = 50
-    channels_last: bool = True
-    fold_batchnorm: bool = True
-    compile: bool | str = "auto"
+    max_grad_norm: float | None = None  # clip the gradient to this norm
+    validate_every: int = 1  # epochs
+    validation_attack: str = "pgd10"  # `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps
+    save_every: int = 1  # epochs between checkpoints
+    keep: int = 1  # newest checkpoints to keep besides the best
+    log_every: int = 50  # steps between lines of progress
+    channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
+    fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
+    compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
+    # The run ends if a process does not answer the others for this long. It must exceed the time to verify the data.
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
@@ -100,14 +82,9 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class ReleaseSpec:
-    """Checkpoints to publish while a run trains.
+    """Checkpoints to publish while a run trains, uploaded by `python -m nrat_scale.release RUN --push REPO --queued`."""
 
-    Attributes:
-        every_epochs: epochs between copies of the verified checkpoint in `RUN/releases`, which pruning does not touch;
-            `python -m nrat_scale.release RUN --push user/repo --queued` uploads them. None: no copies.
-    """
-
-    every_epochs: int | None = None
+    every_epochs: int | None = None  # epochs between copies of the checkpoint in `RUN/releases`, which are never pruned
 
     def __post_init__(self) -> None:
         holds = self.every_epochs is None or self.every_epochs >= 1
@@ -117,14 +94,6 @@ class ReleaseSpec:
 @dataclass(frozen=True)
 class RecipeSpec:
     """A complete experiment.
-
-    Attributes:
-        threat, data, model, objective, optim, ema, awp, train, guard, release: see the specs.
-        name: of the recipe; by default its file's name.
-        run_dir: folder that the run is written to, by default `runs/<name>`.
-        seed: of weights, sample plan, augmentation and attack noise (label noise has its own).
-        precision: `fp32`, `bf16`, `fp16` (autocast) or `fp64` (everything, to test exactness).
-        resume: `auto` continues from the newest checkpoint of the same recipe; `never` requires an empty run directory.
 
     Raises:
         UserError: a value is unknown, or two specs contradict each other.
@@ -140,11 +109,11 @@ class RecipeSpec:
     train: TrainSpec = field(default_factory=TrainSpec)
     guard: GuardSpec = field(default_factory=GuardSpec)
     release: ReleaseSpec = field(default_factory=ReleaseSpec)
-    name: str = ""
-    run_dir: str = ""
-    seed: int = 0
-    precision: str = "fp32"
-    resume: str = "auto"
+    name: str = ""  # by default the file's name
+    run_dir: str = ""  # folder that the run is written to, by default `runs/<name>`
+    seed: int = 0  # of weights, sample plan, augmentation and attack noise; label noise has its own
+    precision: str = "fp32"  # or `bf16`, `fp16` (autocast), `fp64` (everything, to test exactness)
+    resume: str = "auto"  # from the newest checkpoint of the same recipe; `never` requires an empty run directory
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
@@ -228,10 +197,8 @@ def _read_yaml(path: Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {_one_line(error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The recipe {path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"The recipe {path} must be a mapping of keys to values.")
     return loaded
@@ -261,8 +228,8 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
             kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
         elif dotted not in RETIRED:
             raise UserError(f"unknown key {quoted(dotted)}. {did_you_mean(str(key), hints)}")
-        elif value != RETIRED[dotted][0] and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.", file=sys.stderr, flush=True)
+        elif value != RETIRED[dotted][0]:
+            warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
 
 

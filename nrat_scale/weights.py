@@ -17,15 +17,10 @@ from nrat_scale.core.modes import attack_mode
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """Exponential moving average of the parameters.
+    """Exponential moving average of the parameters."""
 
-    Attributes:
-        decay: final decay; 0 switches the EMA off.
-        warmup_fraction: fraction of all steps with decay 0; then the decay is min(decay, (1 + t) / (10 + t)).
-    """
-
-    decay: float = 0.0
-    warmup_fraction: float = 0.025
+    decay: float = 0.0  # final decay; 0 switches the EMA off
+    warmup_fraction: float = 0.025  # of all steps, with decay 0; then the decay is min(decay, (1 + t) / (10 + t))
 
     def __post_init__(self) -> None:
         for name in ("decay", "warmup_fraction"):
@@ -46,16 +41,11 @@ def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
 
 @dataclass(frozen=True)
 class AwpSpec:
-    """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18).
+    """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18)."""
 
-    Attributes:
-        gamma: norm of the perturbation relative to each weight's norm; 0 switches it off. 0.005 for TRADES and NRAT,
-            0.01 for PGD-AT.
-        warmup_epochs: epochs before the first perturbation (10 for TRADES and NRAT, 0 for PGD-AT).
-    """
-
+    # Norm of the perturbation relative to each weight's norm: 0.005 for TRADES and NRAT, 0.01 for PGD-AT, 0 for no AWP.
     gamma: float = 0.0
-    warmup_epochs: int = 10
+    warmup_epochs: int = 10  # before the first perturbation: 10 for TRADES and NRAT, 0 for PGD-AT
 
     def __post_init__(self) -> None:
         check_value("awp.gamma", self.gamma, 0.0 <= self.gamma < 1.0, "in [0, 1)")
@@ -92,8 +82,7 @@ def awp(
     gradients = [torch.zeros_like(weight) for weight in weights]
     with attack_mode(model, "batch"):
         for function in functions:
-            loss = _call(function, model)
-            for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+            for total, gradient in zip(gradients, torch.autograd.grad(_call(function, model), weights), strict=True):
                 total.add_(gradient, alpha=1 / len(functions))
     shifts = []
     with torch.no_grad():

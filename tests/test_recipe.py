@@ -150,7 +150,7 @@ def test_retired_keys_are_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert load_recipe(QUICK, ["data.threads=0", "train.turbo=1"]) == usual
     assert capsys.readouterr().err == ""
     assert load_recipe(QUICK, ["data.threads=4"]) == usual
-    assert capsys.readouterr().err == f"{QUICK}: data.threads is ignored: one thread suffices.\n"
+    assert capsys.readouterr().err == f"warning: {QUICK}: data.threads is ignored: one thread suffices.\n"
     with pytest.raises(UserError, match=r"unknown key 'data\.thread'"):
         load_recipe(QUICK, ["data.thread=4"])
 
