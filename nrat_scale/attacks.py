@@ -1,7 +1,7 @@
-"""The threat model, the PGD loop that training, validation and evaluation share, and how a radius is printed and parsed.
+"""The threat model, the PGD loop of training, validation and evaluation, and the notation of a radius, such as 8/255.
 
-Pixels are in [0, 1]; the model normalises them itself. `threat.space: released_code` reproduces the paper's released code,
-which applies eps and the clamp to [0, 1] in *normalised* units. It exists for comparison and is never a default.
+Pixels are in [0, 1]; the model normalises them. `threat.space: released_code` reproduces the paper's released code, which
+applies eps and the clamp to [0, 1] in *normalised* units. It exists for comparison and is never a default.
 """
 
 import math
@@ -20,7 +20,7 @@ NORMS = {"linf": "l_inf", "l2": "l_2"}  # name in recipes -> in text
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack and RobustBench write them
 INITS = ("zero", "normal", "uniform", "normal01")
 SPACES = ("pixel", "released_code")
-RELEASED_CODE_WARNING = (  # the one wording for reports, cards and results
+RELEASED_CODE_WARNING = (  # of reports, model cards and results
     "threat.space is 'released_code': eps and the clamp to [0, 1] apply to normalised pixels, which is a different threat "
     "model. These numbers are not comparable with RobustBench."
 )
@@ -125,8 +125,8 @@ def search(
     Args:
         model: maps images to logits; the caller has frozen its parameters and set its mode.
         x, inner, threat, start: see `pgd`.
-        first_model: computes the first step in higher precision. Close to `x` the gradient of a divergence is a difference
-            of two almost equal outputs: in bf16 that is rounding noise.
+        first_model: the model in higher precision, for the first step. Close to `x` the gradient of a divergence is the
+            difference of two almost equal outputs, in bf16 mere rounding noise.
     """
     x_adv = start.detach().clone()
     finite = torch.ones((), dtype=torch.bool, device=x.device)
@@ -182,7 +182,7 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
 
 
 def _lengths(delta: Tensor) -> Tensor:
-    """The l_2 norm of each image [B, 1, 1, 1], or of one image [C, H, W]; at least the smallest normal number, not 0."""
+    """The l_2 norm of each image [B, 1, 1, 1] or of one image [1, 1, 1], at least the smallest normal number."""
     return torch.linalg.vector_norm(delta, dim=(-3, -2, -1), keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
 
 
@@ -194,7 +194,7 @@ def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool, norm: str
         return inside
     if norm == "linf":
         return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all()
-    # Each of the coordinates is off by at most one rounding, so the norm by at most sqrt(coordinates) roundings.
+    # Each coordinate is off by at most one rounding error, so the norm by at most sqrt(coordinates) of them.
     slack = eps * 2.0**-20 + _BALL_TOLERANCE * math.sqrt(x[0].numel())
     return inside & (_lengths(x_adv - x) <= eps + slack).all()
 
@@ -211,9 +211,7 @@ def in_space(model: nn.Module, space: str, forward: Map | None = None) -> tuple[
         return forward, lambda x: x, lambda x: x
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
-        raise UserError(
-            "threat.space 'released_code' needs a model with `mean` and `std` buffers, as all of ours have."
-        )
+        raise UserError("threat.space 'released_code' needs a model with `mean` and `std` buffers, like all of ours.")
 
     def encode(pixels: Tensor) -> Tensor:
         return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
@@ -225,7 +223,7 @@ def in_space(model: nn.Module, space: str, forward: Map | None = None) -> tuple[
 
 
 def parse_fraction(text: str) -> float:
-    """The number that `8/255` or `0.03` stands for; raises `ValueError` if it is none or not finite."""
+    """The value of a fraction or decimal such as `8/255` or `0.03`; raises `ValueError` if it is not a finite number."""
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)

@@ -1,8 +1,8 @@
 """The collapse guard: noise-robust losses can collapse to one class if the learning rate is too large.
 
-The NRAT paper (section 4) reports vanishing gradients and single-class predictions, and lowers the learning rate from 0.1 to 0.05
-or 0.01. The guard measures windows of training steps: the share of the most frequent prediction, accuracy on the labels
-trained on, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
+The NRAT paper (section 4) reports vanishing gradients and single-class predictions, and lowers the learning rate from 0.1
+to 0.05 or 0.01. Over windows of training steps the guard measures the share of the most frequent prediction, accuracy on
+the training labels, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of 
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """What to do when training collapses. A window of steps is bad if one of the three limits is crossed."""
+    """When training counts as collapsed (`patience` windows of steps in a row cross a limit), and what to do then."""
 
     # `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse, at a lower learning rate; `none`.
     action: str = "warn"
     window: int = 100  # steps
-    patience: int = 3  # consecutive bad windows before the action; an untrained network predicts one class, too
-    top_share: float = 0.9  # largest share of one class among the predictions while accuracy is at most twice chance
-    min_grad_norm: float = 1e-8  # mean over the window
-    max_logit_scale: float = 1e4  # standard deviation of an image's logits, mean over images
+    patience: int = 3  # more than 1, because an untrained network predicts one class, too
+    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is at most twice chance
+    min_grad_norm: float = 1e-8  # limit: gradient norm, mean over the steps
+    max_logit_scale: float = 1e4  # limit: standard deviation of an image's logits, mean over the images
     lr_factor: float = 0.5  # `rewind` multiplies the learning rate by it
     max_rewinds: int = 3  # before the run stops
 
@@ -53,7 +53,7 @@ class Guard:
     """The sums of the current window, and the count of consecutive bad windows.
 
     Attributes:
-        sums: float64 [K + 4] on the device: predictions by class, correct ones, spread of logits, gradient norms, steps.
+        sums: float64 [K + 4], on the device: predictions by class, hits, spread of the logits, gradient norms, steps.
         bad_windows: consecutive bad windows.
         healthy_step: the last step of the last good window; checkpoints up to it are good.
         lr_scale: factor of the learning rate, from the rewinds so far.
@@ -89,8 +89,8 @@ class Guard:
         window = WindowStats(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
         self.sums.zero_()
         one_class = window.top_share >= self.spec.top_share and window.accuracy <= 2.0 / self.num_classes
-        stuck = window.grad_norm < self.spec.min_grad_norm or window.logit_scale > self.spec.max_logit_scale
-        if one_class or stuck:
+        degenerate = window.grad_norm < self.spec.min_grad_norm or window.logit_scale > self.spec.max_logit_scale
+        if one_class or degenerate:
             self.bad_windows += 1
         else:
             self.bad_windows, self.healthy_step, self.warned = 0, step, False

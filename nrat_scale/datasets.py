@@ -1,4 +1,4 @@
-"""Facts about each data set: class names, normalisation, and the asymmetric noise map of its literature."""
+"""Class names, normalisation and published asymmetric noise map of each data set."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ class Dataset:
     """Facts about one data set."""
 
     class_names: tuple[str, ...]  # in label order
-    mean: tuple[float, ...]  # per channel, of [0, 1] pixels
+    mean: tuple[float, ...]  # per channel, of the training images in [0, 1], rounded as in the literature
     std: tuple[float, ...]
     asymmetric_map: dict[int, int] = field(default_factory=dict)  # empty if no map is published
 
@@ -21,7 +21,6 @@ _DIGITS = tuple("0123456789")
 # The released code applies CIFAR-10's entries in this order (`asymmetric_released` depends on it).
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 MNIST_MAP = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
-
 
 # CIFAR-100's map (Patrini et al. 2017): each class to the next of its superclass, the last to the first.
 _FOLLOWING = {names[i - 1]: names[i] for names in CIFAR100_SUPERCLASSES for i in range(len(names))}
@@ -35,8 +34,7 @@ DATASETS: dict[str, Dataset] = {
         CIFAR10_MAP,
     ),
     "cifar100": Dataset(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
-    # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST. mean and std are of the training images, rounded
-    # as in the literature.
+    # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST.
     "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "tiny_imagenet": Dataset(TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP),

@@ -1,8 +1,8 @@
 """Label noise: a pure function of (clean labels, kind, rate, seed). `NOISES` lists the kinds.
 
 Noise is drawn over a whole data set in *source order*, before any split, so that it depends neither on the permutation of
-the shards nor on the held-out images. Every draw is a hash of (seed, image number), independent of generator state and of
-library versions; `instance_dependent` is the exception, because it needs normal variates from NumPy.
+the shards nor on the held-out images. Every draw is a hash of (seed, image number), independent of generator state and
+library versions, except that `instance_dependent` takes normal variates from NumPy.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from nrat_scale.core.errors import UserError, check_choice, check_value, first_l
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP
 
-# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image; `aggre`
-# is their majority, `worse` a wrong one of their labels if there is any.
+# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
+# is the majority of their labels, `worse` a wrong one, if any.
 HUMAN_SETS = {
     "aggre": "aggre_label",
     "worse": "worse_label",
@@ -175,16 +175,16 @@ def _instance_dependent(
     if images is None or len(images) != len(labels):
         raise UserError("Label noise 'instance_dependent' needs one image for each label.")
     generator = np.random.Generator(np.random.Philox(derive(seed, "instance_dependent")))
-    ids = np.arange(len(labels))
     flip_rate = generator.normal(rate, 0.1, len(labels))
     while (outside := (flip_rate < 0) | (flip_rate > 1)).any():
         flip_rate[outside] = generator.normal(rate, 0.1, int(outside.sum()))
     pixels = int(np.prod(images.shape[1:]))
     projection = generator.standard_normal((num_classes, pixels, num_classes)).astype(np.float32)
-    draws = uniform01(derive(seed, "instance_dependent", "draw"), ids)
+    draws = uniform01(derive(seed, "instance_dependent", "draw"), np.arange(len(labels)))
     noisy = labels.copy()
     for label in range(num_classes):
-        for members in np.array_split(np.flatnonzero(labels == label), max(1, int((labels == label).sum()) // 4096)):
+        of_class = np.flatnonzero(labels == label)
+        for members in np.array_split(of_class, max(1, len(of_class) // 4096)):  # bounds the memory of float images
             scores = (images[members].reshape(len(members), pixels).astype(np.float32) / 255.0) @ projection[label]
             scores[:, label] = -np.inf
             direction = np.exp(scores - scores.max(axis=1, keepdims=True)).astype(np.float64)
@@ -209,7 +209,7 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
 
 
 _MAX_LABEL_BYTES = 1 << 30
-# What NumPy and zipfile raise for damaged files.
+# Errors of NumPy and zipfile on a damaged file.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, BadZipFile, zlib.error)
 
 

@@ -1,7 +1,7 @@
 """Classification losses C and divergences D, each formula once. To add one, add an entry to `LOSSES` or `DIVERGENCES`.
 
-Everything is computed in float32, or in float64 if the logits are, whatever the autocast type: in bf16 MART's 1.0001
-rounds to 1 and its logarithm explodes.
+Losses are computed in float32, or in float64 if the logits are, under any autocast type: in bf16, MART's 1.0001 would
+round to 1 and its logarithm diverge.
 """
 
 import math
@@ -14,7 +14,7 @@ Loss = Callable[..., Tensor]
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """`logits` in float32, or in float64 if they are."""
+    """`logits` in float32; float64 stays float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -111,7 +111,7 @@ def plugin_smoothed(logits: Tensor, y: Tensor, smoothing: float, a: float, b: fl
 
 
 def _probabilities(y: Tensor, like: Tensor) -> Tensor:
-    """Labels as probabilities [B, K], in shape and type of `like`."""
+    """Labels as probabilities [B, K], with the shape and dtype of `like`."""
     return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
 
 

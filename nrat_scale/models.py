@@ -1,8 +1,7 @@
 """Classifiers with the normalisation inside; importing this module registers them with timm.
 
-Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` belong to the configuration: they are
-buffers, but not in the state dict. State dicts therefore have exactly the names of RobustBench and of the usual CIFAR
-repositories, and checkpoints can be exchanged with both.
+Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` are non-persistent buffers, so that state
+dicts have exactly the names of RobustBench and of the usual CIFAR repositories and can be exchanged with both.
 """
 
 import math
@@ -36,10 +35,8 @@ class ModelSpec:
 
     name: str = "resnet18_cifar"  # a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`
     mean: list[float] | None = None  # per channel, of [0, 1] pixels; by default that of the data set
-    std: list[float] | None = None  # likewise
-    kwargs: dict[str, Any] = field(
-        default_factory=dict
-    )  # further keyword arguments, for instance {width: 64} for `cnn4`
+    std: list[float] | None = None  # as `mean`
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments, for instance {width: 64} for `cnn4`
     bn_momentum: float | None = None  # weight of the new batch in the running statistics; None keeps the model's own
     bn_first_step: bool = False  # after the first step the running statistics are those of its batch, as in DM_AT
     # Training statistics on several processes. `local`: of the images that each process holds at a time, as in the
@@ -193,7 +190,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(Normalised):
-    """ResNet-18 (He et al. 2016) for CIFAR: a 3 x 3 stem and no pooling before the stages. Arguments: see `WideResNet`."""
+    """ResNet-18 (He et al. 2016) for CIFAR: 3 x 3 stem, no pooling before the stages. Arguments as for `WideResNet`."""
 
     last_layer = "linear"
 
@@ -332,6 +329,6 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-        # Constructors raise any of these for arguments that they do not expect.
+        # Constructors raise any of these for unexpected arguments.
         reason = first_line(error).rstrip(".")
         raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {reason}.") from error

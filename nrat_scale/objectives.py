@@ -120,7 +120,7 @@ class Objective(nn.Module):
 
     Args:
         spec: what to compute.
-        num_classes: K, lets IKL keep class means across steps; without it they are those of the batch.
+        num_classes: K, for IKL's class means across steps; None uses the means of each batch.
     """
 
     class_sums: Tensor | None
@@ -135,7 +135,7 @@ class Objective(nn.Module):
 
     @property
     def attacks(self) -> bool:
-        """Whether training needs adversarial images at all."""
+        """Whether training needs adversarial images."""
         return self.family != "natural"
 
     @property

@@ -16,7 +16,7 @@ from nrat_scale.core.errors import UserError, check_choice, check_value
 
 OPTIMIZERS = ("sgd", "adamw")
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")  # of Linear, convolutions and the like; of MultiheadAttention
+BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")  # the last three of MultiheadAttention
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
 
 
 def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
-    """The parameters without weight decay; a parameter shared by several layers has none if any of them has none."""
+    """The parameters without weight decay. A parameter that several layers share has none if one of them has none."""
     found: set[nn.Parameter] = set()
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -80,7 +80,7 @@ def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
 
 
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of SGD a momentum of 0, so that its first step may be skipped; other optimizers need nothing.
+    """Initialise SGD's momentum buffers to 0, so that its first step may be skipped; other optimizers stay unchanged.
 
     Fused SGD allocates the buffers in its first step and leaves them uninitialised if `found_inf` skips that step. A first
     step from 0 equals one without a buffer.

@@ -1,7 +1,7 @@
 """A recipe: one YAML file that composes the specs of the modules below into a complete experiment.
 
-Values are layered, later ones win: defaults of the specs < the objective's preset < the recipe file < overrides from
-the command line. The specs check them once, here, and they never change afterwards.
+Later layers win: defaults of the specs < the objective's preset < the recipe file < overrides from the command line.
+A spec validates its values when it is built and is immutable afterwards.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
 from nrat_scale.weights import AwpSpec, EmaSpec
 
-# Retired keys that stored recipes may hold: key -> (old default, dropped silently; reason). None was part of the identity.
+# Retired keys of stored recipes: key -> (old default, dropped silently; reason, printed if another value is dropped).
 RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
-# Keys that may change when a run is resumed: they decide where, how fast and how long it runs, not what it computes.
+# Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
     "run_dir",
     "resume",
@@ -57,15 +57,15 @@ class TrainSpec:
     # Micro-batches per step, whose gradients are averaged; a process holds batch_size / (processes * accumulate) images.
     accumulate: int = 1
     max_grad_norm: float | None = None  # clip the gradient to this norm
-    validate_every: int = 1  # epochs
+    validate_every: int = 1  # epochs between validations
     validation_attack: str = "pgd10"  # `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps
     save_every: int = 1  # epochs between checkpoints
     keep: int = 1  # newest checkpoints to keep besides the best
-    log_every: int = 50  # steps between lines of progress
+    log_every: int = 50  # steps between progress lines
     channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
     fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
     compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
-    # The run ends if a process does not answer the others for this long. It must exceed the time to verify the data.
+    # Timeout of collectives between processes. It must exceed the time in which the main process verifies the data.
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class RecipeSpec:
     run_dir: str = ""  # folder that the run is written to, by default `runs/<name>`
     seed: int = 0  # of weights, sample plan, augmentation and attack noise; label noise has its own
     precision: str = "fp32"  # or `bf16`, `fp16` (autocast), `fp64` (everything, to test exactness)
-    resume: str = "auto"  # from the newest checkpoint of the same recipe; `never` requires an empty run directory
+    resume: str = "auto"  # resume from the newest checkpoint of this recipe; `never` requires an empty run directory
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
@@ -215,7 +215,7 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dict[str, Any]:
-    """`raw` without retired keys; an unknown key raises `UserError` with the nearest known one."""
+    """`raw` without retired keys; raises `UserError` for an unknown key, with the nearest known one."""
     hidden = PRESET_ONLY if spec is ObjectiveSpec else ()
     hints = {key: hint for key, hint in typing.get_type_hints(spec).items() if key not in hidden}
     kept = {}

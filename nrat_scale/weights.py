@@ -72,8 +72,8 @@ def awp(
 
     Args:
         model: the bare module (not its DDP wrapper). The `.grad` of its parameters is not touched.
-        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. The
-            mean of a sequence is the loss over accumulated micro-batches.
+        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. A
+            sequence, for accumulated micro-batches, is averaged.
         gamma: see `AwpSpec`.
         reduce: averages a gradient over ranks before its norm is taken.
     """
