@@ -23,7 +23,7 @@ from nrat_scale.core.errors import UserError, check_choice, check_value, did_you
 from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, label_sums, mean_predictions, plugin_smoothed, upcast
 
 FAMILIES = ("natural", "at", "trades", "mart")
-# Fields of `ObjectiveSpec` that only a preset sets: they are not recipe keys, and recipe.yaml does not hold them.
+# Fields of `ObjectiveSpec` that only a preset sets; they are neither recipe keys nor stored in recipe.yaml.
 PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 
 
@@ -61,8 +61,8 @@ class ObjectiveSpec:
             raise UserError(f"objective.inner '{self.inner}' needs natural logits, which {self.name} lacks: use ce.")
         check_value("objective.smoothing", self.smoothing, 0.0 <= self.smoothing < 1.0, "in [0, 1)")
         if self.smoothing and self.smoothing_mode == "off":
-            off = f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off'"
-            raise UserError(f"{off}. Choose mixed or plugin, or set the smoothing to 0.")
+            conflict = f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off'"
+            raise UserError(f"{conflict}. Choose mixed or plugin, or set the smoothing to 0.")
         if self.smoothing_mode == "plugin" and self.loss != "nce_rce":
             raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
