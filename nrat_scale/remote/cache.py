@@ -5,16 +5,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, sha256_of
 from nrat_scale.remote.transfer import Cancelled, download, sleep_unless
 
-CACHE_VARIABLE = "NRAT_SCALE_CACHE"
 DEFAULT_CACHE_GB = 50.0
 _CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # only these are evicted
 
@@ -31,9 +30,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None = None, limit_gb: float = DEFAULT_CACHE_GB) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        given = folder or os.environ.get(CACHE_VARIABLE) or f"{home}/nrat_scale"
-        self.folder = Path(given).expanduser()
+        default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/nrat_scale"
+        self.folder = Path(folder or os.environ.get("NRAT_SCALE_CACHE") or default).expanduser()
         self.limit_bytes = int(limit_gb * 1e9)
 
     def fetch(self, url: str, num_bytes: int, sha256: str, *, stopped: Callable[[], bool] = lambda: False) -> Path:
@@ -44,9 +42,7 @@ class Cache:
             Cancelled: `stopped` returned True.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise UserError(
-                f"The index has no valid sha256 for {url}. Make the shards again with tools/shard_dataset.py."
-            )
+            raise UserError(f"The index has no valid sha256 for {url}. Make the shards again.")
         path = self.folder / f"{sha256}.tar"
         if self._stamped(path):
             return path
@@ -56,10 +52,8 @@ class Cache:
                 if not self._stamped(path):
                     self._fill(path, url, num_bytes, sha256, stopped)
         except OSError as error:
-            raise UserError(
-                f"The cache {self.folder} cannot be used ({error.strerror or error}). "
-                "Choose another place with data.remote.cache."
-            ) from error
+            reason = error.strerror or error
+            raise UserError(f"The cache {self.folder} cannot be used ({reason}). Set data.remote.cache.") from error
         return path
 
     def _fill(self, path: Path, url: str, num_bytes: int, sha256: str, stopped: Callable[[], bool]) -> None:
@@ -71,20 +65,14 @@ class Cache:
             download(url, path, num_bytes, sha256, part=part, stopped=stopped)
         path.with_suffix(".json").write_text(json.dumps(self._state(path)))
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, stopped: Callable[[], bool]) -> Iterator[None]:
-        lock = FileLock(self.folder / f"{name}.lock")
+    def _locked(self, name: str, stopped: Callable[[], bool]) -> AcquireReturnProxy:
+        """The acquired lock NAME.lock; leaving its `with` block releases it."""
         while True:
             try:
-                lock.acquire(timeout=0.2, poll_interval=0.05)
-                break
+                return FileLock(self.folder / f"{name}.lock").acquire(timeout=0.2, poll_interval=0.05)
             except Timeout:
                 if stopped():
                     raise Cancelled from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     @staticmethod
     def _state(path: Path) -> list[int]:
@@ -110,7 +98,7 @@ class Cache:
         """
         if num_bytes > self.limit_bytes:
             raise UserError(
-                f"The cache {self.folder} has a limit of {self.limit_bytes / 1e9:.2f} GB, too little for a shard of "
+                f"The limit of the cache {self.folder}, {self.limit_bytes / 1e9:.2f} GB, is too little for a shard of "
                 f"{num_bytes / 1e9:.2f} GB. Raise data.remote.cache_gb."
             )
         while not self._reserved(num_bytes, part, stopped):
@@ -131,8 +119,8 @@ class Cache:
                 return False
             if shutil.disk_usage(self.folder).free < num_bytes - (part.stat().st_size if part.exists() else 0):
                 raise UserError(
-                    f"The disk has no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. Free some "
-                    "space, lower data.remote.cache_gb, or choose another place with data.remote.cache."
+                    f"The disk of the cache {self.folder} has no room for a shard of {num_bytes / 1e9:.2f} GB. "
+                    "Free some space, lower data.remote.cache_gb, or set data.remote.cache."
                 )
             part.touch()
             return True
@@ -152,15 +140,12 @@ class Cache:
 
     def _evicted(self, sha256: str) -> bool:
         """Remove a file; False if it is being fetched."""
-        lock = FileLock(self.folder / f"{sha256}.lock")
         try:
-            lock.acquire(timeout=0)
+            with FileLock(self.folder / f"{sha256}.lock", timeout=0):
+                for name in (f"{sha256}.json", f"{sha256}.tar"):
+                    (self.folder / name).unlink(missing_ok=True)
+                for part in self.folder.glob(f"{sha256}.*.part"):
+                    part.unlink(missing_ok=True)
+                return True
         except Timeout:
             return False
-        try:
-            (self.folder / f"{sha256}.json").unlink(missing_ok=True)
-            for path in (self.folder / f"{sha256}.tar", *self.folder.glob(f"{sha256}.*.part")):
-                path.unlink(missing_ok=True)
-        finally:
-            lock.release()
-        return True

@@ -30,11 +30,7 @@ class Cancelled(Exception):
 
 
 def fetch_bytes(url: str, limit: int) -> bytes:
-    """The content of a small file, at most `limit` bytes.
-
-    Raises:
-        UserError: the file cannot be fetched, or is larger.
-    """
+    """The content of a small file; raises `UserError` if it cannot be fetched or has more than `limit` bytes."""
 
     def attempt() -> bytes:
         data = bytearray()
@@ -97,12 +93,11 @@ def download(
         os.replace(part, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}). Free some space or choose another place."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}). Free some space or choose another place.") from error
     finally:
         with contextlib.suppress(OSError):
-            if part.stat().st_size == 0:  # nothing to resume
+            if not size_of_part():  # nothing to resume
                 part.unlink()
 
 
@@ -139,9 +134,6 @@ def _transfer(
         raise TransientError(f"{received} of {expected} bytes arrived")
 
 
-# ---- the retry policy -----------------------------------------------------------------------------------------------
-
-
 def retried(
     attempt: Callable[[], T],
     what: str,
@@ -160,9 +152,7 @@ def retried(
         stopped: polled in pauses.
         progress_of: bytes so far; an attempt that adds _PROGRESS_BYTES to the maximum does not count.
 
-    Raises:
-        UserError: `PermanentError`, or no attempt succeeded.
-        Cancelled: `stopped` returned True in a pause.
+    Raises `UserError` after a `PermanentError` or the last attempt, and `Cancelled` if `stopped` is True in a pause.
     """
     failed, most = 0, progress_of()  # `most` is a high-water mark: restarting from byte 0 is not progress
     while True:
