@@ -44,11 +44,7 @@ def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:
 
 
 def crop_and_flip(images: Tensor, places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int) -> Tensor:
-    """Random crop and flip: uint8 [b, C, H, W] -> uint8 [b, C, H, W], on the device of `images`.
-
-    Args:
-        places: int64 [b] on the CPU, of the images in the global batch.
-    """
+    """Random crop and flip of uint8 [b, C, H, W] on its device; `places`, int64 [b] on the CPU, are in the global batch."""
     generator = torch_generator("cpu", seed, "augment", step)
     offsets = torch.randint(0, 2 * spec.crop + 1, (global_size, 2), generator=generator)
     mirrored = torch.rand(global_size, generator=generator) < 0.5
@@ -78,8 +74,7 @@ def cutmix(
     The rectangle has the aspect ratio of the image, a uniform centre, and the area 1 - lambda with lambda ~ U(0, 1)
     before it is clipped at the border.
 
-    Returns:
-        The images, and float32 [b] on their device: the fraction of each image's area that is still its own.
+    Returns the images, and float32 [b] on their device: the fraction of each image's area that is still its own.
     """
     height, width = images.shape[2:]
     generator = torch_generator("cpu", seed, "cutmix", step)
@@ -98,8 +93,8 @@ def cutmix(
 
 def _interval(centre: Tensor, half: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """[b] int64 start and end of the pixels within `half` (a fraction of `length`) of `centre`, clipped."""
-    ends = [((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1)]
-    return ends[0], ends[1]
+    start, end = (((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1))
+    return start, end
 
 
 def to_float(images: Tensor) -> Tensor:

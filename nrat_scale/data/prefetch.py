@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 from nrat_scale.data.shards import ShardSet, ShardUnusable
@@ -58,15 +58,13 @@ class ShardPrefetcher:
                 number = self._queue.popleft()
             try:
                 self._shards.fetch(number, stopped=lambda: self._closed)
-            except Cancelled:
-                return
-            except ShardUnusable:
-                continue  # kept in `unusable`; reading a sample of the shard raises it
+            except (Cancelled, ShardUnusable):
+                continue  # `unusable` keeps the error; reading a sample of the shard raises it
 
 
-def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> Iterator[T]:
-    """The items of `items()`, computed up to `depth` ahead in a thread that ends with this generator."""
-    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+def prefetched(items: Generator[T, None, None]) -> Iterator[T]:
+    """The items of a generator, computed a few ahead in a thread that ends with this generator."""
+    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_PREFETCHED)
     closed = threading.Event()
     end = object()
 
@@ -80,17 +78,15 @@ def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> It
         return False
 
     def work() -> None:
-        iterator = items()
         try:
-            for item in iterator:
+            for item in items:
                 if not put(item):
                     return
             put(end)
         except BaseException as error:  # re-raised by the consumer
             put(end, error)
         finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
+            items.close()
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()

@@ -13,18 +13,13 @@ from nrat_scale.data.source import TrainingSource
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """All images of a run's sources, held-out ones too, by position, one source after the other.
+    """All images of a run's sources, held-out ones too, by position, one source after the other."""
 
-    Attributes:
-        images: uint8 [N, H, W, C] on the device.
-        first_rows: row of each source's first image.
-    """
-
-    images: Tensor
-    first_rows: tuple[int, ...]
+    images: Tensor  # uint8 [N, H, W, C] on the device
+    first_rows: tuple[int, ...]  # row of each source's first image
 
     def gather(self, rows: np.ndarray) -> Tensor:
-        """uint8 [b, C, H, W] on the device, in channels-last memory, of the rows int64 [b]; only the rows are copied there."""
+        """uint8 [b, C, H, W] on the device, in channels-last memory, of the rows int64 [b]; only `rows` is copied there."""
         on_host = torch.from_numpy(rows)
         if self.images.device.type == "cuda":
             on_host = on_host.pin_memory()

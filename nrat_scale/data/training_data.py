@@ -140,10 +140,10 @@ class TrainingData:
                     f"divisible by {world_size} processes. Use data.loader: indexed, or another batch size."
                 )
             stream = WebDatasetBatches(self.sources, counts, self.plan.seed, rank, world_size)
-            return prefetched(lambda: stream(start, stop))
+            return prefetched(stream(start, stop))
         cutmix_seed = self._seed if spec.augment.cutmix else None
         planned = PlannedBatches(self.plan, self.sources, rank, world_size, cutmix_seed, self.resident)
-        return prefetched(lambda: planned(start, stop))
+        return prefetched(planned(start, stop))
 
     def augmented(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """(x float32 [b, C, H, W] in [0, 1], y) on `device`: y is int64 [b], or float32 [b, K] if CutMix mixes labels."""

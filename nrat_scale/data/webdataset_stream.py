@@ -6,7 +6,7 @@ samples of a step depend on the number of ranks, and a resumed run begins a new 
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -37,7 +37,7 @@ class WebDatasetBatches:
     rank: int
     world_size: int
 
-    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+    def __call__(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches `start` .. `stop` - 1."""
         counts = [count // self.world_size for count in self.counts]
         streams = [self._samples(source, start) for source in self.sources]
