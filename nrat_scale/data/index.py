@@ -32,19 +32,12 @@ _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive positions that were converted together.
-
-    Attributes:
-        num_images: positions of the segment.
-        first_id: its source ids are `first_id` .. `first_id + num_ids - 1`.
-        num_ids: equal to `num_images` if the order is a permutation.
-        seed: of the permutation; None if each block stores its ids.
-    """
+    """Consecutive positions that were converted together; source ids `first_id` .. `first_id + num_ids - 1`."""
 
     num_images: int
     first_id: int
-    num_ids: int
-    seed: int | None
+    num_ids: int  # equal to `num_images` if the order is a permutation
+    seed: int | None  # of the permutation; None if each block stores its ids
 
     @cached_property
     def permutation(self) -> KeyedPermutation:
@@ -54,18 +47,17 @@ class Segment:
 
 
 class Block(NamedTuple):
-    """Offsets of one block in its shard, in bytes.
-
-    Attributes:
-        id_offset: -1 if the block stores no ids.
-        num_ids: stored ids are below it.
-    """
+    """One block; offsets are bytes in its shard."""
 
     image_offset: int
     label_offset: int
     num_images: int
-    id_offset: int
-    num_ids: int
+    id_offset: int  # -1 if the block stores no ids
+    num_ids: int  # stored ids are below it
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 class _Blocks(NamedTuple):
@@ -90,7 +82,7 @@ class ShardIndex:
 
     Attributes:
         dataset, class_names, class_counts, image_shape ((H, W, C)), num_images, source_files: as in the index.
-        names: of the shards, as in the index.
+        names, shard_bytes, shard_class_counts (int64 [S, K]): of the shards, as in the index.
         segments: of the unrestricted index.
         shard_starts: int64 [S + 1]; shard s holds the positions shard_starts[s] .. shard_starts[s + 1] - 1.
 
@@ -131,13 +123,8 @@ class ShardIndex:
         self._image_bytes = math.prod(self.image_shape)
         self.source_files = list(index["source"])
         self.segments = [
-            Segment(
-                int(segment["num_images"]),
-                int(segment["first_id"]),
-                int(segment["num_ids"]),
-                None if segment["seed"] is None else int(segment["seed"]),
-            )
-            for segment in index["parts"]
+            Segment(int(part["num_images"]), int(part["first_id"]), int(part["num_ids"]), _optional_int(part["seed"]))
+            for part in index["parts"]
         ]
         sizes = np.asarray([segment.num_images for segment in self.segments], np.int64)
         self._segment_starts = np.cumsum(sizes) - sizes
@@ -150,9 +137,9 @@ class ShardIndex:
         for name in self.names:
             if not _SHARD_NAME.fullmatch(name):  # must not lead out of the folder
                 raise self._damaged(f"{quoted(name)} is not the name of a shard")
-        self._bytes = [int(entry["bytes"]) for entry in entries]
+        self.shard_bytes = [int(entry["bytes"]) for entry in entries]
         self._sha256 = [str(entry["sha256"]) for entry in entries]
-        self._class_counts = np.asarray([entry["class_counts"] for entry in entries], np.int64)
+        self.shard_class_counts = np.asarray([entry["class_counts"] for entry in entries], np.int64)
         # A block that stores no ids has three numbers, another has four.
         rows = [[*block, -1] if len(block) == 3 else block for entry in entries for block in entry["blocks"]]
         columns = np.ascontiguousarray(np.asarray(rows, np.int64).reshape(-1, 4).T)
@@ -164,13 +151,12 @@ class ShardIndex:
     def _contradicts(self, num_images: int, class_counts: list[int]) -> bool:
         blocks, segments = self._blocks, self.segments
         stores_ids = blocks.id_offset != -1
-        shard_bytes = np.asarray(self._bytes, np.int64)
+        shard_bytes = np.asarray(self.shard_bytes, np.int64)
 
         def fits(offsets: np.ndarray, row_bytes: int) -> np.ndarray:
-            # Divides instead of multiplying: numbers of a damaged index must not overflow.
-            return np.asarray(
-                (offsets >= 0) & (blocks.num_images <= (shard_bytes[blocks.shard] - offsets) // row_bytes)
-            )
+            # Division, unlike multiplication, cannot overflow with numbers of a damaged index.
+            room = (shard_bytes[blocks.shard] - offsets) // row_bytes
+            return np.asarray((offsets >= 0) & (blocks.num_images <= room))
 
         # Padding (less than a tar block), a tar header (one) and an npy header (less than one) separate images and
         # labels: another distance means that `image_shape` or an offset is wrong.
@@ -192,10 +178,10 @@ class ShardIndex:
             or (blocks.id_offset[stores_ids] % 8).any()
             or not ((gap > TAR_BLOCK) & (gap < 3 * TAR_BLOCK)).all()
             or (stores_ids != [segments[i].seed is None for i in self._segment_of(blocks.origin)]).any()
-            or self._class_counts.shape != (len(self.names), self.num_classes)
-            or (self._class_counts < 0).any()
-            or (self._class_counts.sum(axis=1) != self._images_per_shard()).any()
-            or self._class_counts.sum(axis=0).tolist() != class_counts
+            or self.shard_class_counts.shape != (len(self.names), self.num_classes)
+            or (self.shard_class_counts < 0).any()
+            or (self.shard_class_counts.sum(axis=1) != self._images_per_shard()).any()
+            or self.shard_class_counts.sum(axis=0).tolist() != class_counts
         )
 
     def _keep(self, only: Sequence[str] | None) -> None:
@@ -208,11 +194,11 @@ class ShardIndex:
             blocks = _Blocks(*(column[np.isin(self._blocks.shard, kept)] for column in self._blocks))
             self._blocks = blocks._replace(shard=np.searchsorted(kept, blocks.shard))
             self.names = [self.names[number] for number in kept]
-            self._bytes = [self._bytes[number] for number in kept]
+            self.shard_bytes = [self.shard_bytes[number] for number in kept]
             self._sha256 = [self._sha256[number] for number in kept]
-            self._class_counts = self._class_counts[kept]
+            self.shard_class_counts = self.shard_class_counts[kept]
         self.num_images = int(self._blocks.num_images.sum())
-        self.class_counts = tuple(self._class_counts.sum(axis=0).tolist())
+        self.class_counts = tuple(self.shard_class_counts.sum(axis=0).tolist())
         self._first = np.cumsum(self._blocks.num_images) - self._blocks.num_images  # position of a block's first image
         self.shard_starts = np.concatenate([[0], np.cumsum(self._images_per_shard())])
 
@@ -235,14 +221,6 @@ class ShardIndex:
     def num_ids(self) -> int:
         """The source ids are in 0 .. num_ids - 1."""
         return max(segment.first_id + segment.num_ids for segment in self.segments)
-
-    def bytes_of(self, numbers: Sequence[int]) -> int:
-        """The total size of some shards."""
-        return sum(self._bytes[number] for number in numbers)
-
-    def class_counts_of(self, number: int) -> np.ndarray:
-        """int64 [K]: the images of each class in shard `number`, as the index states them."""
-        return np.asarray(self._class_counts[number])
 
     def blocks_of(self, number: int) -> list[Block]:
         """The blocks of shard `number`, in their order."""

@@ -21,7 +21,7 @@ from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.data.prefetch import prefetched
 from nrat_scale.data.resident import ResidentImages, free_bytes, image_bytes, load_images
 from nrat_scale.data.shards import ShardSet, open_shards
-from nrat_scale.data.source import SkipLog, TrainingSource, check_compatible, noisy_labels
+from nrat_scale.data.source import SkipLog, TrainingSource, noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL, DataSpec
 from nrat_scale.data.split import choose_held_out, read_excluded
 from nrat_scale.data.webdataset_stream import WebDatasetBatches
@@ -194,7 +194,7 @@ def _window(spec: DataSpec, shards: ShardSet) -> int | None:
     window = spec.window or (REMOTE_WINDOW if shards.is_remote else None)
     if shards.is_remote:
         assert window is not None
-        needed = sum(sorted((shards.bytes_of([n]) for n in range(len(shards.names))), reverse=True)[: 2 * window])
+        needed = sum(sorted(shards.shard_bytes, reverse=True)[: 2 * window])
         if needed > spec.remote.cache_gb * 1e9:
             raise UserError(
                 f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
@@ -217,7 +217,9 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
         for kind, source in ((REAL, spec.real), (GENERATED, spec.generated))
         if source.shards is not None
     }
-    check_compatible(list(opened.values()))
+    if len({(shards.image_shape, shards.num_classes) for shards in opened.values()}) > 1:
+        found = (f"{s.folder} has image shape {s.image_shape} and {s.num_classes} classes" for s in opened.values())
+        raise UserError(f"Real and generated data do not fit together: {', '.join(found)}.")
     for kind, shards in opened.items():
         if spec.resident == "always" and shards.is_remote:
             raise UserError(

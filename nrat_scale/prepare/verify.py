@@ -26,7 +26,7 @@ def verify(where: str) -> str:
         raise UserError(
             f"{where} has {len(problems)} problem{'s'[: len(problems) != 1]}: {' '.join(problems[:_MAX_NAMED])}{more}"
         )
-    size = shards.bytes_of(range(len(shards.names))) / 1e6
+    size = sum(shards.shard_bytes) / 1e6
     return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) match the index"
 
 
@@ -73,7 +73,7 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
         keys.add(key)
     if len(data) < offset + 2 * TAR_BLOCK or data[offset:].any():
         raise ValueError("it does not end where the index says")
-    if (counts != shards.class_counts_of(number)).any():
+    if (counts != shards.shard_class_counts[number]).any():
         raise ValueError("its labels do not have the class counts of the index")
 
 

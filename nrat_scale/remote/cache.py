@@ -18,6 +18,12 @@ DEFAULT_CACHE_GB = 50.0
 _CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # only these are evicted
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Size, modification time (ns) and inode: they change if the file is written or replaced."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
 class Cache:
     """A folder of verified files, named by their sha256, with a size limit.
 
@@ -63,7 +69,7 @@ class Cache:
             part = self.folder / f"{sha256}.{num_bytes}.part"
             self._make_room(num_bytes, part, stopped)
             download(url, path, num_bytes, sha256, part=part, stopped=stopped)
-        path.with_suffix(".json").write_text(json.dumps(self._state(path)))
+        path.with_suffix(".json").write_text(json.dumps(file_stamp(path)))
 
     def _locked(self, name: str, stopped: Callable[[], bool]) -> AcquireReturnProxy:
         """The acquired lock NAME.lock; leaving its `with` block releases it."""
@@ -74,16 +80,11 @@ class Cache:
                 if stopped():
                     raise Cancelled from None
 
-    @staticmethod
-    def _state(path: Path) -> list[int]:
-        stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
     def _stamped(self, path: Path) -> bool:
         """Whether `path` is unchanged since it was verified; if so, it counts as used now."""
         stamp = path.with_suffix(".json")
         try:
-            if json.loads(stamp.read_text()) != self._state(path):
+            if json.loads(stamp.read_text()) != file_stamp(path):
                 return False
         except (OSError, ValueError):
             return False
