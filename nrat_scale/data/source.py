@@ -143,19 +143,20 @@ class TrainingSource:
         draws = hash64(derive(0, "substitute"), positions[lost])
         while True:
             usable = candidates[~np.isin(candidates, skipped) & (sizes[candidates] > 0)]
-            if len(usable):
-                ends = np.cumsum(sizes[usable])
-                pick = (draws % np.uint64(ends[-1])).astype(np.int64)
-                at = np.searchsorted(ends, pick, side="right")
-                still_skipped, skipped = skipped, self._open(usable[at])
-                if len(skipped) == len(still_skipped):
-                    positions = positions.copy()
-                    positions[lost] = self.positions(self.starts[usable[at]] + pick - (ends[at] - sizes[usable[at]]))
-                    return positions
-            elif len(candidates) < len(sizes):
+            if not len(usable):
+                if len(candidates) == len(sizes):
+                    raise UserError(f"No usable shard of the {self.kind} data is left.")
                 candidates = np.arange(len(sizes))
-            else:
-                raise UserError(f"No usable shard of the {self.kind} data is left.")
+                continue
+            ends = np.cumsum(sizes[usable])
+            pick = (draws % np.uint64(ends[-1])).astype(np.int64)
+            at = np.searchsorted(ends, pick, side="right")
+            known, skipped = skipped, self._open(usable[at])
+            if skipped == known:
+                break
+        positions = positions.copy()
+        positions[lost] = self.positions(self.starts[usable[at]] + pick - (ends[at] - sizes[usable[at]]))
+        return positions
 
     def _open(self, shards: np.ndarray) -> list[int]:
         """Open these shards, or record them as skipped; returns the numbers of all skipped shards."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from nrat_scale.core.errors import UserError, did_you_mean
 from nrat_scale.data.augment import AugmentSpec
+from nrat_scale.data.plan import mix_counts
 from nrat_scale.labels import NoiseSpec
+from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
@@ -141,15 +143,25 @@ class DataSpec:
         _check_choice("data.loader", self.loader, ("indexed", "webdataset"))
         _check_choice("data.resident", self.resident, ("auto", "always", "never"))
         _check_choice("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
-        if self.real.shards is None and self.generated.shards is None:
+        given = {kind: shards for kind in (REAL, GENERATED) if (shards := getattr(self, kind).shards) is not None}
+        if not given:
             raise UserError("Nothing to train on: give data.real.shards, data.generated.shards, or both.")
         source = self.validation.source
-        if getattr(self, source).shards is None:
+        if source not in given:
             raise UserError(f"data.validation.source is '{source}', but data.{source}.shards is not set.")
         if self.loader == "webdataset" and self.augment.cutmix:
             raise UserError("data.loader webdataset does not support data.augment.cutmix. Use data.loader: indexed.")
         if self.loader == "webdataset" and self.resident == "always":
+            raise UserError("data.loader webdataset does not support data.resident always. Use data.loader: indexed.")
+        for kind, shards in given.items():
+            if self.resident == "always" and is_remote(shards):
+                raise UserError(
+                    f"data.resident is 'always', but data.{kind}.shards is the address {shards}: only local shards can be "
+                    "kept on the device. Copy them to a folder, or set data.resident: auto."
+                )
+        counts = mix_counts(self.batch_size, self.generated.fraction)
+        if len(given) == 2 and min(counts) == 0:
             raise UserError(
-                "data.loader webdataset does not support data.resident always. "
-                "Use data.loader: indexed, or set data.resident: auto."
+                f"With data.batch_size {self.batch_size} and data.generated.fraction {self.generated.fraction} every batch "
+                f"would hold {counts[0]} real and {counts[1]} generated images. Change one, or train on one source."
             )
