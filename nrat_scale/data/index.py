@@ -56,10 +56,6 @@ class Block(NamedTuple):
     num_ids: int  # stored ids are below it
 
 
-def _optional_int(value: Any) -> int | None:
-    return None if value is None else int(value)
-
-
 class _Blocks(NamedTuple):
     """All blocks as columns, int64 [B]; `origin` is the position of the first image in the unrestricted index."""
 
@@ -122,10 +118,11 @@ class ShardIndex:
             raise self._damaged(f"its image shape is {list(self.image_shape)}")
         self._image_bytes = math.prod(self.image_shape)
         self.source_files = list(index["source"])
-        self.segments = [
-            Segment(int(part["num_images"]), int(part["first_id"]), int(part["num_ids"]), _optional_int(part["seed"]))
-            for part in index["parts"]
-        ]
+        self.segments = []
+        for part in index["parts"]:
+            num_images, first_id, num_ids = (int(part[key]) for key in ("num_images", "first_id", "num_ids"))
+            seed = None if part["seed"] is None else int(part["seed"])
+            self.segments.append(Segment(num_images, first_id, num_ids, seed))
         sizes = np.asarray([segment.num_images for segment in self.segments], np.int64)
         self._segment_starts = np.cumsum(sizes) - sizes
         self._read_shards(list(index["shards"]))

@@ -64,27 +64,16 @@ class ShardPrefetcher:
 
 def prefetched(items: Generator[T, None, None]) -> Iterator[T]:
     """The items of a generator, computed a few ahead in a thread that ends with this generator."""
-    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_PREFETCHED)
+    waiting: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(_PREFETCHED)
     closed = threading.Event()
-    end = object()
-
-    def put(item: Any, error: BaseException | None = None) -> bool:
-        while not closed.is_set():
-            try:
-                waiting.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def work() -> None:
         try:
-            for item in items:
-                if not put(item):
-                    return
-            put(end)
+            while room.acquire() and not closed.is_set():
+                waiting.put((next(items), None))
         except BaseException as error:  # re-raised by the consumer
-            put(end, error)
+            waiting.put((None, error))
         finally:
             items.close()
 
@@ -93,11 +82,13 @@ def prefetched(items: Generator[T, None, None]) -> Iterator[T]:
     try:
         while True:
             item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
             if error is not None:
                 raise error
-            if item is end:
-                return
+            room.release()
             yield item
     finally:
         closed.set()
+        room.release()
         thread.join()

@@ -111,7 +111,9 @@ class TrainingData:
         spec = self.spec
         assert self.resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
-            raise UserError(f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes.")
+            raise UserError(
+                f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. Change one."
+            )
         if spec.loader == "webdataset":
             counts = self.plan.counts
             if any(count % world_size for count in counts):

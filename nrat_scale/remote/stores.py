@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any, NamedTuple
@@ -60,12 +60,12 @@ def open_at(url: str, start: int) -> AbstractContextManager[RemoteFile]:
 
 
 @contextlib.contextmanager
-def _open_http(url: str, start: int, private_headers: Mapping[str, str] | None = None) -> Iterator[RemoteFile]:
+def _open_http(url: str, start: int, authorization: str | None = None) -> Iterator[RemoteFile]:
     headers = {"User-Agent": "nrat_scale", "Accept-Encoding": "identity"}
     with _http_failures(url):
         request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_SAFE), headers=headers)
-    for key, value in (private_headers or {}).items():
-        request.add_unredirected_header(key, value)  # a redirect to another host must not receive the token
+    if authorization:
+        request.add_unredirected_header("Authorization", authorization)  # not sent to the host of a redirect
     if start:
         request.add_header("Range", f"bytes={start}-")
     with _http_failures(url):
@@ -166,7 +166,7 @@ def _open_hub(url: str, start: int) -> AbstractContextManager[RemoteFile]:
         raise hub_failure(error) from None
     same_host = urllib.parse.urlsplit(location).netloc == urllib.parse.urlsplit(public).netloc
     authorization = build_hf_headers().get("authorization") if same_host else None
-    return _open_http(location, start, {"Authorization": authorization} if authorization else {})
+    return _open_http(location, start, authorization)
 
 
 @contextlib.contextmanager
