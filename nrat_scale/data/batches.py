@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,16 @@ from nrat_scale.data.spec import GENERATED
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of global batch `step`.
-
-    Attributes:
-        places: int64 [b] in the global batch; consecutive, but for `partners`.
-        images: uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident.
-        labels: int64 [b], as given.
-        clean_labels: int64 [b], `UNKNOWN_LABEL` if unknown.
-        generated: bool [b].
-        ids: int64 [b], source ids.
-        partners: the images that CutMix mixes in; None without CutMix.
-    """
+    """This rank's part of global batch `step`."""
 
     step: int
-    places: Tensor
-    images: Tensor
-    labels: Tensor
-    clean_labels: Tensor
-    generated: Tensor
-    ids: Tensor
-    partners: "Batch | None" = None
+    places: Tensor  # int64 [b] in the global batch; consecutive, but for `partners`
+    images: Tensor  # uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident
+    labels: Tensor  # int64 [b], as given
+    clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
+    generated: Tensor  # bool [b]
+    ids: Tensor  # int64 [b], source ids
+    partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
     @property
     def first(self) -> int:
@@ -107,7 +98,9 @@ class PlannedBatches:
         generated = np.zeros(len(places), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
-            here, near = np.flatnonzero(numbers == number), self._near(number, step)
+            here = np.flatnonzero(numbers == number)
+            windowed = self.plan.sources[number].window is not None
+            near = partial(self.plan.shards_of, number, step) if windowed else None
             if self.resident is None:
                 positions, (views, stored) = source.read(samples[here], source.shards.rows, near)
                 pixels.append(iter(views))
@@ -125,8 +118,3 @@ class PlannedBatches:
             images = self.resident.gather(rows)
         columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
         return Batch(step, torch.from_numpy(places), images, *columns)
-
-    def _near(self, number: int, step: int) -> Callable[[], np.ndarray] | None:
-        if self.plan.sources[number].window is None:
-            return None
-        return lambda: self.plan.shards_of(number, step)

@@ -31,18 +31,11 @@ def mix_counts(batch_size: int, fraction: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SourceOrder:
-    """The size of one source and how it is shuffled.
+    """The size of one source and how it is shuffled; shard s holds the samples starts[s] .. starts[s + 1] - 1."""
 
-    Attributes:
-        count: its images in every batch.
-        starts: training samples by shard: shard s holds the samples starts[s] .. starts[s + 1] - 1; the last entry is
-            the size of the source.
-        window: shards that are shuffled together; None shuffles the whole source.
-    """
-
-    count: int
-    starts: tuple[int, ...]
-    window: int | None = None
+    count: int  # of its images in every batch
+    starts: tuple[int, ...]  # the last entry is the size of the source
+    window: int | None = None  # shards that are shuffled together; None shuffles the whole source
 
     @property
     def size(self) -> int:

@@ -25,34 +25,20 @@ def _check_at_least_one(key: str, value: int | None) -> None:
 
 @dataclass(frozen=True)
 class RealSpec:
-    """Real, labelled training images.
+    """Real, labelled training images."""
 
-    Attributes:
-        shards: folder or address of shards; None trains on generated images alone.
-        noise: label noise, drawn over the whole set before the validation split.
-        exclude: an .npy file of source ids (integers [m]) that are never trained on, such as a test split of the same
-            shards.
-        prepare: the commands that make the shards, one a line, shown if the shards are missing.
-    """
-
-    shards: str | None = None
-    noise: NoiseSpec = field(default_factory=NoiseSpec)
-    exclude: str | None = None
-    prepare: str | None = None
+    shards: str | None = None  # folder or address of shards; None trains on generated images alone
+    noise: NoiseSpec = field(default_factory=NoiseSpec)  # drawn over the whole set before the validation split
+    exclude: str | None = None  # .npy of source ids (integers [m]) never trained on, such as a test split in the shards
+    prepare: str | None = None  # the commands that make the shards, one a line, shown if the shards are missing
 
 
 @dataclass(frozen=True)
 class GeneratedSpec:
-    """Generated images with the labels they were generated for.
+    """Generated images with the labels they were generated for; `exclude` and `prepare` are those of `RealSpec`."""
 
-    Attributes:
-        shards: folder or address of shards; None trains on real images alone.
-        fraction: generated part of every batch, in (0, 1]: floor(batch_size * fraction) images.
-        exclude, prepare: as for `RealSpec`.
-    """
-
-    shards: str | None = None
-    fraction: float = 0.7
+    shards: str | None = None  # folder or address of shards; None trains on real images alone
+    fraction: float = 0.7  # generated part of every batch, in (0, 1]: floor(batch_size * fraction) images
     exclude: str | None = None
     prepare: str | None = None
 
@@ -63,22 +49,13 @@ class GeneratedSpec:
 
 @dataclass(frozen=True)
 class ValidationSpec:
-    """Training images held out to select the best checkpoint.
+    """Training images held out to select the best checkpoint."""
 
-    Attributes:
-        source: `real` or `generated`.
-        size: number of images.
-        take: `stratified` (each class in proportion, by the labels stored in the shards) or `first` (in the order of the
-            source).
-        labels: `given` (as training sees them, with the noise) or `clean`.
-        seed: of the choice; separate from the run's seed, so that runs with several seeds share one split.
-    """
-
-    source: str = REAL
-    size: int = 1024
-    take: str = "stratified"
-    labels: str = "given"
-    seed: int = 0
+    source: str = REAL  # `real` or `generated`
+    size: int = 1024  # images
+    take: str = "stratified"  # each class in proportion, by the stored labels; or `first`, in the order of the source
+    labels: str = "given"  # as training sees them, with the noise; or `clean`
+    seed: int = 0  # of the choice; not the run's seed, so that runs with several seeds share one split
 
     def __post_init__(self) -> None:
         _check_at_least_one("data.validation.size", self.size)
@@ -89,16 +66,10 @@ class ValidationSpec:
 
 @dataclass(frozen=True)
 class RemoteSpec:
-    """The cache of shards behind an address.
+    """The cache of shards behind an address, shared by the processes of a node."""
 
-    Attributes:
-        cache: folder for verified shards, shared by the processes of a node; by default $NRAT_SCALE_CACHE or
-            ~/.cache/nrat_scale.
-        cache_gb: its size limit in 10^9 bytes; two windows of every remote source must fit.
-    """
-
-    cache: str | None = None
-    cache_gb: float = DEFAULT_CACHE_GB
+    cache: str | None = None  # folder; by default $NRAT_SCALE_CACHE or ~/.cache/nrat_scale
+    cache_gb: float = DEFAULT_CACHE_GB  # size limit in 10^9 bytes; two windows of every remote source must fit
 
     def __post_init__(self) -> None:
         if not self.cache_gb > 0:
@@ -113,7 +84,6 @@ class DataSpec:
         batch_size: images of the global batch, over all processes and accumulation steps.
         epoch_samples: images of an epoch (rounded up to whole batches); by default the number of real training images,
             or of generated ones if there are no real ones.
-        real, generated, validation, augment, remote: see the specs.
         window: shards that are shuffled together; by default the whole source if it is local and 8 shards if it is
             remote.
         loader: `indexed` (the sample plan: exact, resumable, the same for any number of processes) or `webdataset` (the

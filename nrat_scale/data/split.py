@@ -29,8 +29,9 @@ def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
     if len(missing):
         why = "the source is sorted by class, as the published 1m.npz is" if spec.take == "first" else "it is too small"
         raise UserError(
-            f"The validation split (data.validation: size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
-            f"{shards.num_classes} classes, such as '{shards.class_names[missing[0]]}': {why}. Use take: stratified and at least one image a class."
+            f"The validation split (size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
+            f"{shards.num_classes} classes, such as '{shards.class_names[missing[0]]}': {why}. "
+            "Set data.validation.take: stratified, and a size of at least one image a class."
         )
     return np.sort(chosen)
 

@@ -24,7 +24,7 @@ from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.source import SkipLog, TrainingSource, noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL, DataSpec
 from nrat_scale.data.split import choose_held_out, read_excluded
-from nrat_scale.data.webdataset_stream import WebDatasetBatches
+from nrat_scale.data.webdataset_stream import webdataset_batches
 from nrat_scale.datasets import DATASETS
 from nrat_scale.remote.cache import Cache
 
@@ -85,9 +85,7 @@ class TrainingData:
     def place_images(self, device: torch.device) -> None:
         """Keep all images on `device` if `data.resident` asks for it. Call it once, before `batches`.
 
-        Raises:
-            UserError: `data.resident` is `always` and the images do not fit into the memory of `device`.
-            ShardUnusable: a shard cannot be used and may not be skipped.
+        Raises `UserError` if the images must fit and do not, `ShardUnusable` if a shard is bad and may not be skipped.
         """
         spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
         wanted = spec.resident == "always"
@@ -111,9 +109,7 @@ class TrainingData:
         spec = self.spec
         assert self.resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
-            raise UserError(
-                f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. Change one."
-            )
+            raise UserError(f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes; change it.")
         if spec.loader == "webdataset":
             counts = self.plan.counts
             if any(count % world_size for count in counts):
@@ -121,8 +117,7 @@ class TrainingData:
                     f"data.loader webdataset needs counts that are divisible by {world_size} processes, but a batch has "
                     f"{' + '.join(map(str, counts))} images. Use data.loader: indexed, or another batch size."
                 )
-            stream = WebDatasetBatches(self.sources, counts, self.plan.seed, rank, world_size)
-            return prefetched(stream(start, stop))
+            return prefetched(webdataset_batches(self.sources, self.plan, rank, world_size, start, stop))
         cutmix_seed = self._seed if spec.augment.cutmix else None
         planned = PlannedBatches(self.plan, self.sources, rank, world_size, cutmix_seed, self.resident)
         return prefetched(planned(start, stop))
