@@ -20,16 +20,13 @@ from nrat_scale.core.seeds import KeyedPermutation, torch_generator
 class AugmentSpec:
     """Random augmentation of training images.
 
-    Attributes:
-        crop: pixels of zero padding before a random crop back to the image size; 0 for none.
-        flip: mirror left to right with probability one half (not for digits).
-        cutmix: probability of CutMix (Yun et al. 2019, lambda ~ Beta(1, 1)): a rectangle comes from another image of the
-            batch, and the label is the mixture of both labels in proportion to the areas.
+    CutMix (Yun et al. 2019, lambda ~ Beta(1, 1)) takes a rectangle from another image of the batch, and mixes both labels
+    in proportion to the areas.
     """
 
-    crop: int = 4
-    flip: bool = True
-    cutmix: float = 0.0
+    crop: int = 4  # pixels of zero padding before a random crop back to the image size; 0 for none
+    flip: bool = True  # mirror left to right with probability one half (not for digits)
+    cutmix: float = 0.0  # its probability
 
     def __post_init__(self) -> None:
         if self.crop < 0:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ INDEX = "index.json"
 PERMUTATION = "shards"  # name of the permutation's random stream, as in `seeds.derive`
 TAR_BLOCK = 512  # bytes
 REMAKE = "Make the shards again with tools/shard_dataset.py."
+V = TypeVar("V")
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 
 
@@ -46,25 +47,16 @@ class Segment:
         return KeyedPermutation(self.num_images, self.seed, PERMUTATION)
 
 
-class Block(NamedTuple):
-    """One block; offsets are bytes in its shard."""
+class Blocks(NamedTuple, Generic[V]):
+    """Columns of the table of blocks, int64 [B], or the integers of one row."""
 
-    image_offset: int
-    label_offset: int
-    num_images: int
-    id_offset: int  # -1 if the block stores no ids
-    num_ids: int  # stored ids are below it
-
-
-class _Blocks(NamedTuple):
-    """All blocks as columns, int64 [B]; `origin` is the position of the first image in the unrestricted index."""
-
-    shard: np.ndarray
-    image_offset: np.ndarray
-    label_offset: np.ndarray
-    num_images: np.ndarray
-    id_offset: np.ndarray
-    origin: np.ndarray
+    shard: V
+    image_offset: V  # bytes in the shard, as the other offsets
+    label_offset: V
+    num_images: V
+    id_offset: V  # -1 if the block stores no ids
+    origin: V  # position of the first image in the unrestricted index
+    segment: V
 
 
 class ShardIndex:
@@ -143,7 +135,8 @@ class ShardIndex:
         shard = np.repeat(np.arange(len(entries)), [len(entry["blocks"]) for entry in entries])
         image_offset, label_offset, num_images, id_offset = columns
         origin = np.cumsum(num_images) - num_images
-        self._blocks = _Blocks(shard, image_offset, label_offset, num_images, id_offset, origin)
+        segment = np.searchsorted(self._segment_starts, origin, side="right") - 1
+        self._blocks = Blocks(shard, image_offset, label_offset, num_images, id_offset, origin, segment)
 
     def _contradicts(self, num_images: int, class_counts: list[int]) -> bool:
         blocks, segments = self._blocks, self.segments
@@ -174,7 +167,7 @@ class ShardIndex:
             or (blocks.label_offset % 8).any()
             or (blocks.id_offset[stores_ids] % 8).any()
             or not ((gap > TAR_BLOCK) & (gap < 3 * TAR_BLOCK)).all()
-            or (stores_ids != [segments[i].seed is None for i in self._segment_of(blocks.origin)]).any()
+            or (stores_ids != [segments[i].seed is None for i in blocks.segment]).any()
             or self.shard_class_counts.shape != (len(self.names), self.num_classes)
             or (self.shard_class_counts < 0).any()
             or (self.shard_class_counts.sum(axis=1) != self._images_per_shard()).any()
@@ -188,7 +181,7 @@ class ShardIndex:
             if unknown:
                 raise UserError(f"{self._where} lists no shard {unknown[0]}; it has {len(self.names)} others.")
             kept = [number for number, name in enumerate(self.names) if name in set(only)]
-            blocks = _Blocks(*(column[np.isin(self._blocks.shard, kept)] for column in self._blocks))
+            blocks = Blocks(*(column[np.isin(self._blocks.shard, kept)] for column in self._blocks))
             self._blocks = blocks._replace(shard=np.searchsorted(kept, blocks.shard))
             self.names = [self.names[number] for number in kept]
             self.shard_bytes = [self.shard_bytes[number] for number in kept]
@@ -201,10 +194,6 @@ class ShardIndex:
 
     def _images_per_shard(self) -> np.ndarray:
         return np.bincount(self._blocks.shard, self._blocks.num_images, len(self.names)).astype(np.int64)
-
-    def _segment_of(self, origin: np.ndarray) -> np.ndarray:
-        """int64 [m]: the segments of positions [m] of the unrestricted index."""
-        return np.searchsorted(self._segment_starts, origin, side="right") - 1
 
     def __len__(self) -> int:
         return self.num_images
@@ -219,12 +208,10 @@ class ShardIndex:
         """The source ids are in 0 .. num_ids - 1."""
         return max(segment.first_id + segment.num_ids for segment in self.segments)
 
-    def blocks_of(self, number: int) -> list[Block]:
+    def blocks_of(self, number: int) -> list[Blocks[int]]:
         """The blocks of shard `number`, in their order."""
-        blocks, here = self._blocks, np.flatnonzero(self._blocks.shard == number)
-        columns = (blocks.image_offset, blocks.label_offset, blocks.num_images, blocks.id_offset)
-        num_ids = [self.segments[segment].num_ids for segment in self._segment_of(blocks.origin[here])]
-        return [Block(*row) for row in zip(*(column[here].tolist() for column in columns), num_ids, strict=True)]
+        here = self._blocks.shard == number
+        return [Blocks(*row) for row in zip(*(column[here].tolist() for column in self._blocks), strict=True)]
 
     def shards_of(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]: the shards of the samples at `positions` [m]."""

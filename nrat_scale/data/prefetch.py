@@ -30,8 +30,6 @@ class ShardPrefetcher:
 
     def want(self, numbers: list[int]) -> None:
         """Fetch these shards; earlier ones that are no longer wanted are dropped from the queue."""
-        if numbers == self._wanted:
-            return
         new = [number for number in numbers if number not in self._wanted]
         self._wanted = numbers
         # The processes of a node share one cache: each starts at another shard and finds the rest there.

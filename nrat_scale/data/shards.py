@@ -204,8 +204,7 @@ class ShardSet(ShardIndex):
     @cached_property
     def _stored_ids(self) -> tuple[np.ndarray, np.ndarray]:
         """(source ids, ascending; positions) of the samples whose blocks store ids."""
-        blocks = np.flatnonzero(self._blocks.id_offset >= 0)
-        positions = np.concatenate([self._first[b] + np.arange(self._blocks.num_images[b]) for b in blocks])
+        positions = np.flatnonzero(np.repeat(self._blocks.id_offset >= 0, self._blocks.num_images))
         ids = self.source_ids(positions)
         order = np.argsort(ids, kind="stable")
         return ids[order], positions[order]

@@ -109,16 +109,13 @@ class TrainingSource:
         return hashlib.sha256(np.sort(self.shards.source_ids(positions)).astype("<i8").tobytes()).hexdigest()
 
     def read(
-        self, samples: np.ndarray, take: Callable[[np.ndarray], T], near: Callable[[], np.ndarray] | None = None
+        self, samples: np.ndarray, take: Callable[[np.ndarray], T], near: Callable[[], np.ndarray] | None
     ) -> tuple[np.ndarray, T]:
         """(positions [m], `take` of these positions) of the samples numbered [m].
 
         If the recipe allows it, a sample in an unusable shard is replaced by another one: a function of its position and
         of the skipped shards. The substitute comes from the shards that `near` returns (those of the same window), or
-        from any shard if `near` is None or all of those are skipped.
-
-        Args:
-            take: a method of the shards that reads, such as `shards.labels`.
+        from any shard if `near` is None or all of those are skipped. `take` reads shards, as `shards.labels` does.
 
         Raises `ShardUnusable` if a shard is unusable and none may be skipped, `UserError` beyond the limit.
         """
