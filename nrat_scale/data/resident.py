@@ -32,11 +32,6 @@ def image_bytes(sources: Sequence[TrainingSource]) -> int:
     return sum(len(source.shards) * int(np.prod(source.shards.image_shape)) for source in sources)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """The free memory of a GPU; None for other devices, which gain nothing over memory maps."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
-
-
 def load_images(sources: Sequence[TrainingSource], device: torch.device) -> ResidentImages:
     """Copy the images of local `sources` to `device`; the host holds one shard of them at a time.
 

@@ -275,9 +275,8 @@ def open_shards(
     Raises `UserError` if there is no such folder, address or index, or a damaged one.
     """
     folder, only = expand(str(where))
-    if is_remote(folder):
-        data = fetch_bytes(f"{folder}/{INDEX}", _MAX_INDEX_BYTES)
-        index = parse_json(data, f"index of {what}", f"{folder}/{INDEX}")
+    if is_remote(url := f"{folder}/{INDEX}"):
+        index = parse_json(fetch_bytes(url, _MAX_INDEX_BYTES), f"index of {what}", url)
         return ShardSet(folder, index, what, only, cache or Cache())
     path = Path(folder) / INDEX
     if not path.is_file():

@@ -80,32 +80,24 @@ class RemoteSpec:
 class DataSpec:
     """The training data.
 
-    Attributes:
-        batch_size: images of the global batch, over all processes and accumulation steps.
-        epoch_samples: images of an epoch (rounded up to whole batches); by default the number of real training images,
-            or of generated ones if there are no real ones.
-        window: shards that are shuffled together; by default the whole source if it is local and 8 shards if it is
-            remote.
-        loader: `indexed` (the sample plan: exact, resumable, the same for any number of processes) or `webdataset` (the
-            standard pipeline of that library).
-        resident: `always` keeps the images of all sources in the memory of the device; `auto` does so on a GPU if all
-            images are local and take at most half of its free memory; `never`. It changes no batch.
-        on_bad_shard: `stop`, or `skip`: train without a shard that is missing or damaged for good.
-        max_bad_shards: how many may be skipped.
+    `resident` keeps all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and
+    take at most half of its free memory. It changes no batch.
     """
 
-    batch_size: int = 128
-    epoch_samples: int | None = None
+    batch_size: int = 128  # images of the global batch, over all processes and accumulation steps
+    epoch_samples: int | None = None  # rounded up to whole batches; by default the real (else the generated) images
     real: RealSpec = field(default_factory=RealSpec)
     generated: GeneratedSpec = field(default_factory=GeneratedSpec)
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     remote: RemoteSpec = field(default_factory=RemoteSpec)
-    window: int | None = None
-    loader: str = "indexed"
+    window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
+    loader: str = (
+        "indexed"  # the sample plan: resumable, the same for any number of ranks; or `webdataset`, its pipeline
+    )
     resident: str = "auto"
-    on_bad_shard: str = "stop"
-    max_bad_shards: int = 1
+    on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good
+    max_bad_shards: int = 1  # that may be skipped
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):

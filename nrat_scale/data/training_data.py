@@ -19,7 +19,7 @@ from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
 from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
 from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.data.prefetch import prefetched
-from nrat_scale.data.resident import ResidentImages, free_bytes, image_bytes, load_images
+from nrat_scale.data.resident import ResidentImages, image_bytes, load_images
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.source import SkipLog, TrainingSource, noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL, DataSpec
@@ -87,7 +87,9 @@ class TrainingData:
 
         Raises `UserError` if the images must fit and do not, `ShardUnusable` if a shard is bad and may not be skipped.
         """
-        spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
+        spec, needed = self.spec, image_bytes(self.sources)
+        # Other devices gain nothing over memory maps.
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         wanted = spec.resident == "always"
         if wanted and free is not None and needed > free:
             raise UserError(

@@ -112,19 +112,18 @@ def _transfer(
     if num_bytes and kept == num_bytes:
         return
     try:
-        with open_at(url, kept) as (chunks, received, size):
-            if num_bytes is not None and size is not None and size != num_bytes:
+        with open_at(url, kept) as (chunks, received, size), open(part, "ab") as file:
+            if num_bytes is not None and size not in (num_bytes, None):
                 raise PermanentError(f"it has {size} bytes there instead of {num_bytes}")
-            with open(part, "ab") as file:
-                file.truncate(received)
-                for chunk in chunks:
-                    if stopped():
-                        raise Cancelled
-                    file.write(chunk)
-                    received += len(chunk)
-                    progress(received)
-                    if num_bytes is not None and received > num_bytes:
-                        raise PermanentError(f"it has more than {num_bytes} bytes there")
+            file.truncate(received)
+            for chunk in chunks:
+                if stopped():
+                    raise Cancelled
+                file.write(chunk)
+                received += len(chunk)
+                progress(received)
+                if num_bytes is not None and received > num_bytes:
+                    raise PermanentError(f"it has more than {num_bytes} bytes there")
     except RangeRefused:
         if kept:
             os.truncate(part, 0)  # the next attempt starts at byte 0
