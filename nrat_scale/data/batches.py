@@ -105,7 +105,7 @@ class PlannedBatches:
                 positions, (views, stored) = source.read(samples[here], source.shards.rows, near)
                 pixels.append(iter(views))
             else:
-                # Even if `given` replaces the labels, reading them finds the same shards unusable as without residency.
+                # Read the labels even if `given` replaces them, to find bad shards as without resident images.
                 positions, stored = source.read(samples[here], source.shards.labels, near)
                 rows[here] = self.resident.first_rows[number] + positions
             given[here] = stored if source.given is None else source.given[positions]

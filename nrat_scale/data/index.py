@@ -1,4 +1,4 @@
-"""The index of shards: reads and checks index.json, and says in which block of which shard each sample is. No I/O.
+"""The index of shards: validates the content of index.json and maps samples to blocks of shards, without I/O.
 
     DIR/shard-00000.tar   members 00000000.images.npy (uint8 [n, H, W, C]), 00000000.labels.npy (int64 [n]), 00000001...
     DIR/index.json        written last: readers trust only this file
@@ -60,7 +60,7 @@ class Blocks(NamedTuple, Generic[V]):
 
 
 class ShardIndex:
-    """A checked index, restricted to some of its shards or not.
+    """A validated index, optionally restricted to some of its shards.
 
     Args:
         index: the content of index.json.

@@ -1,6 +1,6 @@
 """The sample plan: which samples form global batch t, as a pure function of (index, seed, t).
 
-Ranks and restarts are not arguments of it, so either can change and the same images arrive in the same steps.
+It does not depend on the number of ranks or on restarts, so the same images arrive in the same steps.
 
     batch t of B positions                          a seeded permutation of real and generated samples
     -> running sample numbers t*c .. (t+1)*c - 1    c images of every batch come from this source, exactly
@@ -8,8 +8,8 @@ Ranks and restarts are not arguments of it, so either can change and the same im
     -> sample                                       by the order of that pass: of the whole source, or of windows
 
 An order of the whole source is one keyed permutation. An order of *windows* visits the shards in a keyed permutation,
-`window` of them at a time, and permutes the samples within each window. The next samples of a run are then in few
-shards, which are fetched while the window before is trained on. Memory does not grow with the number of samples.
+`window` of them at a time, and permutes the samples within each window. Upcoming samples are then in few shards, which
+are fetched while the previous window is trained on. Memory does not grow with the number of samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def mix_counts(batch_size: int, fraction: float) -> tuple[int, int]:
 class SourceOrder:
     """The size of one source and how it is shuffled; shard s holds the samples starts[s] .. starts[s + 1] - 1."""
 
-    count: int  # of its images in every batch
+    count: int  # its images in every batch
     starts: tuple[int, ...]  # the last entry is the size of the source
     window: int | None = None  # shards that are shuffled together; None shuffles the whole source
 
@@ -84,7 +84,7 @@ class _WindowPass:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Which samples form global batch t; `seed` is that of all permutations."""
+    """Which samples form global batch t; `seed` keys all permutations."""
 
     sources: tuple[SourceOrder, ...]
     seed: int

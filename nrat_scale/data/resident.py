@@ -1,4 +1,4 @@
-"""The images of all sources in the memory of the device that trains, where batches are gathered."""
+"""Keep the images of all sources in device memory, and gather batches there."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Shards of one index, local or behind an address: opened, verified, and read at random positions.
+"""Open, verify and randomly read the shards of one index, local or remote.
 
 A sample is copied out of a memory map at the offset that the index states; no tar is parsed and nothing is unpickled.
 Shards behind an address (https://, s3://, hf://) are read through a cache of verified files. `nrat_scale.data.index`
@@ -80,7 +80,7 @@ class ShardSet(ShardIndex):
             raise error
 
     def check(self, *, full: bool = False) -> dict[int, ShardUnusable]:
-        """Like `verify`, but find every unusable shard and keep them in `unusable`."""
+        """Like `verify`, but find all unusable shards, and keep and return them in `unusable`."""
         if self._cache is not None:
             return {}
         record = Path(self.folder) / _VERIFIED

@@ -93,7 +93,7 @@ class DataSpec:
     remote: RemoteSpec = field(default_factory=RemoteSpec)
     window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
     loader: str = (
-        "indexed"  # the sample plan: resumable, the same for any number of ranks; or `webdataset`, its pipeline
+        "indexed"  # by the sample plan, the same for any number of ranks; or `webdataset`: by that library's pipeline
     )
     resident: str = "auto"
     on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good

@@ -1,8 +1,4 @@
-"""The data of a run: its sources, their mix, and this rank's batches.
-
-The same images arrive in the same steps on any number of ranks and after any restart: neither is an argument of the
-sample plan, and augmentation is drawn for the global batch. docs/data.md explains formats and choices.
-"""
+"""The data of a run: its sources, their mix, and this rank's batches. docs/data.md explains formats and choices."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,7 +107,7 @@ class TrainingData:
         spec = self.spec
         assert self.resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
-            raise UserError(f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes; change it.")
+            raise UserError(f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. Change it.")
         if spec.loader == "webdataset":
             counts = self.plan.counts
             if any(count % world_size for count in counts):

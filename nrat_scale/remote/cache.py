@@ -103,7 +103,7 @@ class Cache:
                 f"{num_bytes / 1e9:.2f} GB. Raise data.remote.cache_gb."
             )
         while not self._reserved(num_bytes, part, stopped):
-            part.unlink(missing_ok=True)  # a reservation: two waiting processes would block each other
+            part.unlink(missing_ok=True)  # give up the reservation: two waiting processes would block each other
             sleep_unless(stopped, 0.2)
 
     def _reserved(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> bool:
@@ -140,7 +140,7 @@ class Cache:
         return contents
 
     def _evicted(self, sha256: str) -> bool:
-        """Remove a file; False if it is being fetched."""
+        """Evict a file; False if a process is fetching it."""
         try:
             with FileLock(self.folder / f"{sha256}.lock", timeout=0):
                 for name in (f"{sha256}.json", f"{sha256}.tar"):

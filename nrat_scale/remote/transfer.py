@@ -59,8 +59,8 @@ def download(
     """Fetch `url` into `path`, which appears only when it is complete and verified. One process at a time: see `Cache`.
 
     Args:
-        num_bytes, sha256: of the expected file; None if unknown, then only a cut is detected.
-        part: collects the bytes; those of an earlier call are kept.
+        num_bytes, sha256: of the expected file; if they are None, only truncation is detected.
+        part: the unfinished file; bytes of an earlier call are kept.
         stopped: polled with each chunk (at the latest after STALL_SECONDS) and in pauses; True cancels the transfer,
             which can be resumed.
         progress: receives the number of bytes so far after each chunk.
@@ -147,7 +147,7 @@ def retried(
     Args:
         what: begins the error message, for instance "https://host/a.tar cannot be fetched".
         way_out: ends the error message after the last attempt.
-        attempts: without progress.
+        attempts: how many may fail without progress.
         stopped: polled in pauses.
         progress_of: bytes so far; an attempt that adds _PROGRESS_BYTES to the maximum does not count.
 
