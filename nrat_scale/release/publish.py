@@ -6,7 +6,7 @@ from pathlib import Path
 from nrat_scale.loading.release_folder import verify
 from nrat_scale.release.bundle import FILES, build_release
 from nrat_scale.release.contents import queued_weights
-from nrat_scale.remote.hub import HubRepository, check_repository, names_of
+from nrat_scale.remote.hub import HubRepository, check_repository
 
 
 def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> list[str]:
@@ -23,12 +23,11 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     """
     check_repository(repo, revision)
     verify(folder, everything=True)
-    files = names_of(folder, [name for name in FILES if (folder / name).is_file()])
     hub = HubRepository(repo, "model", revision, "The release", f"{repo}@{revision}" if revision else repo)
     hub.prepare(private=private)
-    missing = hub.missing(files)
+    missing = hub.missing(folder, [name for name in FILES if (folder / name).is_file()])
     if missing:
-        hub.upload({name: files[name] for name in missing}, f"Release {folder.name}")
+        hub.upload(folder, missing, f"Release {folder.name}")
     return missing
 
 
