@@ -68,15 +68,13 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], Constants]:
-    """(state dict with the architecture's own names, normalisation constants), without containers and prefixes."""
+    """(state dict under the architecture's own names, normalisation constants); containers and prefixes are removed."""
     if isinstance(content, dict) and not (content and _is_state_dict(content)):
         containers = [name for name in _CONTAINERS if isinstance(content.get(name), dict)]
         if len(containers) != 1:
             keys = ", ".join(map(quoted, list(content)[:6])) or "nothing"
             known = ", ".join(_CONTAINERS)
-            raise UserError(
-                f"{path} holds {keys}; expected a state dict, alone or under one of {known}. Save it alone."
-            )
+            raise UserError(f"{path} holds {keys}; expected one state dict, alone or under one of {known}.")
         content = content[containers[0]]
     if not _is_state_dict(content):
         raise UserError(f"{path} holds no state dict (names and tensors).")
@@ -89,8 +87,9 @@ def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], Constants]
                 values = state.pop(name).flatten().double().tolist()
                 if values not in constants[kind]:
                     constants[kind].append(values)
-        prefix, *others = {match and match[0] for match in map(_PREFIX.match, state)}
-        if prefix is None or others:
+        prefixes = {match and match[0] for match in map(_PREFIX.match, state)}
+        prefix = prefixes.pop() if len(prefixes) == 1 else None
+        if prefix is None:
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state, constants

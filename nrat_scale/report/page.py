@@ -140,7 +140,7 @@ def _epochs_text(run: Run) -> str:
 
 
 def _shares(recipe: dict[str, Any]) -> list[str]:
-    """`30 % real (digits/train)`, and the same for the generated images."""
+    """Share and folder of each source, such as `30 % real (digits/train)`."""
     real, generated = (value_at(recipe, f"data.{source}.shards") for source in ("real", "generated"))
     fraction = number_at(recipe, "data.generated.fraction") or 0.0 if real and generated else float(bool(generated))
     return [
@@ -161,7 +161,9 @@ def _noise(run: Run) -> dict[str, Any] | None:
         names = run.class_names if len(run.class_names) == len(matrix) else range(len(matrix))
         for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
             total = sum(counts) or 1
-            cells = [(count, f"{(count / total) ** 0.7:.2f}") for count in counts]  # the power lifts small shares
+            cells = [
+                (count, f"{(count / total) ** 0.7:.2f}") for count in counts
+            ]  # the exponent makes small shares visible
             facts["matrix"].append((str(i) if str(name) == str(i) else f"{i} {name}", cells))
     return facts
 

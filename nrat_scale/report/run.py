@@ -162,7 +162,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as plain values, without the checks of `load_recipe`: a run of another version has a report too."""
+    """The recipe as plain values, without the checks of `load_recipe`, so that runs of other versions can be reported."""
     if not path.exists():
         return {}
     try:

@@ -293,8 +293,11 @@ def test_differences_are_named(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weight file"):
         load(tmp_path / "nowhere.pt", arch="cnn4")
     torch.save({"a": {"x": torch.zeros(1)}, "b": 3}, tmp_path / "odd.pt")
-    with pytest.raises(UserError, match="expected a state dict"):
+    with pytest.raises(UserError, match="expected one state dict"):
         load(tmp_path / "odd.pt", arch="cnn4")
+    torch.save({"mean": torch.zeros(1), "std": torch.ones(1)}, tmp_path / "constants.pt")
+    with pytest.raises(UserError, match="is missing"):
+        load(tmp_path / "constants.pt", arch="cnn4")
     with pytest.raises(UserError, match="has no weights of"):
         pretrained("wrn28_10_silu")
 
