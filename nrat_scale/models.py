@@ -255,9 +255,12 @@ class Cnn4(Normalised):
         return self.classifier(self.features(self.normalise(x)))
 
 
-def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def timm_cfg(
+    first_conv: str | None, classifier: str | None, input_size: tuple[int, int, int], num_classes: int = 10
+) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a model with its normalisation inside; `input_size` is (C, H, W)."""
     return {
-        "num_classes": 10,
+        "num_classes": num_classes,
         "input_size": input_size,
         "fixed_input_size": False,
         "crop_pct": 1.0,
@@ -270,10 +273,10 @@ def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> 
 
 
 _CFGS: dict[str, Any] = {
-    "wrn28_10_silu.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
-    "wrn28_10.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
-    "resnet18_cifar.untrained": _cfg("conv1", "linear", (3, 32, 32)),
-    "cnn4.untrained": _cfg("features.0", "classifier", (1, 28, 28)),
+    "wrn28_10_silu.untrained": timm_cfg("init_conv", "logits", (3, 32, 32)),
+    "wrn28_10.untrained": timm_cfg("init_conv", "logits", (3, 32, 32)),
+    "resnet18_cifar.untrained": timm_cfg("conv1", "linear", (3, 32, 32)),
+    "cnn4.untrained": timm_cfg("features.0", "classifier", (1, 28, 28)),
 }
 default_cfgs = generate_default_cfgs(_CFGS)
 
