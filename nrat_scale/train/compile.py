@@ -7,7 +7,6 @@ a compiled attack was 1.7 times slower than eager on a CPU.
 import torch
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.train.nonfinite import Rollback
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import micro_batches
 
@@ -36,10 +35,10 @@ def compile_models(state: TrainState) -> None:
         return
     state.attack_model.forward = state.attack_model.module
     state.base._compiled_call_impl = None
-    reason = reason or "it failed on another rank"
+    problem = f"torch.compile cannot compile the model ({reason or 'it failed on another rank'})"
     if wanted is True:
-        raise UserError(f"torch.compile cannot compile the model ({reason}). Use train.compile=auto or false.")
-    state.accelerator.print(f"warning: torch.compile cannot compile the model ({reason}); training runs eager.")
+        raise UserError(f"{problem}. Use train.compile=auto or false.")
+    state.accelerator.print(f"warning: {problem}; training runs eager.")
 
 
 def _compile(state: TrainState) -> None:
@@ -55,13 +54,13 @@ def _compile(state: TrainState) -> None:
         torch.autograd.grad(logits.float().square().sum(), leaf)
     # What Module.compile sets. The wrappers (DDP, autocast) call `base` and need not be compiled.
     state.base._compiled_call_impl = torch.compile(state.base._call_impl, dynamic=False)
-    statistics = Rollback(list(state.base.buffers()))
-    statistics.begin()
+    before = [(buffer, buffer.clone()) for buffer in state.base.buffers()]
     try:
-        # Without an exchange of gradients, in which the other ranks would wait for one that cannot compile.
+        # no_sync: a rank that cannot compile would leave the others waiting in the exchange of gradients.
         with state.accelerator.no_sync(state.model):
             loss = state.model(x).float().square().mean()
             torch.autograd.grad(loss, list(state.base.parameters()), allow_unused=True)
     finally:
         state.statistics.end_step(1, reduce=False)
-        statistics.end(torch.zeros((), dtype=torch.bool, device=x.device))
+        for buffer, value in before:
+            buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""Checks of a step on all ranks: each failure and signal is reported once, with its step and its kind; and their rollback."""
+"""Checks of a step on all ranks: each failure and signal is reported once, with its step and its kind."""
 
 import signal
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nrat_scale.train.nonfinite import WRONG, Rollback, StepChecks, Verdict, images_not_finite
+from nrat_scale.train.nonfinite import WRONG, StepChecks, Verdict, images_not_finite
 from nrat_scale.train.signals import SIGNALS
 from nrat_scale.train.state import MicroBatch
 
@@ -271,21 +271,3 @@ def test_the_image_whose_attack_failed_is_named():
     assert images_not_finite([first, second]).tolist() == [False, True, False, False, False, False]
     assert images_not_finite([MicroBatch(x, y, y, x, None, None, logits)]).tolist() == [False, False, True]
     assert not images_not_finite([MicroBatch(x, y, y, x, x, None, x.flatten(1))]).any()
-
-
-# ---- rollback -------------------------------------------------------------------------------------------------------
-
-
-def test_a_step_that_does_not_count_is_rolled_back():
-    """Tensors of several types and shapes are restored in place, bit for bit, from NaN too; a good step stays as it is."""
-    tensors = [torch.arange(3.0, dtype=torch.float64), torch.tensor(5), torch.zeros(2, 2)]
-    rollback, memory = Rollback(tensors), [tensor.data_ptr() for tensor in tensors]
-    for good in (True, False, False, True):
-        before = [tensor.clone() for tensor in tensors]
-        rollback.begin()
-        for tensor in tensors:
-            tensor.add_(torch.nan if tensor.is_floating_point() and not good else 2)
-        rollback.end(torch.tensor(good))
-        for tensor, old in zip(tensors, before, strict=True):
-            assert torch.equal(tensor, old + 2 if good else old)
-    assert [tensor.data_ptr() for tensor in tensors] == memory
