@@ -47,8 +47,13 @@ class AttackModel:
                 # In training mode a layer without tracking uses batch statistics and does not change its buffers.
                 layer.track_running_stats = False
         elif fold:
-            nodes, self.untraced = _traced(self.module)
-            self._folded = [_fold(model, self.module, names) for names in _foldable(self.module, nodes)]
+            try:
+                pairs = _foldable(self.module)
+            except (
+                Exception
+            ) as error:  # torch.fx can fail in arbitrary ways on user models; attack the unfolded model then
+                pairs, self.untraced = [], first_line(error)
+            self._folded = [_fold(model, self.module, names) for names in pairs]
         self.num_folded = len(self._folded)
         folded = [own for own, _, _ in self._folded]
         self._shared = [
@@ -71,9 +76,7 @@ class AttackModel:
             own._buffers.update(theirs._buffers)
         for own, convolution, norm in self._folded:
             assert norm.running_mean is not None and norm.running_var is not None and own.bias is not None
-            scale = (norm.running_var + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight
+            scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
             torch.mul(convolution.weight, scale.view(-1, 1, 1, 1), out=own.weight)
             shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
             own.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
@@ -86,21 +89,14 @@ class _LayerTracer(Tracer):
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(module: nn.Module) -> tuple[list[Node], str | None]:
-    """The operations of a forward pass; none and the reason if torch.fx cannot trace it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(_LayerTracer().trace(module).nodes), None
-    except Exception as error:  # torch.fx can fail in arbitrary ways on user models; attack the unfolded model then
-        return [], first_line(error)
-
-
-def _foldable(module: nn.Module, nodes: list[Node]) -> list[tuple[str, str]]:
+def _foldable(module: nn.Module) -> list[tuple[str, str]]:
     """Pairs of names: a convolution, and the BatchNorm layer that is the only user of its result.
 
     Layers with several names, with hooks, with several calls, or with weights that are read elsewhere are not folded.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = list(_LayerTracer().trace(module).nodes)
     uses = [str(node.target) for node in nodes if node.op == "call_module"]
     read = tuple(str(node.target) for node in nodes if node.op == "get_attr")
     layers = [layer for _, layer in module.named_modules(remove_duplicate=False)]

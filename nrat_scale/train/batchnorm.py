@@ -66,8 +66,9 @@ class GroupedBatchNorm(_BatchNorm):
         assert calls * pieces == len(self.pending), "all micro-batches must go through the same forwards"
         for call in range(calls):
             seen = self.pending[call::calls]
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            )
             self.num_batches_tracked += 1
             rate = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
             for running, values in zip((self.running_mean, self.running_var), zip(*seen, strict=True), strict=True):
@@ -76,25 +77,18 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 def check_batchnorm(statistics: str, group_size: int | None, held: int, device: torch.device) -> None:
-    """Check `model.bn` and `model.bn_group_size` against the device and the `held` images of a process's micro-batch.
-
-    Raises:
-        UserError: they do not fit.
-    """
+    """Raise `UserError` if the device, or the `held` images of a process's micro-batch, do not fit `model.bn`."""
     if statistics == "sync" and device.type == "cpu":
         raise UserError("model.bn is 'sync', which needs GPUs. Use groups or local, which work on any device.")
     if group_size is not None and held % group_size:
-        raise UserError(
-            f"model.bn_group_size is {group_size}; it must divide the {held} images that each process holds "
-            "at a time (data.batch_size over processes and accumulation steps)."
-        )
+        where = "a process holds at a time (data.batch_size over processes and accumulation steps)"
+        raise UserError(f"model.bn_group_size is {group_size}; it must divide the {held} images that {where}.")
 
 
 def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Module:
     """`model` with BatchNorm layers of the kind `statistics` (one of `models.BN_STATISTICS`), which share its parameters.
 
-    Raises:
-        UserError: `groups`, and a layer does more than BatchNorm.
+    Raises `UserError` for `groups` if a layer does more than BatchNorm.
     """
     if statistics == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -113,12 +107,7 @@ def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Mod
 
 
 class RunningStatistics:
-    """Keeps BatchNorm's running statistics equal on all ranks.
-
-    Args:
-        model: the bare module.
-        mean: averages a tensor over ranks; None for one process.
-    """
+    """Keeps the running statistics of the bare `model` equal on all ranks; `mean` averages a tensor over them."""
 
     def __init__(self, model: nn.Module, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         self._grouped = [layer for layer in batchnorms(model) if isinstance(layer, GroupedBatchNorm)]

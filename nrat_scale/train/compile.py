@@ -16,11 +16,8 @@ AUTO_DEVICES = ("cuda",)  # on which `train.compile: auto` compiles
 def compile_models(state: TrainState) -> None:
     """Compile forward and backward pass of the attack model and of the trained model, as `train.compile` says.
 
-    `auto` compiles on AUTO_DEVICES only, and runs eager with a warning if that fails on any rank. Compiled arithmetic differs from
-    eager by rounding.
-
-    Raises:
-        UserError: `train.compile` is true and the model cannot be compiled.
+    If that fails on any rank, `auto` runs eager with a warning, and `true` raises `UserError`. Compiled arithmetic differs
+    from eager by rounding.
     """
     wanted, device = state.recipe.train.compile, state.accelerator.device
     if wanted is False or (wanted == "auto" and device.type not in AUTO_DEVICES):
@@ -43,8 +40,8 @@ def compile_models(state: TrainState) -> None:
 
 def _compile(state: TrainState) -> None:
     """Compile, and run each graph once on images of the run: compilation happens in the first call."""
-    rank, num_processes = state.accelerator.process_index, state.accelerator.num_processes
-    x = next(micro_batches(state, next(state.data.batches(state.step, state.step + 1, rank, num_processes)))).x
+    ranks = state.accelerator.process_index, state.accelerator.num_processes
+    x = next(micro_batches(state, next(state.data.batches(state.step, state.step + 1, *ranks)))).x
     state.attack_model.refresh()
     if state.objective.attacks:
         state.attack_model.forward = torch.compile(state.attack_model.module, dynamic=False)

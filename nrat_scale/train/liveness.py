@@ -6,8 +6,6 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import torch
-
 from nrat_scale.core.files import make_folder
 from nrat_scale.core.run_folder import RunFolder
 
@@ -36,11 +34,6 @@ def heartbeat(run: RunFolder, rank: int) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether `error` is that of a collective operation whose other side is gone."""
-    return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
 
 
 def silent_ranks(run: RunFolder) -> list[int]:

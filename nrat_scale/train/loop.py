@@ -25,7 +25,7 @@ from nrat_scale.optim import learning_rates, set_rates
 from nrat_scale.recipe import RecipeSpec
 from nrat_scale.train.compile import compile_models
 from nrat_scale.train.display import Progress
-from nrat_scale.train.liveness import heartbeat, is_lost_rank, silent_ranks
+from nrat_scale.train.liveness import heartbeat, silent_ranks
 from nrat_scale.train.metrics import close_epoch, log, percent
 from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
@@ -38,12 +38,11 @@ from nrat_scale.train.validate import validate
 
 
 def train_and_exit(recipe: RecipeSpec, profile: int = 0) -> None:
-    """`train`, as a process: after a signal it prints the command that resumes and exits with 143 (SIGINT: 130), and after
-    the loss of another rank it prints a sentence that names it and exits with 1."""
+    """`train` for a whole process: exits with 143 after a signal (130 after SIGINT), with 1 if another rank is lost."""
     try:
         train(recipe, profile)
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
         silent = silent_ranks(RunFolder(Path(recipe.run_dir)))
         lost = " and ".join(f"rank {rank}" for rank in silent) or "another process"
@@ -61,10 +60,15 @@ def train_and_exit(recipe: RecipeSpec, profile: int = 0) -> None:
 
 
 def train(recipe: RecipeSpec, profile: int = 0) -> Path:
-    """Train `recipe`, or resume it, and return its run directory; `profile`: see `fit`.
+    """Train `recipe`, or resume it, and return its run directory.
+
+    Args:
+        profile: number of steps for torch's profiler.
 
     Raises:
-        UserError, Stopped, FloatingPointError: see `start` and `fit`.
+        UserError: see `start`; training collapsed and `guard.action` is stop; a checkpoint could not be saved.
+        FloatingPointError: a step was not finite; its update was not applied, and no checkpoint contains it.
+        Stopped: after a signal; the state is saved.
     """
     state = start(recipe)
     run, accelerator = state.run.path, state.accelerator
@@ -78,10 +82,10 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
     compile_models(state)
-    several, nothing = accelerator.num_processes > 1, contextlib.nullcontext()
-    alive = heartbeat(state.run, accelerator.process_index) if several else nothing
+    nothing = contextlib.nullcontext()
+    alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
     with alive, state.signals.watched(), state.saver or nothing:
-        fit(state, profile)
+        _fit(state, profile)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(
@@ -93,17 +97,8 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
     return run
 
 
-def fit(state: TrainState, profile: int = 0) -> None:
-    """Train from `state.step` to `state.last_step`.
-
-    Args:
-        profile: number of steps for torch's profiler.
-
-    Raises:
-        Stopped: after a signal; the state is saved.
-        FloatingPointError: a step was not finite; its update was not applied, and no checkpoint contains it.
-        UserError: training collapsed and `guard.action` is stop, or a checkpoint could not be saved.
-    """
+def _fit(state: TrainState, profile: int) -> None:
+    """Train from `state.step` to `state.last_step`."""
     recipe, per_epoch = state.recipe, state.data.steps_per_epoch
     rank, num_processes = state.accelerator.process_index, state.accelerator.num_processes
     progress, profiler = Progress(state), Profile(state, profile)
@@ -134,10 +129,8 @@ def fit(state: TrainState, profile: int = 0) -> None:
             log(state, row)
             progress.epoch(row)
             _validate_and_save(state, progress)
-        if num_processes == 1:
-            signum = signum or state.signals.received
-        if signum:
-            _save_and_stop(state, signum)
+        if signum or (num_processes == 1 and state.signals.received):
+            _save_and_stop(state, signum or state.signals.received)
     profiler.update(state)
     progress.close()
     if state.step % per_epoch:  # stopped by max_steps within an epoch
@@ -149,8 +142,8 @@ def _batches(state: TrainState, progress: Progress) -> Iterator[Batch]:
     """The batches from `state.step` on, after the validation that a signal interrupted."""
     if state.validation_due:
         _validate_and_save(state, progress)
-    rank, num_processes = state.accelerator.process_index, state.accelerator.num_processes
-    return state.data.batches(state.step, state.last_step, rank, num_processes)
+    ranks = state.accelerator.process_index, state.accelerator.num_processes
+    return state.data.batches(state.step, state.last_step, *ranks)
 
 
 def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
@@ -159,11 +152,13 @@ def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
     On a GPU the flags of the last step may be in flight; `everything` waits for them.
     """
     verdict = state.checks.read(everything=everything)
-    if verdict is not None and not verdict.wrong:
+    if verdict is None:
+        return 0
+    if not verdict.wrong:
         verdict = state.checks.read(everything=True) or verdict  # the state is about to be saved
-    if verdict is not None and verdict.wrong:
+    if verdict.wrong:
         raise FloatingPointError(report_bad_step(verdict, state))
-    return verdict.signum if verdict is not None else 0
+    return verdict.signum
 
 
 def _save_and_stop(state: TrainState, signum: int) -> NoReturn:

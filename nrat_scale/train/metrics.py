@@ -99,12 +99,10 @@ def total_sums(state: TrainState) -> dict[str, float]:
 
 def averages(state: TrainState, sums: Mapping[str, float]) -> dict[str, float | None]:
     """The metrics; None for those that the objective does not have, and of an empty population."""
-
-    def average(name: str, metric: Metric) -> float | None:
-        known = sums[metric.over] and state.objective.family in metric.families
-        return sums[name] / sums[metric.over] if known else None
-
-    return {name: average(name, metric) for name, metric in METRICS.items()}
+    known = [
+        name for name, metric in METRICS.items() if sums[metric.over] and state.objective.family in metric.families
+    ]
+    return dict.fromkeys(METRICS) | {name: sums[name] / sums[METRICS[name].over] for name in known}
 
 
 def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:

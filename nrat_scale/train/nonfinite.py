@@ -1,12 +1,9 @@
 """Steps that are not finite: detected on the device, agreed on by all ranks, reported by the host without waiting.
 
-A loss, gradient or attack that is NaN or Inf on any rank makes every rank skip the optimizer's update on the device, by
-`found_inf`. The host reads the result at the end of the step on a CPU, one step later on a GPU, and ends the run before
-it saves anything. Until then every step is skipped: the parameters are those from before the first bad step. BatchNorm's
-running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
-
-fp16 is the exception: GradScaler expects overflows and skips those steps, and training continues. `train_step` then restores
-`TrainState.restored`, which holds the statistics and sums.
+If a loss, gradient or attack is NaN or Inf on any rank, every rank skips the optimizer's update, and those of all later
+steps, on the device by `found_inf`. The host reads the result at the end of the step on a CPU, one step later on a GPU, and
+ends the run before it saves anything. BatchNorm's running statistics and the sums of metrics are not restored, because
+nothing reads them afterwards. Only fp16 continues: GradScaler expects overflows, and `train_step` restores both.
 """
 
 from collections import deque
@@ -52,13 +49,8 @@ class StepChecks:
     A kind of WRONG that was noted once stays noted: all later steps are bad too.
 
     Args:
-        device: of the training.
-        total: sums an int32 tensor over ranks and returns a new one.
+        total: returns the sum of an int32 tensor over ranks, as a new tensor.
         lag: steps by which the host reads behind the device; by default 0 on a CPU and 1 elsewhere.
-
-    Attributes:
-        here: what this rank has noted, int32 counts of WRONG and SIGNALS, on the device.
-        pending: steps that the host has not read: number, counts, event that marks the end of the copy.
     """
 
     def __init__(
@@ -66,8 +58,10 @@ class StepChecks:
     ) -> None:
         self._total = total
         self._lag = lag if lag is not None else int(device.type != "cpu")
+        # Counts of WRONG and SIGNALS, on this rank and summed over all.
         self.here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
         self._everywhere = torch.zeros_like(self.here)
+        # Steps that the host has not read: number, counts, event that marks the end of the copy.
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def begin(self, signum: int) -> None:

@@ -39,7 +39,6 @@ class Clock:
 
     def lap(self) -> tuple[float, dict[str, float]]:
         """(seconds since the last lap, seconds by section); on a GPU it waits for the events of the lap."""
-        began, self._began = self._began, time.perf_counter()
         seconds = dict.fromkeys(SECTIONS, 0.0)
         for name, begin, end in self._spans:
             if isinstance(end, float):
@@ -47,7 +46,7 @@ class Clock:
             else:
                 end.synchronize()
                 seconds[name] += begin.elapsed_time(end) / 1e3
-        self._spans = []
+        began, self._began, self._spans = self._began, time.perf_counter(), []
         return self._began - began, seconds
 
 
@@ -63,10 +62,10 @@ class Profile:
     def __init__(self, state: "TrainState", num_steps: int) -> None:
         self._first, self._num_steps = state.step + _WARMUP_STEPS, num_steps
         self._profiler: Any = None
-        if num_steps and state.last_step < self._first + num_steps:
+        needed, left = num_steps + _WARMUP_STEPS, state.last_step - state.step
+        if num_steps and left < needed:
             state.accelerator.print(
-                f"warning: no profile is written: {state.last_step - state.step} steps are left, and --profile {num_steps} "
-                f"needs {num_steps + _WARMUP_STEPS}."
+                f"warning: --profile {num_steps} needs {needed} steps, and {left} are left: no profile."
             )
 
     def update(self, state: "TrainState") -> None:

@@ -24,11 +24,8 @@ UNNAMED_SUMS = (
 def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
     """Save a checkpoint of this step in the background; last.json (and best.json if `is_best`) will name it.
 
-    Args:
-        final: return only when it is durable.
-
-    Raises:
-        UserError: on all ranks: an earlier save failed, not by a full disk; a final one failed for any reason.
+    `final` waits until it is durable. Raises `UserError` on all ranks if an earlier save failed with an error that is not
+    transient, or a final one with any.
     """
     # One row per rank: their sum would be rounded differently from the uninterrupted run's.
     sums, guard_sums = (gather(sums[None]).tolist() for sums in (state.sums, state.guard.sums))
@@ -69,9 +66,9 @@ def resume(state: TrainState) -> None:
         state.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
     if checkpoint is None:
         return
-    _restore(state, checkpoint)
     lines = state.run.metrics.read_text(encoding="utf-8").splitlines() if state.run.metrics.is_file() else []
-    state.metrics = lines[: checkpoint.state["metrics_lines"]]
+    state.metrics = lines
+    _restore(state, checkpoint)
     if state.accelerator.is_main_process and len(lines) != len(state.metrics):
         write_metrics(state)
     state.accelerator.print(f"resuming {state.run.path} from step {state.step} of {state.total_steps}")
@@ -83,10 +80,8 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
         _restore_sums(state, facts)
         state.guard.load(facts["guard"])
     except UserError as error:
-        raise UserError(
-            f"{checkpoint.folder} was written by another version ({error}). Resume with that version, or start a new run "
-            "with run_dir=PATH."
-        ) from error
+        way_out = "Resume with that version, or start a new run with run_dir=PATH."
+        raise UserError(f"{checkpoint.folder} was written by another version ({error}). {way_out}") from error
     try:
         state.base.load_state_dict(checkpoint.tensors("model"))
         if state.ema is not None:
@@ -97,15 +92,12 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
     load_optimizer_tensors(state.optimizer, state.base, checkpoint.tensors("optimizer"))
     if state.accelerator.scaler is not None and facts["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(facts["scaler"])
+    state.metrics = state.metrics[: facts["metrics_lines"]]
     state.step, state.best, state.validation_due = int(facts["step"]), facts["best"], bool(facts["validation_due"])
 
 
 def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
-    """Restore the sums of the metrics and of the guard, saved as one row per rank.
-
-    Raises:
-        UserError: they are not the sums of this version.
-    """
+    """Restore the sums of the metrics and of the guard, saved as one row per rank; `UserError` if they are others."""
     names = facts.get("sum_names", list(UNNAMED_SUMS))
     if not isinstance(names, list) or sorted(map(str, names)) != sorted(sum_names()):
         raise UserError(f"it has sums of {quoted(names)}, expected {', '.join(sum_names())}")
@@ -122,14 +114,9 @@ def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
 
 
 def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:
-    """Restore the newest checkpoint from before a collapse and reduce the learning rate.
+    """Restore the newest checkpoint from before a collapse and reduce the learning rate; `UserError` if there is none.
 
-    Args:
-        what: a sentence about the collapse.
-        row: the row of metrics.jsonl about it.
-
-    Raises:
-        UserError: no checkpoint is from before it.
+    `what` describes the collapse in a sentence, `row` in metrics.jsonl.
     """
     guard, run = state.guard, state.run
     rewinds, lr_scale = guard.rewinds + 1, guard.lr_scale * state.recipe.guard.lr_factor
@@ -140,7 +127,6 @@ def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:
     state.accelerator.wait_for_everyone()
     checkpoint = open_checkpoint(good[0])
     _restore(state, checkpoint)
-    state.metrics = state.metrics[: checkpoint.state["metrics_lines"]]
     guard.rewinds, guard.lr_scale, guard.bad_windows, guard.warned = rewinds, lr_scale, 0, False
     state.accelerator.print(
         f"warning: {what} Going back to step {state.step}, with {lr_scale:g} times the learning rate."

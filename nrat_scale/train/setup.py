@@ -69,12 +69,8 @@ def start(recipe: RecipeSpec) -> TrainState:
     on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
         _describe(state, arguments)
-        state.saver = Saver(
-            run.path,
-            recipe.train.keep,
-            lambda sentence: tqdm.write(f"warning: {sentence}"),
-            recipe.release.every_epochs,
-        )
+        keep, every = recipe.train.keep, recipe.release.every_epochs
+        state.saver = Saver(run.path, keep, lambda sentence: tqdm.write(f"warning: {sentence}"), every)
     resume(state)
     return state
 
@@ -83,15 +79,14 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
     gpu = torch.accelerator.is_available()
     if recipe.precision == "fp16" and not gpu:
         raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
+    timeout = datetime.timedelta(minutes=recipe.train.timeout_minutes)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timeout)]
     accelerator = Accelerator(
         mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
         cpu=not gpu,
         log_with="tensorboard",
         project_dir=recipe.run_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=recipe.train.timeout_minutes)),
-        ],
+        kwargs_handlers=handlers,
     )
     if accelerator.device.type == "cpu":
         use_all_cores()
@@ -135,9 +130,7 @@ def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, bas
     ema = build_ema(base, recipe.ema, recipe.train.epochs * data.steps_per_epoch) if recipe.ema.decay else None
     attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
     if attack_model.untraced is not None and batchnorms(base):
-        accelerator.print(
-            f"BatchNorm is not folded while attacking: torch.fx cannot trace the model ({attack_model.untraced})."
-        )
+        accelerator.print(f"BatchNorm is not folded: torch.fx cannot trace the model ({attack_model.untraced}).")
     with warnings.catch_warnings():
         # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -166,16 +159,14 @@ def prepare_for_skipped_steps(state: TrainState) -> None:
 def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     """Write model.json, data.json and the files of the label noise."""
     shards, real = state.data.shards, state.data.real
-    write_json(
-        state.run.model,
-        {
-            "architecture": state.recipe.model.name,
-            "model_args": arguments,
-            "image_shape": list(shards.image_shape),
-            "class_names": list(shards.class_names),
-            "dataset": shards.dataset,
-        },
-    )
+    description = {
+        "architecture": state.recipe.model.name,
+        "model_args": arguments,
+        "image_shape": list(shards.image_shape),
+        "class_names": list(shards.class_names),
+        "dataset": shards.dataset,
+    }
+    write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())
     if real is not None and real.given is not None and real.clean is not None:
         order = real.shards.in_source_order()

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -74,9 +75,8 @@ class TrainState:
     validation_due: bool = False  # a signal interrupted the validation of the epoch that ends at `step`
     metrics: list[str] = field(default_factory=list)  # the lines of metrics.jsonl
     signals: StopSignals = field(default_factory=StopSignals)
-    recent: deque[tuple[Batch, list[MicroBatch]]] = field(
-        default_factory=lambda: deque(maxlen=2)
-    )  # to report a bad step
+    # The last steps, whose checks the host may not have read yet.
+    recent: deque[tuple[Batch, list[MicroBatch]]] = field(default_factory=partial(deque, maxlen=2))
     saver: Saver | None = None  # on the main process only
 
     @property

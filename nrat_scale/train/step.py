@@ -38,13 +38,15 @@ def train_step(state: TrainState, batch: Batch) -> None:
     before = [tensor.clone() for tensor in state.restored]
     with state.clock.section("data"):
         parts = list(micro_batches(state, batch))
+    epoch = state.step // state.data.steps_per_epoch
+    perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
     reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
-    reuse = reuse and not _awp_acts(state) and not _starts_precisely(state)
+    reuse = reuse and not perturbed and not _starts_precisely(state)
     if state.objective.attacks and not reuse:
         parts = [attacked(state, part) for part in parts]
 
-    with _perturbed_weights(state, parts):
+    with _perturbed_weights(state, parts) if perturbed else contextlib.nullcontext():
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
@@ -92,10 +94,9 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
-    """The training attack: `part` with x_adv.
+    """`part` with the x_adv of the training attack.
 
-    Args:
-        logits: natural logits, computed as the attack runs the model; None: compute them if the inner loss needs them.
+    `logits` are natural logits in the attack's BatchNorm mode; if None, they are computed for an inner loss that needs them.
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
@@ -131,14 +132,7 @@ def _starts_precisely(state: TrainState) -> bool:
     return state.objective.inner_needs_natural and state.recipe.precision in ("bf16", "fp16")
 
 
-def _awp_acts(state: TrainState) -> bool:
-    return state.recipe.awp.gamma > 0 and state.step // state.data.steps_per_epoch >= state.recipe.awp.warmup_epochs
-
-
 def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib.AbstractContextManager[None]:
-    if not _awp_acts(state):
-        return contextlib.nullcontext()
-
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         return state.objective.loss(logits, model(part.x_adv) if part.x_adv is not None else None, part.y)
@@ -149,11 +143,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
 
 @torch.no_grad()
 def _finish_gradient(state: TrainState) -> Tensor:
-    """Record the norm of the averaged gradient, clip it, and make the optimizer skip a bad step.
-
-    Returns:
-        Whether the step counts, bool scalar, the same on all ranks.
-    """
+    """Record the gradient's norm, clip it, and make the optimizer skip a bad step; whether this one is good (bool scalar)."""
     good = state.checks.agree()
     align_gradients(state.base.parameters())
     gradients = [p.grad for p in state.base.parameters() if p.grad is not None]
