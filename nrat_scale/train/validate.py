@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
+from nrat_scale.train.compile import uncompiled
 from nrat_scale.train.state import TrainState
 
 
@@ -23,7 +24,7 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     counts = [len(rows)]
     model.eval()
     try:
-        with state.accelerator.autocast():
+        with uncompiled(model), state.accelerator.autocast():
             for name in ("natural", attack):
                 counts += _correct(state, name, model, images, rows)
     except Interrupted:

@@ -32,3 +32,10 @@ def test_badges_are_true() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"].replace(">=", "≥ ") in (ROOT / "docs/images/python.svg").read_text()
     assert f">{project['license']}<" in (ROOT / "docs/images/licence.svg").read_text()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    """Every `nrat_scale/...`, `tests/...`, `tools/...` or `recipes/...` that a page names is in the repository."""
+    for name in re.findall(r"\b(?:nrat_scale|tests|tools|recipes)/[\w./]*\w", page.read_text()):
+        assert (ROOT / name).exists(), name

@@ -46,6 +46,32 @@ def test_attack_and_training_are_separate_graphs(
     assert RunFolder(runs[0]).read_metrics() == RunFolder(runs[1]).read_metrics()
 
 
+def test_validation_runs_eager(wide_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an EMA the trained model itself is validated: the compiled graph sees training batches only."""
+    modes: list[bool] = []
+
+    def compiled(function, *, dynamic):
+        def call(*given):
+            modes.append(state_of(function).training)
+            return function(*given)
+
+        return call
+
+    def state_of(function) -> torch.nn.Module:
+        return getattr(function, "__self__", function)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    overrides = [
+        "ema.decay=0",
+        "threat.bn=batch",
+        "train.compile=true",
+        "train.epochs=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    train(load_recipe(wide_path, overrides))
+    assert modes and all(modes)
+
+
 def test_a_failure_to_compile(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
