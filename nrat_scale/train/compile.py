@@ -4,11 +4,7 @@ They are two graphs. The attack model needs no gradient for weights; through the
 a compiled attack was 1.7 times slower than eager on a CPU.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import nn
 
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.train.state import TrainState
@@ -41,17 +37,6 @@ def compile_models(state: TrainState) -> None:
     if wanted is True:
         raise UserError(f"{problem}. Use train.compile=auto or false.")
     state.accelerator.print(f"warning: {problem}; training runs eager.")
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run `model` eager inside: validation has other batch sizes and modes, and each would compile one more graph."""
-    compiled = model._compiled_call_impl
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
 
 
 def _compile(state: TrainState) -> None:

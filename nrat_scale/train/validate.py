@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
-from nrat_scale.train.compile import uncompiled
 from nrat_scale.train.state import TrainState
 
 
@@ -18,18 +17,24 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     None on all ranks if one of them received a signal to stop; the resumed run validates again.
     """
     model, held_out = state.base if state.ema is None else state.ema.module, state.validation
-    training, attack = model.training, state.recipe.train.validation_attack
+    attack, dtype = state.recipe.train.validation_attack, next(model.parameters()).dtype
     rows = np.arange(state.accelerator.process_index, len(held_out.labels), state.accelerator.num_processes)
     images = Images(held_out.images, held_out.labels, np.arange(len(held_out.labels))).take(rows)
     counts = [len(rows)]
+    training, compiled = model.training, model._compiled_call_impl
+    model._compiled_call_impl = None  # other batch sizes and modes would each compile one more graph
+    # The images are float32 under fp64, too.
+    cast = model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     model.eval()
     try:
-        with uncompiled(model), state.accelerator.autocast():
+        with state.accelerator.autocast():
             for name in ("natural", attack):
                 counts += _correct(state, name, model, images, rows)
     except Interrupted:
         counts = [0] * 5
+    cast.remove()
     model.train(training)
+    model._compiled_call_impl = compiled
     counts.append(int(state.signals.received != 0))
     total = state.accelerator.reduce(torch.tensor(counts, device=state.accelerator.device), "sum").tolist()
     if total[5]:
@@ -56,8 +61,6 @@ def _correct(state: TrainState, attack: str, model: nn.Module, images: Images, r
 
     An attack depends on its label, so it is repeated for the images whose clean label differs.
     """
-    if state.recipe.precision == "fp64":
-        model = _Float64(model)
     options: dict[str, Any] = {"seed": state.recipe.seed, "stopped": lambda: state.signals.received != 0}
     given = correct_under(attack, model, images, state.recipe.threat, **options)
     if state.validation.clean_labels is None:
@@ -67,15 +70,3 @@ def _correct(state: TrainState, attack: str, model: nn.Module, images: Images, r
     subset = dataclasses.replace(images, labels=clean_labels).take(np.flatnonzero(differ))
     again = correct_under(attack, model, subset, state.recipe.threat, **options)
     return [int(given.sum()), int(given[~differ].sum() + again.sum())]
-
-
-class _Float64(nn.Module):
-    """Runs a float64 model on float32 images."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.mean, self.std = model, getattr(model, "mean", None), getattr(model, "std", None)
-        self.train(model.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())

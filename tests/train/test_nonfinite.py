@@ -1,15 +1,24 @@
-"""Checks of a step on all ranks: each failure and signal is reported once, with its step and its kind."""
+"""Steps that are not finite: each failure and signal is reported once, with step and kind, and ends the run on all ranks."""
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from nrat_scale.checkpoint.folder import named_checkpoint
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.loop import train
 from nrat_scale.train.nonfinite import WRONG, StepChecks, Verdict, images_not_finite
+from nrat_scale.train.setup import start
 from nrat_scale.train.signals import SIGNALS
 from nrat_scale.train.state import MicroBatch
+from nrat_scale.train.step import train_step
+from tests.support.launched import launched
 
 CPU = torch.device("cpu")
 LOCAL = ("attack", "ball", "loss")  # the gradient is the same on all ranks
@@ -271,3 +280,66 @@ def test_the_image_whose_attack_failed_is_named():
     assert images_not_finite([first, second]).tolist() == [False, True, False, False, False, False]
     assert images_not_finite([MicroBatch(x, y, y, x, None, None, logits)]).tolist() == [False, False, True]
     assert not images_not_finite([MicroBatch(x, y, y, x, x, None, x.flatten(1))]).any()
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+DIVERGING = ["objective.name=trades", "optim.lr=1e30", "optim.schedule=constant", "train.epochs=2"]
+
+
+@pytest.mark.parametrize("lag", [0, 1], ids=["read at once", "read a step later"])
+def test_a_bad_step_changes_no_weights(wide_path: Path, tmp_path: Path, lag: int) -> None:
+    """Parameters and momentum stay those of the step before, whether the host reads the checks at once or a step later."""
+    state = start(load_recipe(wide_path, [*DIVERGING, f"run_dir={tmp_path / 'run'}"]))
+    state.checks = StepChecks(torch.device("cpu"), lag=lag)
+    before: list[torch.Tensor] = []
+    for batch in state.data.batches(0, 2 + lag):
+        kept = list(state.base.parameters())
+        kept += [value["momentum_buffer"] for value in state.optimizer.state.values()]
+        before = [tensor.detach().clone() for tensor in kept] if state.step < 2 else before
+        train_step(state, batch)
+        state.step += 1
+        verdict = state.checks.read()
+        assert (verdict is None) == (state.step < 2 + lag)
+    assert verdict is not None and verdict.step == 2
+    assert all(map(torch.equal, kept, before))
+
+
+def test_divergence_names_step_images_and_file(recipe_path: Path, tmp_path: Path) -> None:
+    """The file holds images and the weights from before the step; the run has no checkpoint of it or of a later one."""
+    good = train(load_recipe(recipe_path, [*DIVERGING, "train.max_steps=1", f"run_dir={tmp_path / 'good'}"]))
+    run = tmp_path / "run"
+    with pytest.raises(
+        FloatingPointError, match=r"Step 2 was not applied.*rank 0, images (real|generated) \d+, .*Lower optim"
+    ):
+        train(load_recipe(recipe_path, [*DIVERGING, f"run_dir={run}"]))
+    kept = load_file(RunFolder(run).bad_step(2, rank=0))
+    assert kept["x"].shape == kept["x_adv"].shape == (16, 1, 12, 12)
+    assert kept["ids"].shape == kept["generated"].shape == (16,)
+    for name, value in named_checkpoint(good, "last").tensors("model").items():
+        assert torch.equal(kept[f"model.{name}"], value), name
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+SABOTAGED = """
+import os
+from nrat_scale.core.errors import run_cli
+from nrat_scale.objectives import Objective
+from nrat_scale.train.__main__ import main
+loss, calls = Objective.loss, []
+def sabotaged(self, *given):
+    calls.append(1)
+    return loss(self, *given) * (float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else 1.0)
+Objective.loss = sabotaged
+run_cli(main)
+"""
+
+
+def test_a_bad_step_on_one_rank_stops_all(recipe_path: Path, tmp_path: Path) -> None:
+    """A loss that is NaN on rank 1 only: both ranks end, rank 1 is named and saves its images, no checkpoint is later."""
+    run = tmp_path / "run"
+    with launched([str(recipe_path), f"run_dir={run}"], processes=2, script=SABOTAGED) as launch:
+        assert launch.wait() == [1, 1]
+    assert "Step 6 was not applied" in launch.text("err") and "(rank 1, images" in launch.text("err")
+    assert [path.name for path in run.glob("bad-*")] == ["bad-step-00000006-rank1.safetensors"]
+    assert named_checkpoint(run, "last").step == 4

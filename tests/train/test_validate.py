@@ -1,0 +1,51 @@
+"""Validation that a signal interrupts: the run saves it as due, and the resumed run does it first."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train import validate
+from nrat_scale.train.loop import train
+from nrat_scale.train.signals import Stopped
+from tests.support.launched import launched
+from tests.support.runs import digest
+
+
+@pytest.fixture(scope="module")
+def short(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs that receives no signal."""
+    run = tmp_path_factory.mktemp("short") / "run"
+    with launched([str(recipe_path), f"run_dir={run}"]) as launch:
+        launch.succeed()
+    return run
+
+
+@pytest.mark.parametrize("call", [4, 6], ids=["second validation", "last validation"])
+def test_a_stop_during_validation(
+    recipe_path: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Validation is given up, saved as due, and done first by the resumed run: metrics and checkpoints are the same.
+
+    Also in the last epoch, when all steps are done but the run is not."""
+    real: Callable[..., object] = validate.correct_under
+    calls: list[str] = []
+
+    def signalled(attack, model, images, *rest, **options):
+        if len(images) == 20:  # all held-out images, not those with another clean label
+            calls.append(attack)
+            if len(calls) == call:  # `natural` and the attack by turns
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(attack, model, images, *rest, **options)
+
+    monkeypatch.setattr(validate, "correct_under", signalled)
+    recipe = load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(Stopped):
+        train(recipe)
+    kinds = [row["kind"] for row in RunFolder(tmp_path / "run").read_metrics()]
+    assert kinds == ["train", "validation"] * (call // 2 - 1) + ["train"]
+    assert digest(train(recipe)) == digest(short)
