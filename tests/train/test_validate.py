@@ -12,26 +12,17 @@ from nrat_scale.recipe import load_recipe
 from nrat_scale.train import validate
 from nrat_scale.train.loop import train
 from nrat_scale.train.signals import Stopped
-from tests.support.launched import launched
 from tests.support.runs import digest
-
-
-@pytest.fixture(scope="module")
-def short(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three epochs that receives no signal."""
-    run = tmp_path_factory.mktemp("short") / "run"
-    with launched([str(recipe_path), f"run_dir={run}"]) as launch:
-        launch.succeed()
-    return run
 
 
 @pytest.mark.parametrize("call", [4, 6], ids=["second validation", "last validation"])
 def test_a_stop_during_validation(
-    recipe_path: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """Validation is given up, saved as due, and done first by the resumed run: metrics and checkpoints are the same.
 
     Also in the last epoch, when all steps are done but the run is not."""
+    whole = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'whole'}"]))
     real: Callable[..., object] = validate.correct_under
     calls: list[str] = []
 
@@ -48,4 +39,4 @@ def test_a_stop_during_validation(
         train(recipe)
     kinds = [row["kind"] for row in RunFolder(tmp_path / "run").read_metrics()]
     assert kinds == ["train", "validation"] * (call // 2 - 1) + ["train"]
-    assert digest(train(recipe)) == digest(short)
+    assert digest(train(recipe)) == digest(whole)
