@@ -29,7 +29,7 @@ class AttackModel:
 
     Attributes:
         module: maps images to logits.
-        forward: call this: `module`, or its compiled version.
+        forward: what attacks call: `module` or its compiled version.
         num_folded: number of folded BatchNorm layers.
         untraced: why torch.fx cannot trace the model, which prevents folding; None if it can, or folding is off.
     """

@@ -77,7 +77,7 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 def check_batchnorm(statistics: str, group_size: int | None, held: int, device: torch.device) -> None:
-    """Raise `UserError` if the device, or the `held` images of a process's micro-batch, do not fit `model.bn`."""
+    """Raise `UserError` if `model.bn` needs another device, or its groups do not divide a micro-batch of `held` images."""
     if statistics == "sync" and device.type == "cpu":
         raise UserError("model.bn is 'sync', which needs GPUs. Use groups or local, which work on any device.")
     if group_size is not None and held % group_size:

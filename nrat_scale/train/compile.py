@@ -1,7 +1,7 @@
 """torch.compile of the attack and of training (`train.compile`).
 
-They are two graphs. The attack model needs no gradient for weights; through the graph of the trained model, which computes it,
-a compiled attack was 1.7 times slower than eager on a CPU.
+The attack has a graph of its own, without gradients of weights. Compiled through the graph of training, which computes them,
+it was 1.7 times slower than eager on a CPU.
 """
 
 import torch

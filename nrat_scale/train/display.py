@@ -25,7 +25,7 @@ class Progress:
         state.clock.lap()
 
     def update(self, state: TrainState, lr: float) -> None:
-        """Call it after each step, on all ranks: every `train.log_every` steps they add up their sums."""
+        """Call it after each step on all ranks: every `train.log_every` steps it sums the metrics over ranks."""
         self._bar.n = state.step
         self._bar.update(0)
         if state.step % state.recipe.train.log_every == 0:

@@ -10,7 +10,7 @@ from nrat_scale.core.files import make_folder
 from nrat_scale.core.run_folder import RunFolder
 
 _PERIOD_SECONDS = 1.0
-_SILENT_SECONDS = 2.5  # longer than a period: a busy machine touches late
+_SILENT_SECONDS = 2.5  # with slack for a busy machine
 
 
 @contextlib.contextmanager
@@ -37,12 +37,12 @@ def heartbeat(run: RunFolder, rank: int) -> Iterator[None]:
 
 
 def silent_ranks(run: RunFolder) -> list[int]:
-    """Ranks that do not touch their file any more; waits for 3.5 seconds to find out."""
+    """The ranks whose file stays untouched while this waits (3.5 seconds)."""
     time.sleep(_SILENT_SECONDS + _PERIOD_SECONDS)
     now = run.alive / f"now-{uuid.uuid4().hex[:8]}"
     ages: dict[int, float] = {}
     with contextlib.suppress(OSError):
-        now.touch()  # compared with the clock of the file system, not of this machine
+        now.touch()  # ages are by the file system's clock, because those of hosts differ
         for path in run.alive.glob("rank-*"):
             ages[int(path.name.removeprefix("rank-"))] = now.stat().st_mtime - path.stat().st_mtime
         now.unlink()

@@ -1,7 +1,4 @@
-"""A training run: start or resume, loop over steps, validate, select the best checkpoint, save.
-
-`setup` builds the state, `step` has the algorithm.
-"""
+"""A training run: loop over steps, validate, select the best checkpoint, save. `step` has the algorithm."""
 
 import contextlib
 import math
@@ -139,7 +136,7 @@ def _fit(state: TrainState, profile: int) -> None:
 
 
 def _batches(state: TrainState, progress: Progress) -> Iterator[Batch]:
-    """The batches from `state.step` on, after the validation that a signal interrupted."""
+    """Make up for a validation that a signal interrupted, then return the batches from `state.step` on."""
     if state.validation_due:
         _validate_and_save(state, progress)
     ranks = state.accelerator.process_index, state.accelerator.num_processes
@@ -147,9 +144,9 @@ def _batches(state: TrainState, progress: Progress) -> Iterator[Batch]:
 
 
 def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
-    """Raise if a recent step was not finite, else return the signal by which all ranks stop, 0 for none.
+    """Raise if a recent step was not finite, else return the signal that stops all ranks, 0 for none.
 
-    On a GPU the flags of the last step may be in flight; `everything` waits for them.
+    On a GPU the flags of the last step are still in flight; `everything` waits for them.
     """
     verdict = state.checks.read(everything=everything)
     if verdict is None:
@@ -194,7 +191,7 @@ def _watch_for_collapse(state: TrainState) -> bool:
 
 
 def _validate_and_save(state: TrainState, progress: Progress) -> None:
-    """After the last step of an epoch: validate and select if it is due, and save."""
+    """At the end of an epoch: validate if due, select the best checkpoint, save."""
     spec, epoch = state.recipe.train, state.step // state.data.steps_per_epoch
     improved, last = False, state.step == state.last_step
     state.validation_due = epoch == spec.epochs or epoch % spec.validate_every == 0

@@ -14,7 +14,7 @@ from nrat_scale.core.files import write_atomically
 from nrat_scale.objectives import FAMILIES
 from nrat_scale.train.state import MicroBatch, TrainState
 
-# What a metric can be averaged over -> its members in a `MicroBatch`, bool [b]. Clean and noisy: images whose label is known
+# What a metric is averaged over -> its members in a `MicroBatch`, bool [b]. `clean` and `noisy`: images whose label is known
 # to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
 POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
     "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),

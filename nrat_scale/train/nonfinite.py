@@ -1,9 +1,10 @@
 """Steps that are not finite: detected on the device, agreed on by all ranks, reported by the host without waiting.
 
-If a loss, gradient or attack is NaN or Inf on any rank, every rank skips the optimizer's update, and those of all later
-steps, on the device by `found_inf`. The host reads the result at the end of the step on a CPU, one step later on a GPU, and
-ends the run before it saves anything. BatchNorm's running statistics and the sums of metrics are not restored, because
-nothing reads them afterwards. Only fp16 continues: GradScaler expects overflows, and `train_step` restores both.
+If a loss, gradient or attack is NaN or Inf on any rank, `found_inf` makes all ranks skip this update and every later one
+on the device. The host reads the flags at the end of the step on a CPU, one step later on a GPU, and ends the run before it
+saves. BatchNorm's running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
+
+Under fp16 an overflow is not an error: GradScaler skips the step, `train_step` restores both, and training continues.
 """
 
 from collections import deque
@@ -35,7 +36,7 @@ _NAMED_IDS = 10
 
 @dataclass(frozen=True)
 class Verdict:
-    """The checks of one step that need an answer."""
+    """A step after which the run must end: because of a failure, a signal, or both."""
 
     step: int  # counted from 1
     wrong: tuple[str, ...]  # keys of WRONG that happened on any rank
@@ -44,7 +45,7 @@ class Verdict:
 
 
 class StepChecks:
-    """What went wrong in each step, and signals to stop, summed over ranks.
+    """Failures and stop signals of each step, summed over ranks on the device.
 
     A kind of WRONG that was noted once stays noted: all later steps are bad too.
 
@@ -80,7 +81,7 @@ class StepChecks:
         return ~self._everywhere[: len(WRONG)].any()
 
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:
-        """After `agree`, note what is the same on all ranks; whether nothing is wrong so far (bool scalar)."""
+        """After `agree`, note a failure that all ranks share; whether nothing is wrong so far (bool scalar)."""
         self._everywhere[tuple(WRONG).index(kind)] += bad
         self.note(kind, bad)
         return ~self._everywhere[: len(WRONG)].any()
@@ -97,7 +98,7 @@ class StepChecks:
         self.pending.append((step, host, event))
 
     def read(self, *, everything: bool = False) -> Verdict | None:
-        """The first step that needs an answer among those that the host can read; `everything` waits for all."""
+        """The first step with a failure or a signal, of those copied to the host; `everything` waits for all."""
         while len(self.pending) > (0 if everything else self._lag):
             step, values, event = self.pending.popleft()
             if event is not None:
@@ -112,11 +113,10 @@ class StepChecks:
 def report_bad_step(verdict: Verdict, state: "TrainState") -> str:
     """Save the images and weights of a bad step; the error message, the same on all ranks. All ranks must call it.
 
-    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether an
-    id is of the generated images), and `model.NAME`: the parameters from before the step. BatchNorm's running statistics
-    in it already contain the step.
+    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether the
+    source is the generated one), and `model.NAME`: the parameters from before the step, BatchNorm's statistics after it.
     """
-    # The averaged gradient is the same on all ranks: it does not say on which one something went wrong.
+    # The averaged gradient is equal on all ranks, so it does not name the rank that failed.
     causes = [kind for kind in verdict.wrong if kind != "gradient"] or ["gradient"]
     ((batch, parts),) = [recent for recent in state.recent if recent[0].step + 1 == verdict.step]
     places = [_save_step(state, batch, parts)] if set(causes) & set(verdict.here) else []
@@ -128,10 +128,10 @@ def report_bad_step(verdict: Verdict, state: "TrainState") -> str:
 
 
 def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
-    """bool [b]: the first images that were not finite: adversarial pixels, else natural logits, else adversarial logits.
+    """bool [b]: images with NaN or Inf in the adversarial pixels; if there are none, in the natural or adversarial logits.
 
-    In the training forwards BatchNorm's batch statistics spread one NaN over the batch. The attack runs before them, with
-    `threat.bn: eval` each image by itself, so its images come first.
+    In the training forwards BatchNorm spreads one NaN over the batch. The attack runs earlier and, with `threat.bn: eval`,
+    separates the images.
     """
     bad = torch.zeros(sum(len(part.x) for part in parts), dtype=torch.bool)
     for name in ("x_adv", "logits", "logits_adv"):

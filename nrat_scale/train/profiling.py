@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nrat_scale.train.state import TrainState
 
 SECTIONS = ("data", "attack", "outer", "optimizer", "logging")
-_WARMUP_STEPS = 2  # in which caches fill and kernels are chosen
+_WARMUP_STEPS = 2  # caches fill, kernels are chosen
 
 
 class Clock:
@@ -65,7 +65,7 @@ class Profile:
         needed, left = num_steps + _WARMUP_STEPS, state.last_step - state.step
         if num_steps and left < needed:
             state.accelerator.print(
-                f"warning: --profile {num_steps} needs {needed} steps, and {left} are left: no profile."
+                f"warning: no profile: --profile {num_steps} needs {needed} steps, and {left} are left."
             )
 
     def update(self, state: "TrainState") -> None:

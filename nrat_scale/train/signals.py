@@ -28,7 +28,7 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
-            # Safe in the middle of a write: files are written beside their place and renamed.
+            # Safe during a write: files are replaced by an atomic rename.
             os._exit(128 + signum)
         self.received = signum
         with contextlib.suppress(OSError):
@@ -36,7 +36,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Handle SIGNALS inside the block. Python lets only the main thread do so; in another one nothing changes."""
+        """Handle SIGNALS inside the block; does nothing outside the main thread, as Python demands."""
         in_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, self._handle) for number in SIGNALS if in_main}
         try:

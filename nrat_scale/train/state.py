@@ -69,7 +69,7 @@ class TrainState:
     clock: Clock
     statistics: RunningStatistics
     sums: Tensor  # float64, named by `metrics.sum_names()`: over this rank's epoch so far, always changed in place
-    restored: list[Tensor] = field(default_factory=list)  # fp16: restored if the optimizer skips a step that overflowed
+    restored: list[Tensor] = field(default_factory=list)  # under fp16, what a skipped step must not change
     step: int = 0  # optimizer steps done
     best: dict[str, Any] | None = None  # step, epoch and accuracies of the best validation so far
     validation_due: bool = False  # a signal interrupted the validation of the epoch that ends at `step`

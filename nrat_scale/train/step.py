@@ -50,7 +50,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
-                # Two forwards, natural first: BatchNorm's batch and running statistics depend on both.
+                # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
                 with state.clock.section("outer"):
                     logits = state.model(part.x) if state.objective.family != "at" else None
                 part = attacked(state, part, logits) if reuse else part
