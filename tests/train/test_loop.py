@@ -60,7 +60,7 @@ def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.Fi
 
 
 def test_two_processes_with_local_statistics_resume_exactly(wide_path: Path, tmp_path: Path) -> None:
-    """In the middle of an epoch, too: running statistics are equal on all ranks after every step."""
+    """Also within an epoch, because running statistics are equal on all ranks after every step."""
     for run, stops in (("whole", [[]]), ("parts", [["train.max_steps=3"], []])):
         for stop in stops:
             arguments = [str(wide_path), "train.epochs=2", f"run_dir={tmp_path / run}", *stop]
@@ -130,7 +130,7 @@ def test_a_collapse_is_reported_once(recipe_path: Path, tmp_path: Path, capsys: 
 
 
 def test_a_collapse_can_stop_the_run(recipe_path: Path, tmp_path: Path) -> None:
-    """A night on rented GPUs is not spent on a model that names one class."""
+    """`stop` ends the run with advice instead of training a collapsed model for hours."""
     recipe = load_recipe(recipe_path, [*COLLAPSING, *WATCHING, "guard.action=stop", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match=r"collapsed by step \d+: .* name one class.*Lower optim\.lr"):
         train(recipe)

@@ -53,7 +53,7 @@ def ranks() -> list[StepChecks]:
 
 
 def test_no_verdict_while_all_steps_are_finite():
-    """For any number of steps: every step counts, and what was read is not kept."""
+    """Every step is good, and steps that were read are dropped."""
     checks = StepChecks(CPU)
     for step in range(1, 200):
         assert stepped(checks, step)
@@ -65,7 +65,7 @@ def test_no_verdict_while_all_steps_are_finite():
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("everything", [False, True])
 def test_a_verdict_has_kind_and_step(kind, everything):
-    """The step in which it happened, not the one in which it is read."""
+    """The verdict names the step of the failure, not the one in which it is read."""
     checks = StepChecks(CPU)
     assert stepped(checks, 6)
     when = {"late": kind} if kind == "gradient" else {"bad": kind}
@@ -75,7 +75,7 @@ def test_a_verdict_has_kind_and_step(kind, everything):
 
 
 def test_several_kinds_are_in_one_verdict():
-    """In the order of WRONG, not of noting."""
+    """Several failures of a step are in the order of WRONG, not of noting."""
     checks = StepChecks(CPU)
     checks.begin(0)
     checks.note("loss", TRUE)
@@ -113,7 +113,7 @@ def test_wrong_stays_wrong(kind):
 
 
 def test_later_notes_do_not_change_a_posted_step():
-    """Even if the host has not read it yet."""
+    """A failure in the next step leaves the counts of a step that the host has not read yet."""
     checks = StepChecks(CPU)
     assert stepped(checks, 1)
     assert not stepped(checks, 2, bad="ball")
@@ -122,7 +122,7 @@ def test_later_notes_do_not_change_a_posted_step():
 
 
 def test_unknown_kind_is_a_bug():
-    """Nobody would read it."""
+    """A misspelt kind raises."""
     with pytest.raises(ValueError, match="not in tuple"):
         StepChecks(CPU).note("weather", TRUE)
 
@@ -159,7 +159,7 @@ def test_each_kind_keeps_its_rank(ranks):
 
 
 def test_ranks_stay_wrong_together(ranks):
-    """In later steps too, without anything new."""
+    """A failure on one rank makes all later steps bad on both."""
     for step in (1, 2, 3):
         for rank in ranks:
             rank.begin(0)
@@ -238,7 +238,7 @@ def test_a_signal_does_not_hide_a_failure():
 
 
 def test_a_device_that_lags_is_not_waited_for():
-    """The last step is read after the next one, or if `everything` is asked for."""
+    """The last step is read after the next one, or with `everything`."""
     checks = StepChecks(CPU, lag=1)  # as on a GPU
     stepped(checks, 1, signum=int(signal.SIGINT))
     assert checks.read() is None
@@ -272,7 +272,7 @@ def test_a_gpu_is_read_one_step_later():
 
 
 def test_the_image_whose_attack_failed_is_named():
-    """Although BatchNorm spread its NaN over the logits of the batch; without an attack the natural logits count."""
+    """Even if BatchNorm spread its NaN over the logits of the batch; without an attack, natural logits are checked."""
     x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     x_adv, logits, spread = x.clone(), torch.zeros(3, 2), torch.full((3, 2), torch.nan)
     x_adv[1], logits[2] = torch.nan, torch.inf

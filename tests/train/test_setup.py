@@ -22,7 +22,7 @@ from nrat_scale.train.loop import train
     ],
 )
 def test_wrong_settings_are_refused(wide_path: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
-    """Before anything is written."""
+    """Settings that do not fit end in an error before anything is written."""
     with pytest.raises(UserError, match=message):
         train(load_recipe(wide_path, [*overrides, f"run_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()

@@ -59,7 +59,7 @@ def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> No
 
 
 def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """Nothing is damaged: the resumed run ends with the same bits."""
+    """A second signal damages nothing: the resumed run ends with the same bits."""
     run = tmp_path / "run"
     with launched(arguments(recipe_path, run)) as launch:
         launch.wait_for_rows(run, 4)

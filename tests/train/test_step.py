@@ -16,7 +16,7 @@ from nrat_scale.train.step import micro_batches, train_step
 def test_images_labels_augmentation_and_noise_are_those_of_the_global_batch(
     recipe_path: Path, tmp_path: Path, world_size: int
 ) -> None:
-    """Exactly, for every rank: they are drawn for the global batch and sliced."""
+    """Each rank has exactly its slice of what is drawn for the global batch."""
     overrides = ["data.augment.flip=true", "data.augment.crop=2", f"run_dir={tmp_path / 'run'}"]
     state = start(load_recipe(recipe_path, overrides))
     whole = [micro_batches(state, batch) for batch in state.data.batches(5, 8)]

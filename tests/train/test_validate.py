@@ -19,9 +19,8 @@ from tests.support.runs import digest
 def test_a_stop_during_validation(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """Validation is given up, saved as due, and done first by the resumed run: metrics and checkpoints are the same.
-
-    Also in the last epoch, when all steps are done but the run is not."""
+    """The interrupted validation is saved as due and done first by the resumed run, also after the last step: metrics and
+    checkpoints are those of an uninterrupted run."""
     whole = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'whole'}"]))
     real: Callable[..., object] = validate.correct_under
     calls: list[str] = []
