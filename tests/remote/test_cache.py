@@ -17,7 +17,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.transfer import Cancelled
 from tests.support.contents import GB, random_bytes, sha256_hex
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.http_server import Fault, HttpServer
 from tests.support.processes import started, told
 
 
@@ -304,7 +304,7 @@ def _wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _files(server: FaultyServer, count: int, size: int) -> list[tuple[str, int, str]]:
+def _files(server: HttpServer, count: int, size: int) -> list[tuple[str, int, str]]:
     contents = [random_bytes(size, seed=100 + number) for number in range(count)]
     server.files |= {f"/shard-{number}.tar": content for number, content in enumerate(contents)}
     return [(f"{server.url}/shard-{number}.tar", size, sha256_hex(content)) for number, content in enumerate(contents)]

@@ -18,7 +18,7 @@ from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.stores import OPENERS, PermanentError, RemoteFile, TransientError
 from nrat_scale.remote.transfer import fetch_bytes
 from tests.support.contents import random_bytes, sha256_hex
-from tests.support.faulty_server import HUB_COMMIT, Fault, FaultyServer
+from tests.support.http_server import HUB_COMMIT, Fault, HttpServer
 from tests.support.numbered_shards import numbered_shards
 from tests.support.processes import started, told
 
@@ -255,9 +255,9 @@ for url in given["urls"]:
 
 
 @pytest.fixture
-def hub() -> Iterator[FaultyServer]:
+def hub() -> Iterator[HttpServer]:
     """A Hub that redirects files to another host name, which must not receive the token."""
-    with FaultyServer(hub=True, token="Bearer hf_secret") as server:
+    with HttpServer(hub=True, token="Bearer hf_secret") as server:
         for revision in ("main", "v1", "refs%2Fpr%2F1", HUB_COMMIT):
             path = f"/datasets/someone/images/resolve/{revision}/data/index.json"
             server.files[path] = server.files[f"/cdn{path}"] = revision.encode()
@@ -265,7 +265,7 @@ def hub() -> Iterator[FaultyServer]:
         yield server
 
 
-def _asked(hub: FaultyServer, urls: list[str], tmp_path, **environment: str | None) -> list[str]:
+def _asked(hub: HttpServer, urls: list[str], tmp_path, **environment: str | None) -> list[str]:
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": None, "HF_HUB_OFFLINE": None}
     return told(started(HUB, {"urls": urls}, **{**settings, **environment}))
 

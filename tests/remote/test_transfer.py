@@ -14,7 +14,7 @@ import nrat_scale.remote.transfer
 from nrat_scale.core.errors import UserError
 from nrat_scale.remote.transfer import ATTEMPTS, download, fetch_bytes
 from tests.support.contents import random_bytes, sha256_hex
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.http_server import Fault, HttpServer
 
 
 def _names(folder: Path) -> list[str]:
@@ -35,7 +35,7 @@ def get(server, tmp_path) -> Callable[[], bytes]:
     return get
 
 
-def _refused(server: FaultyServer, folder: Path, words: str) -> str:
+def _refused(server: HttpServer, folder: Path, words: str) -> str:
     """The message of a failed download of /a.tar: it has the address, and no file is left."""
     content = server.files.get("/a.tar", b"x")
     with pytest.raises(UserError, match=words) as caught:
@@ -142,7 +142,7 @@ def test_any_faults_below_the_limit_end_with_the_exact_bytes(faults, size):
     """Every byte is served once, except those that a fault makes necessary to fetch again."""
     content = random_bytes(size)
     with (
-        FaultyServer(files={"/a": content}, faults={"/a": list(faults)}) as server,
+        HttpServer(files={"/a": content}, faults={"/a": list(faults)}) as server,
         tempfile.TemporaryDirectory() as name,
     ):
         download(f"{server.url}/a", Path(name) / "a", size, sha256_hex(content))
