@@ -20,7 +20,7 @@ from nrat_scale.remote.transfer import fetch_bytes
 from tests.support.contents import random_bytes, sha256_hex
 from tests.support.http_server import HUB_COMMIT, Fault, HttpServer
 from tests.support.numbered_shards import numbered_shards
-from tests.support.processes import started, told
+from tests.support.processes import outputs, started
 
 # ---- a store from outside -------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ def fetched(url, size, sha256):
         answer = hashlib.sha256(cache.fetch(url, size, sha256).read_bytes()).hexdigest()
     except UserError as error:
         answer = str(error)
-    tell([url, answer, asked])
+    output([url, answer, asked])
 """
 FETCH = SPY + "for file in given['files']: fetched(*file)"
 
@@ -140,7 +140,7 @@ def run(store, tmp_path) -> Callable[..., list]:
 
     def run(files: list, script: str = FETCH, **environment: str | None) -> list:
         given = {"cache": str(tmp_path), "files": files}
-        return told(started(script, given, **{**store.environment, **environment}))
+        return outputs(started(script, given, **{**store.environment, **environment}))
 
     return run
 
@@ -186,7 +186,7 @@ from pathlib import Path
 path, url = Path(given["cache"]) / "file", given["files"][0][0]
 path.with_name("file.part").write_bytes(bytes(20_000))
 transfer.download(url, path, None, None)
-tell(transfer.sha256_of(path))
+output(transfer.sha256_of(path))
 """
     assert run([(url, size, sha256)], script) == [sha256]
 
@@ -206,7 +206,7 @@ sys.modules["s3fs"] = None
 try:
     transfer.fetch_bytes(given["files"][0][0], 1000)
 except UserError as error:
-    tell(str(error))
+    output(str(error))
 """
     assert run([store.put("x.tar", b"x")], script) == ["s3://bucket/x.tar needs s3fs: pip install s3fs"]
 
@@ -222,7 +222,7 @@ def test_s3_transfers_are_shared_by_processes(store, tmp_path):
     files = [store.put(f"shared-{number}.tar", random_bytes(20_000, seed=10 + number)) for number in range(8)]
     given = {"cache": str(tmp_path), "files": files}
     processes = [started(FETCH, given, **store.environment) for _ in range(2)]
-    first, second = (told(process) for process in processes)
+    first, second = (outputs(process) for process in processes)
     for (url, _, sha256), one, other in zip(files, first, second, strict=True):
         assert one[:2] == other[:2] == [url, sha256]
         assert sorted([one[2], other[2]]) == [[], [[0, 20_000]]]
@@ -248,9 +248,9 @@ fetched(*given["files"][2])
 HUB = """
 for url in given["urls"]:
     try:
-        tell(transfer.fetch_bytes(url, 10**6).decode())
+        output(transfer.fetch_bytes(url, 10**6).decode())
     except UserError as error:
-        tell(str(error))
+        output(str(error))
 """
 
 
@@ -267,7 +267,7 @@ def hub() -> Iterator[HttpServer]:
 
 def _asked(hub: HttpServer, urls: list[str], tmp_path, **environment: str | None) -> list[str]:
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": None, "HF_HUB_OFFLINE": None}
-    return told(started(HUB, {"urls": urls}, **{**settings, **environment}))
+    return outputs(started(HUB, {"urls": urls}, **{**settings, **environment}))
 
 
 def test_hf_files_follow_the_redirect_of_the_hub(hub, tmp_path):

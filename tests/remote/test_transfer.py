@@ -306,10 +306,10 @@ def test_a_part_of_an_earlier_run_is_resumed_or_dropped(server, get, tmp_path, t
 def test_progress_is_reported(server, tmp_path):
     """The bytes so far, after a resumption too."""
     server.faults["/a.tar"] = [Fault(cut_after=20_000)]
-    told: list[int] = []
+    reported: list[int] = []
     content = server.files["/a.tar"]
-    download(f"{server.url}/a.tar", tmp_path / "a", len(content), sha256_hex(content), progress=told.append)
-    assert told == sorted(told) and told[-1] == 50_000
+    download(f"{server.url}/a.tar", tmp_path / "a", len(content), sha256_hex(content), progress=reported.append)
+    assert reported == sorted(reported) and reported[-1] == 50_000
 
 
 def test_a_full_disk_is_a_user_error(server, tmp_path, monkeypatch):
