@@ -25,8 +25,6 @@ from tests.support.accelerate import new_process
 from tests.support.launched import launched
 from tests.support.runs import RECIPE, ROOT, digest, make_shards, torchrun
 
-pytestmark = pytest.mark.medium
-
 
 @pytest.fixture(scope="module")
 def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +43,7 @@ def whole(recipe_path: Path) -> Path:
         return train(load_recipe(recipe_path, [f"run_dir={recipe_path.parent / 'whole'}"]))
 
 
+@pytest.mark.medium
 def test_the_whole_story(recipe_path: Path, whole: Path, tmp_path: Path) -> None:
     """A run is trained, evaluated, reported, released and loaded; the loaded model is the evaluated one."""
     run = shutil.copytree(whole, tmp_path / "run")
@@ -150,6 +149,7 @@ def test_a_nan_loss_ends_the_run_without_a_checkpoint(recipe_path: Path, tmp_pat
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
+@pytest.mark.medium
 def test_two_processes_see_the_same_images_and_agree(recipe_path: Path, tmp_path: Path) -> None:
     """Two processes train the model of one process, in float64 up to the order of summation."""
     overrides = ["precision=fp64", "train.epochs=2", "awp.gamma=0.005", "awp.warmup_epochs=1", "resume=never"]
@@ -162,6 +162,7 @@ def test_two_processes_see_the_same_images_and_agree(recipe_path: Path, tmp_path
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -179,6 +180,7 @@ def test_an_error_of_all_ranks_is_printed_once(recipe_path: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_user_errors_end_with_status_2(recipe_path: Path, tmp_path: Path) -> None:
     """The command ends with status 2 and one message without a traceback, and creates no run directory."""
     with launched([str(recipe_path), f"run_dir={tmp_path / 'run'}", "data.real.shards=nowhere"]) as launch:
@@ -228,6 +230,7 @@ def test_a_damaged_shard_is_named(recipe_path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_the_recipe_for_gpus_takes_a_step(tmp_path: Path) -> None:
     """recipes/wrn28_10_gen1m.yaml trains WideResNet-28-10 in bf16 on shards of the published layout."""
     for name, n in (("edm_1m", 2000), ("cifar10_train", 600)):
