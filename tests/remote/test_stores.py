@@ -145,6 +145,7 @@ def run(store, tmp_path) -> Callable[..., list]:
     return run
 
 
+@pytest.mark.medium
 def test_s3_files_arrive_or_fail_with_a_reason(store, run):
     """In chunks of 8 MiB; a missing, too short or damaged object or a folder is named and retried only if that may help."""
     size = (8 << 20) + 1000
@@ -176,6 +177,7 @@ def test_s3_files_arrive_or_fail_with_a_reason(store, run):
         assert len(asked) == count
 
 
+@pytest.mark.medium
 def test_s3_transfers_resume(store, run, tmp_path):
     """Only the missing bytes are requested; a .part of a longer file is dropped."""
     url, size, sha256 = store.put("resumed.tar", random_bytes(10_000, seed=1))
@@ -217,6 +219,7 @@ def test_an_unreachable_s3_endpoint_is_named(run):
     assert "127.0.0.1:9" in message and "Check address and network." in message
 
 
+@pytest.mark.medium
 def test_s3_transfers_are_shared_by_processes(store, tmp_path):
     """Two processes and one cache: each object is fetched by one of them."""
     files = [store.put(f"shared-{number}.tar", random_bytes(20_000, seed=10 + number)) for number in range(8)]
@@ -301,6 +304,7 @@ def test_a_token_does_not_follow_a_redirect(hub, tmp_path):
     assert [request.authorization for request in hub.gets(f"/cdn{path}")] == [None]
 
 
+@pytest.mark.medium
 def test_hf_failures_have_a_reason(hub, tmp_path):
     """No permission and no such file have different messages and end at once; a busy Hub is retried."""
     url = "hf://datasets/someone/images/data/index.json"

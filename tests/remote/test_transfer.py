@@ -138,6 +138,7 @@ CUTS = st.builds(
     ),
     size=st.integers(1, 4000),
 )
+@pytest.mark.medium
 def test_any_faults_below_the_limit_end_with_the_exact_bytes(faults, size):
     """Every byte is served once, except those that a fault makes necessary to fetch again."""
     content = random_bytes(size)

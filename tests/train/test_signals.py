@@ -33,6 +33,7 @@ def uninterrupted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(("signum", "status", "rows"), [(signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 6)])
+@pytest.mark.medium
 def test_a_stopped_run_resumes_bit_for_bit(
     recipe_path: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, status: int, rows: int
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_stop_during_validation(
     assert digest(train(recipe)) == digest(short)
 
 
+@pytest.mark.medium
 def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> None:
     """A signal to one of two ranks stops both at the same step, and the run resumes."""
     run = tmp_path / "run"
@@ -99,6 +101,7 @@ def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> No
         assert f"resuming {run} from step {step}" in launch.succeed()
 
 
+@pytest.mark.medium
 def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Nothing is damaged: the resumed run ends with the same bits."""
     run = tmp_path / "run"
@@ -114,6 +117,7 @@ def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.medium
 def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: signal.Signals) -> None:
     """One of two processes is killed or freezes: the other names it and ends instead of waiting for ever; the run resumes."""
     run = tmp_path / "run"
