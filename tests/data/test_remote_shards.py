@@ -15,7 +15,7 @@ from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
 from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.transfer import Cancelled
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.http_server import Fault, HttpServer
 
 NUM_IMAGES = 150  # five shards of 32 images, the last of 22, in blocks of 16
 
@@ -49,9 +49,9 @@ def local(folder) -> ShardSet:
 
 
 @pytest.fixture
-def server(folder) -> Iterator[FaultyServer]:
+def server(folder) -> Iterator[HttpServer]:
     """The shards at /data."""
-    with FaultyServer(files={f"/data/{path.name}": path.read_bytes() for path in folder.iterdir()}) as running:
+    with HttpServer(files={f"/data/{path.name}": path.read_bytes() for path in folder.iterdir()}) as running:
         yield running
 
 
@@ -184,7 +184,7 @@ def test_a_shard_that_the_index_does_not_list_is_named(opened, folder, remote):
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
-def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
+def _edited(server: HttpServer, edit: Callable[[dict], object]) -> None:
     index = json.loads(server.files["/data/index.json"])
     edit(index)
     server.files["/data/index.json"] = json.dumps(index).encode()

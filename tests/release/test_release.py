@@ -56,6 +56,7 @@ def test_the_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     assert "hf_secret" not in text and str(tmp_path) not in text and RELEASED_CODE_WARNING not in text
 
 
+@pytest.mark.medium
 def test_the_command_on_the_card_gives_its_numbers(run: Path, test_shards: Path, tmp_path: Path) -> None:
     """The release and the test images are enough to reproduce the outcome of every image."""
     folder = bundle.release(run, tmp_path / "mine")
@@ -127,6 +128,7 @@ def test_a_release_is_whole_and_verified(run: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.medium
 def test_exports_give_the_logits(run: Path, model: nn.Module, tmp_path: Path) -> None:
     """ONNX and torch.export files give the model's logits for one image and for many."""
     folder = bundle.release(run, tmp_path / "mine", exports=tuple(bundle.EXPORTERS))

@@ -45,6 +45,7 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
     ],
     ids=["no BatchNorm", "groups", "dm_at"],
 )
+@pytest.mark.medium
 def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """One process, then two, then one again: losses and weights of a run by one process, to 1e-6."""
     recipe_path, run = request.getfixturevalue(path), tmp_path / "run"
@@ -59,6 +60,7 @@ def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.Fi
     assert_same(run, whole, 1e-6)
 
 
+@pytest.mark.medium
 def test_two_processes_with_local_statistics_resume_exactly(wide_path: Path, tmp_path: Path) -> None:
     """Also within an epoch, because running statistics are equal on all ranks after every step."""
     for run, stops in (("whole", [[]]), ("parts", [["train.max_steps=3"], []])):
@@ -69,6 +71,7 @@ def test_two_processes_with_local_statistics_resume_exactly(wide_path: Path, tmp
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
 
 
+@pytest.mark.medium
 def test_groups_do_not_depend_on_accumulation(wide_path: Path, tmp_path: Path) -> None:
     """Micro-batches of whole groups give the statistics of the whole batch."""
     overrides = [*TWENTY_STEPS, *GROUPS, "train.max_steps=6"]

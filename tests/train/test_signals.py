@@ -27,6 +27,7 @@ def uninterrupted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(("signum", "status", "rows"), [(signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 6)])
+@pytest.mark.medium
 def test_a_stopped_run_resumes_bit_for_bit(
     recipe_path: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, status: int, rows: int
 ) -> None:
@@ -44,6 +45,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert digest(run) == digest(uninterrupted)
 
 
+@pytest.mark.medium
 def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> None:
     """A signal to one of two ranks stops both at the same step, and the run resumes."""
     run = tmp_path / "run"
@@ -58,6 +60,7 @@ def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> No
         assert f"resuming {run} from step {step}" in launch.succeed()
 
 
+@pytest.mark.medium
 def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """A second signal damages nothing: the resumed run ends with the same bits."""
     run = tmp_path / "run"
@@ -70,3 +73,4 @@ def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: 
     with launched(arguments(recipe_path, run)) as launch:
         launch.succeed()
     assert digest(run) == digest(uninterrupted)
+@pytest.mark.medium
