@@ -73,4 +73,3 @@ def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: 
     with launched(arguments(recipe_path, run)) as launch:
         launch.succeed()
     assert digest(run) == digest(uninterrupted)
-@pytest.mark.medium
