@@ -65,9 +65,6 @@ class Checkpoint:
             raise UserError(f"{path} cannot be read ({error}).") from error
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(run: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> Checkpoint:
     """Write RUN/checkpoints/step-XXXXXXXX; it is durable and verified on return. Equal values give equal bytes.
 
@@ -87,28 +84,22 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensors], state: dict[str, Any
     make_folder(folder.parent)
     temporary = temporary_sibling(folder)
     try:
-        _require_room(folder.parent, tensors)
+        needed = _OVERHEAD_BYTES + sum(value.nbytes for values in tensors.values() for value in values.values())
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         sha256 = _write_files(temporary, tensors, state)
         _put_in_place(temporary, folder)
     except OSError as error:
-        raise UserError(
-            f"The checkpoint {folder} cannot be written ({error.strerror or error}). Free some space or replace the disk; "
-            "earlier checkpoints are intact."
-        ) from error
+        why = f"The checkpoint {folder} cannot be written ({error.strerror or error})."
+        raise UserError(f"{why} Free space or replace the disk; earlier checkpoints are intact.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(folder, state, sha256)
 
 
-def _require_room(folder: Path, tensors: dict[str, Tensors]) -> None:
-    needed = _OVERHEAD_BYTES + sum(value.nbytes for values in tensors.values() for value in values.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-
-
 def _write_files(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> dict[str, str]:
-    """Create `folder` with all files of a checkpoint, durable and verified; the sha256 of each but the manifest."""
+    """Create `folder` with all files of a checkpoint, durable and verified; returns the sha256 of each but the manifest."""
     folder.mkdir()
     manifest = {
         f"{name}.safetensors": _write(folder / f"{name}.safetensors", _serialised(values))
@@ -148,13 +139,12 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename durably. If the process is killed between the two renames, `recover` restores the replaced checkpoint."""
-    replaced = None
+    replaced = folder.with_name(f".{folder.name}.replaced-{uuid.uuid4().hex[:8]}")
     if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.replaced-{uuid.uuid4().hex[:8]}")
         os.replace(folder, replaced)
     os.replace(temporary, folder)
     fsync_folder(folder.parent)
-    if replaced is not None and is_intact(replaced):
+    if is_intact(replaced):
         remove_checkpoint(replaced, folder)
 
 
@@ -163,9 +153,6 @@ def remove_checkpoint(path: Path, folder: Path) -> None:
     temporary = temporary_sibling(folder)
     os.replace(path, temporary)
     shutil.rmtree(temporary, ignore_errors=True)  # `recover` removes the rest at the next start
-
-
-# ---- verify and read ------------------------------------------------------------------------------------------------
 
 
 class DamagedError(Exception):
@@ -184,9 +171,8 @@ def open_checkpoint(folder: Path, required: Required = NAMED) -> Checkpoint:
     try:
         checkpoint = _verified(folder)
         if mismatch := schema_mismatch(checkpoint.state, required):
-            raise UserError(
-                f"The checkpoint {folder} has another schema: {mismatch}. Use the version of nrat_scale that wrote it."
-            )
+            why = f"The checkpoint {folder} has another schema: {mismatch}."
+            raise UserError(f"{why} Use the version of nrat_scale that wrote it.")
         if folder.name != f"step-{checkpoint.step:08d}":
             raise DamagedError(f"{STATE} is that of step {checkpoint.step}")
     except DamagedError as damage:
@@ -217,9 +203,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DamagedError(f"{path.name} is missing")
     try:
         return read_json(path, "file")
     except UserError as error:
-        raise DamagedError(f"{path.name} cannot be read as a JSON object") from error
+        raise DamagedError(f"{path.name} is missing or not a JSON object") from error

@@ -35,18 +35,17 @@ class Saver:
     A thread writes the checkpoint, verifies it, moves the pointers and removes old checkpoints, in this order. At most one
     save is in progress: the next waits for it before it copies, so host memory holds one copy of the tensors.
 
-    A save that fails with ENOSPC, EDQUOT, EIO or EFBIG does not end the run: `warn` gets a sentence, and earlier checkpoints
-    and pointers stay. If it was a best checkpoint, its copy is kept in memory and written before the next save; otherwise
-    the selected weights would be lost. The next `save` or `wait` raises any other error.
+    A save that fails with ENOSPC, EDQUOT, EIO or EFBIG is a warning and does not end the run; earlier checkpoints and
+    pointers stay. The copy of a best checkpoint that failed stays in memory and is written before the next save, so that
+    the selected weights are not lost. The next `save` or `wait` raises any other error.
 
     As a context manager it waits at the end; an error of the block takes precedence over one of the thread.
 
     Args:
         run: the run directory.
         keep: how many of the newest checkpoints to keep, besides best and last.
-        warn: called with one sentence, from the thread.
-        queue_every: queue the evaluated weights of every so many epochs for a release (`queue_release`); failures there are
-            passed to `warn` and otherwise ignored.
+        queue_every: queue the evaluated weights of every so many epochs for a release (`queue_release`); a failure there is
+            only a warning.
         write: writes one checkpoint.
     """
 
@@ -54,11 +53,10 @@ class Saver:
         self,
         run: Path,
         keep: int,
-        warn: Callable[[str], None] = warn,
         queue_every: int | None = None,
         write: Callable[[Path, dict[str, Tensors], dict[str, Any]], Checkpoint] = save_checkpoint,
     ) -> None:
-        self.run, self.keep, self.warn, self.queue_every, self.write = run, keep, warn, queue_every, write
+        self.run, self.keep, self.queue_every, self.write = run, keep, queue_every, write
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._missed: UserError | None = None  # why the last save is not on disk
@@ -118,7 +116,7 @@ class Saver:
         except Exception as failed:
             if error is None:
                 raise
-            self.warn(str(failed))
+            warn(str(failed))
 
     def _work(self, job: _Save) -> None:
         try:
@@ -138,7 +136,7 @@ class Saver:
                 raise
             self._missed = error
             self._unsaved_best = job if job.best else self._unsaved_best
-            self.warn(f"{error} Training continues without the checkpoint of step {job.state['step']}.")
+            warn(f"{error} Training continues without the checkpoint of step {job.state['step']}.")
 
     def _commit(self, job: _Save, last: bool) -> None:
         checkpoint = self.write(self.run, job.tensors, job.state)
@@ -146,18 +144,13 @@ class Saver:
             write_pointer(self.run, "best", checkpoint, selected=job.selected)
         if last:
             write_pointer(self.run, "last", checkpoint)
-        self._queue_release(checkpoint)
-        for sentence in prune(self.run, self.keep):
-            self.warn(sentence)
-
-    def _queue_release(self, checkpoint: Checkpoint) -> None:
-        epoch, every = checkpoint.state["epoch"], self.queue_every
-        if every is None or epoch % every or not checkpoint.state.get("whole_epoch"):
-            return
-        try:
-            queue_release(self.run, checkpoint)
-        except (UserError, OSError) as error:
-            self.warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
+        epoch = job.state["epoch"]
+        if self.queue_every is not None and epoch % self.queue_every == 0 and job.state.get("whole_epoch"):
+            try:
+                queue_release(self.run, checkpoint)
+            except (UserError, OSError) as error:
+                warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
+        prune(self.run, self.keep)
 
 
 def _to_host(tensors: dict[str, Tensors]) -> dict[str, Tensors]:

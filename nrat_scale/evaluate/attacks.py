@@ -116,9 +116,6 @@ def attack_title(name: str) -> str:
         return name
 
 
-# ---- FGSM, PGD, CW --------------------------------------------------------------------------------------------------
-
-
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The CW loss of each image [B]: max over k != y of z_k, minus z_y; above 0 the image is misclassified."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
@@ -152,9 +149,6 @@ def _parse_steps(match: re.Match[str]) -> dict[str, Any]:
     return {"title": title, "steps": int(match[2]), "restarts": restarts}
 
 
-# ---- AutoAttack -----------------------------------------------------------------------------------------------------
-
-
 def _parse_components(match: re.Match[str]) -> dict[str, Any]:
     if match[0] == "aa":
         return {"title": "AutoAttack", "components": STANDARD}
@@ -173,8 +167,6 @@ def _autoattack(attack: Attack, block: Block) -> Tensor:
     seed, parts = block.seed, attack.components
     return autoattack(block.model, block.x, block.y, block.threat, seed, parts, block.running, block.warn)
 
-
-# ---- the table ------------------------------------------------------------------------------------------------------
 
 ATTACKS: dict[str, AttackKind] = {
     "natural": AttackKind("natural", "natural", lambda match: {"title": "natural"}, None),

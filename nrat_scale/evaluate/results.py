@@ -30,9 +30,6 @@ FORMAT = "nrat_scale.results"
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
 
 
-# ---- finished blocks ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FinishedBlock:
     """The outcome of one block: bool [m], the seconds it took, and AutoAttack's warnings."""
@@ -89,9 +86,6 @@ def _read_block(path: Path) -> tuple[int, FinishedBlock]:
         raise UserError(f"The finished block {path} is damaged. Remove it; it will be evaluated again.") from error
 
 
-# ---- outcomes per image ---------------------------------------------------------------------------------------------
-
-
 def arrays_file(results: Path) -> Path:
     """The array file that belongs to `results`."""
     return results.with_suffix(".npz")
@@ -129,9 +123,6 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
         raise UserError(f"The per-image outcomes {path} are damaged. Move them and {results.name} away.") from error
     names = {name.removesuffix("/ids") for name in arrays if name.endswith("/ids")}
     return {name: (arrays[f"{name}/ids"], arrays[f"{name}/right"]) for name in names if f"{name}/right" in arrays}
-
-
-# ---- results.json ---------------------------------------------------------------------------------------------------
 
 
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:

@@ -89,9 +89,6 @@ def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str
     ]
 
 
-# ---- attacks that contradict each other -----------------------------------------------------------------------------
-
-
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Flags for outcomes of one model that cannot all be valid.
 

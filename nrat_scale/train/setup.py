@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from tqdm import tqdm
 
 from nrat_scale import labels as label_noise
 from nrat_scale import models
@@ -153,12 +152,7 @@ def _build(
     on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
         _describe(state, arguments)
-        state.saver = Saver(
-            run.path,
-            recipe.train.keep,
-            warn=lambda sentence: tqdm.write(f"warning: {sentence}"),
-            queue_every=recipe.release.every_epochs,
-        )
+        state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
     resume(state)
     return state
 

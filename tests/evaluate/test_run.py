@@ -31,9 +31,6 @@ def outcomes(path: Path) -> dict[str, tuple[list[int], list[bool]]]:
     return {name: (ids.tolist(), right.tolist()) for name, (ids, right) in read_arrays(path).items()}
 
 
-# ---- processes and interruptions ------------------------------------------------------------------------------------
-
-
 def test_two_processes_measure_the_same_as_one(run: Path, tmp_path: Path) -> None:
     """Each image is evaluated exactly once and has the same outcome, AutoAttack included."""
     options = ["--attacks", "natural,pgd5x2,aa:apgd-ce", "--batch-size", "16", "--checkpoint", "best", "--images", "42"]
@@ -104,9 +101,6 @@ def test_blocks_of_another_key_are_not_used(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("10", "1x"))
     with pytest.raises(UserError, match="damaged"):
         log.read()
-
-
-# ---- results --------------------------------------------------------------------------------------------------------
 
 
 def test_the_record_is_complete(run: Path, measured: Measured, capsys: pytest.CaptureFixture[str]) -> None:
