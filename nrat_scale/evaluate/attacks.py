@@ -28,12 +28,11 @@ class Attack:
     """An evaluation attack, parsed from its name.
 
     Attributes:
-        name: as given, such as `pgd20x5`.
+        name: as given, such as `pgd20x5`; `title` is its name in text, such as "PGD-20, 5 starts".
         kind: its key in `ATTACKS`.
-        title: its name in tables and text.
         steps: gradient steps, 0 if the attack takes none.
         restarts: independent random starts; an image counts as correct if it survives all of them.
-        components: the parts of AutoAttack, in order.
+        components: of AutoAttack, in order.
     """
 
     name: str
@@ -53,8 +52,6 @@ class Block:
         x, y, ids: images [B, C, H, W] in [0, 1], labels [B], and ids int64 [B] that seed each image's noise.
         threat: eps, step, norm and space.
         seed, restart: of the random start.
-        running: receives the name of each part of AutoAttack as it starts.
-        warn: receives the warnings of AutoAttack's own checks.
     """
 
     model: nn.Module
@@ -64,8 +61,6 @@ class Block:
     threat: ThreatSpec
     seed: int = 0
     restart: int = 0
-    running: Callable[[str], None] = lambda name: None
-    warn: Callable[[str], None] = lambda message: None
 
 
 @dataclass(frozen=True)
@@ -88,11 +83,7 @@ class AttackKind:
 
 
 def parse_attack(name: str) -> Attack:
-    """The attack called `name`.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """The attack called `name`; raises `UserError` for an unknown name."""
     for kind, entry in ATTACKS.items():
         if match := re.fullmatch(entry.pattern, name):
             return Attack(name, kind, **entry.parse(match))
@@ -100,7 +91,7 @@ def parse_attack(name: str) -> Attack:
 
 
 def attack_usage() -> str:
-    """All names that `parse_attack` takes, in words."""
+    """The names that `parse_attack` takes, for messages and --help."""
     return ", ".join(entry.usage for entry in ATTACKS.values())
 
 
@@ -155,35 +146,24 @@ def _parse_components(match: re.Match[str]) -> dict[str, Any]:
     if match[0] == "aa-apgd":
         return {"title": "APGD", "components": STANDARD[:2]}
     components = tuple(match[1].split("+"))
-    for component in components:
-        if component not in COMPONENTS:
-            raise UserError(
-                f"AutoAttack has no part '{component}' (in '{match[0]}'). {did_you_mean(component, COMPONENTS)}"
-            )
+    for name in components:
+        if name not in COMPONENTS:
+            raise UserError(f"AutoAttack has no part '{name}' (in '{match[0]}'). {did_you_mean(name, COMPONENTS)}")
     return {"title": match[0], "components": components}
 
 
 def _autoattack(attack: Attack, block: Block) -> Tensor:
-    seed, parts = block.seed, attack.components
-    return autoattack(block.model, block.x, block.y, block.threat, seed, parts, block.running, block.warn)
+    return autoattack(block.model, block.x, block.y, block.threat, block.seed, attack.components)
 
+
+_pgd, _cw = partial(_gradient_attack, LOSSES["ce"]), partial(_gradient_attack, margin)
 
 ATTACKS: dict[str, AttackKind] = {
     "natural": AttackKind("natural", "natural", lambda match: {"title": "natural"}, None),
-    "fgsm": AttackKind(
-        "fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, partial(_gradient_attack, LOSSES["ce"])
-    ),
-    "pgd": AttackKind(
-        "pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, partial(_gradient_attack, LOSSES["ce"])
-    ),
-    "cw": AttackKind(
-        "cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, partial(_gradient_attack, margin)
-    ),
+    "fgsm": AttackKind("fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, _pgd),
+    "pgd": AttackKind("pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, _pgd),
+    "cw": AttackKind("cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, _cw),
     "aa": AttackKind(
-        "aa (AutoAttack), aa-apgd, aa:PART+PART",
-        "aa|aa-apgd|aa:([a-z+-]+)",
-        _parse_components,
-        _autoattack,
-        whole_blocks=True,
+        "aa (AutoAttack), aa-apgd, aa:PART+PART", "aa|aa-apgd|aa:([a-z+-]+)", _parse_components, _autoattack, True
     ),
 }

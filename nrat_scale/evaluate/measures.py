@@ -17,6 +17,7 @@ from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
+from nrat_scale.evaluate.autoattack import autoattack_log
 
 
 class Interrupted(Exception):
@@ -73,7 +74,7 @@ def correct_under(
         attack: see `parse_attack`.
         model, threat, seed: see `block_outcome`.
         batch_size: size of the blocks; AutoAttack's outcome depends on it.
-        stopped: called before each block; if it returns true, the evaluation ends with `Interrupted`.
+        stopped: called before each block.
 
     Raises:
         Interrupted: `stopped` returned true.
@@ -81,10 +82,11 @@ def correct_under(
         FloatingPointError: logits or gradients are not finite.
     """
     parsed, outcome = parse_attack(attack), np.zeros(len(images), bool)
-    for rows in images.blocks(batch_size):
-        if stopped():
-            raise Interrupted
-        outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
+    with autoattack_log():
+        for rows in images.blocks(batch_size):
+            if stopped():
+                raise Interrupted
+            outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
     return outcome
 
 
@@ -97,8 +99,6 @@ def block_outcome(
     seed: int = 0,
     source: nn.Module | None = None,
     broken: np.ndarray | None = None,
-    running: Callable[[str], None] = lambda name: None,
-    warn: Callable[[str], None] = lambda message: None,
 ) -> np.ndarray:
     """Which images of one block the model still classifies correctly under `attack`: bool [n].
 
@@ -106,14 +106,12 @@ def block_outcome(
     of a direct call on the same block.
 
     Args:
-        attack: see `parse_attack`.
         model: in evaluation mode, on the device to use; maps [0, 1] images to logits.
         images: the block.
         threat: eps, step length, norm and space.
-        seed: seed of the random starts and of AutoAttack.
+        seed: of the random starts and of AutoAttack.
         source: make the adversarial images on this model instead (transfer attack).
         broken: bool [n], images that an earlier attack broke: they are not attacked and count as wrong.
-        running, warn: see `Block`.
 
     Raises:
         FloatingPointError: logits or gradients are not finite.
@@ -132,7 +130,7 @@ def block_outcome(
             break
         rows = np.arange(len(images)) if kind.whole_blocks else np.flatnonzero(outcome)
         index = torch.from_numpy(rows).to(device)
-        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart, running, warn)
+        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart)
         outcome[rows] &= _predictions(model, kind.perturb(attack, block)).eq(block.y).cpu().numpy()
     return outcome
 

@@ -22,7 +22,7 @@ import numpy as np
 import nrat_scale
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
+from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.autoattack import autoattack_package
 
@@ -49,7 +49,7 @@ class BlockLog:
 
     def __init__(self, results: Path, key: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = unfinished_folder(results) / digest
+        self._folder = unfinished_sibling(results) / digest
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
@@ -69,26 +69,14 @@ class BlockLog:
             self._folder.parent.rmdir()
 
 
-def unfinished_folder(results: Path) -> Path:
-    """The folder of finished blocks beside a results file that is under way."""
-    return results.with_name(f".{results.name}.unfinished")
-
-
 def _read_block(path: Path) -> tuple[int, FinishedBlock]:
     value = read_json(path, "finished block")
     try:
         first, text = int(value["first"]), str(value["right"])
-        if set(text) - {"0", "1"}:
-            raise ValueError(text)
-        right = np.array([letter == "1" for letter in text], bool)
-        return first, FinishedBlock(right, float(value["seconds"]), [str(warning) for warning in value["warnings"]])
+        right = np.array(["01".index(letter) for letter in text], bool)
+        return first, FinishedBlock(right, float(value["seconds"]), list(map(str, value["warnings"])))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The finished block {path} is damaged. Remove it; it will be evaluated again.") from error
-
-
-def arrays_file(results: Path) -> Path:
-    """The array file that belongs to `results`."""
-    return results.with_suffix(".npz")
 
 
 def outcome_digest(outcome: Outcome) -> str:
@@ -104,7 +92,7 @@ def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
         arrays |= {f"{name}/ids": ids.astype(np.int64), f"{name}/right": right.astype(bool)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_atomically(arrays_file(results), buffer.getvalue())
+    write_atomically(results.with_suffix(".npz"), buffer.getvalue())
 
 
 def read_arrays(results: Path) -> dict[str, Outcome]:
@@ -113,7 +101,7 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
     Raises:
         UserError: the file is damaged.
     """
-    path = arrays_file(results)
+    path = results.with_suffix(".npz")
     if not path.is_file():
         return {}
     try:
@@ -152,10 +140,8 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
         raise UserError(f"{out} exists and is not a results file. Choose another --out.")
     for key in ("data", "threat", "versions"):
         if results.get(key) != new[key]:
-            raise UserError(
-                f"{out} holds results with other {key}: {_in_words(results.get(key))}, now {_in_words(new[key])}. "
-                "They are not mixed and nothing is overwritten: give another --out, or move that file away."
-            )
+            change = f"{_in_words(results.get(key))}, now {_in_words(new[key])}"
+            raise UserError(f"{out} holds results with other {key}: {change}. Give another --out, or move that file.")
     checkpoints: dict[str, Any] = {}
     outcomes: dict[str, Outcome] = {}
     for label, record in results.get("checkpoints", {}).items():
@@ -192,9 +178,7 @@ def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str
     if differ == ["n"] and entry["n"] < settings["n"]:
         return False
     words = ", ".join(f"{name} {entry.get(name)} (requested: {settings.get(name)})" for name in differ)
-    raise UserError(
-        f"The results hold {key} with other settings: {words}. A measured number is not replaced: give another --out."
-    )
+    raise UserError(f"The results hold {key} with other settings: {words}. Give another --out; no number is replaced.")
 
 
 def results_text(results: dict[str, Any], labels: list[str]) -> str:

@@ -18,6 +18,7 @@ from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.files import make_folder, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import TRANSFER, Attack
+from nrat_scale.evaluate.autoattack import autoattack_log
 from nrat_scale.evaluate.measures import Images, block_outcome, read_images
 from nrat_scale.evaluate.request import Request
 from nrat_scale.evaluate.results import (
@@ -61,7 +62,7 @@ def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out:
 
 @dataclass
 class _Measured:
-    """What is known of one set of weights: its facts, and by attack the entries of results.json and the outcomes."""
+    """One set of weights: its facts, and by attack the entries of results.json and the outcomes."""
 
     facts: dict[str, Any]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -69,16 +70,10 @@ class _Measured:
 
 
 class _Evaluation:
-    """One evaluation, in each of its processes.
-
-    Attributes:
-        results: the content of results.json so far.
-        arrays: the outcomes so far, by `<label>/<attack>`.
-    """
+    """One evaluation, in each of its processes; `results` and `arrays` are the content of both files so far."""
 
     def __init__(self, shards: ShardSet, request: Request, out: Path) -> None:
-        self.shards, self.request, self.out = shards, request, out
-        self.state = join_processes()
+        self.shards, self.request, self.out, self.state = shards, request, out, join_processes()
         self.results = new_results(shards, request.threat)
         self.arrays: dict[str, Outcome]
         earlier = known_to_all(self.state, lambda: earlier_results(out, self.results))
@@ -86,7 +81,7 @@ class _Evaluation:
 
     def start(self, target: Target) -> _Measured:
         """Check the model, and collect what earlier results hold for its weights."""
-        images = read_images(self.shards, min(_CHECKED_IMAGES, len(self.shards)))
+        images = read_images(self.shards, _CHECKED_IMAGES)
         flags = check_model(target.model, images, self.request.threat, target.label)
         measured = _Measured({**target.identity, "flags": flags})
         for label, record in self.results["checkpoints"].items():
@@ -97,17 +92,17 @@ class _Evaluation:
 
     def measure(self, target: Target, measured: _Measured) -> None:
         """Run the attacks that have not been measured yet."""
-        request = self.request
-        broken: set[int] = set()  # ids that an earlier attack of the list broke
-        before: list[str] = []
+        request, before, broken = self.request, list[str](), set[int]()  # the earlier attacks, and the ids they broke
         for attack in request.attacks:
             key = request.key(attack)
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
             dropped = list(before) if request.drops_broken(attack) else []
             settings = request.settings(attack, len(images), dropped)
             if not is_measured(measured.entries.get(key), settings, key):
-                skipped = np.isin(images.ids, list(broken)) if dropped else None
-                log = BlockLog(self.out, self._block_key(attack, target, settings))
+                weights = {"weights": target.identity["sha256"], "data": self.shards.fingerprint}
+                threat = {"space": request.threat.space, "versions": self.results["versions"]}
+                log = BlockLog(self.out, {**settings, "attack": attack.name, **weights, **threat})
+                skipped = np.isin(images.ids, list(broken) if dropped else [])
                 blocks = self._run_blocks(attack, target, images, skipped, log)
                 outcome = images.ids, np.concatenate([block.right for block in blocks])
                 assert len(outcome[1]) == len(images)
@@ -126,32 +121,25 @@ class _Evaluation:
             before.append(key)
         self._write(target, measured)
 
-    def _block_key(self, attack: Attack, target: Target, settings: dict[str, Any]) -> dict[str, Any]:
-        """Everything that an outcome depends on."""
-        given = {"attack": attack.name, "weights": target.identity["sha256"], "data": self.shards.fingerprint}
-        return {**settings, **given, "space": self.request.threat.space, "versions": self.results["versions"]}
-
     def _run_blocks(
-        self, attack: Attack, target: Target, images: Images, skipped: np.ndarray | None, log: BlockLog
+        self, attack: Attack, target: Target, images: Images, skipped: np.ndarray, log: BlockLog
     ) -> list[FinishedBlock]:
         """All blocks of one attack, in order; finished ones are read, the others are distributed over the processes."""
         request, state = self.request, self.state
+        source = None if request.source is None else request.source.model
         done: dict[int, FinishedBlock] = known_to_all(state, log.read)
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
         mine: dict[int, FinishedBlock] = {}
-        source = None if request.source is None else request.source.model
         counts = {"total": len(images), "initial": sum(len(wanted[first]) for first in done), "unit": "img"}
         title = f"{target.label} {attack.name}"
         with tqdm(desc=title, disable=not state.is_main_process, leave=False, **counts) as bar:
             for first in missing[state.process_index :: state.num_processes]:
-                rows, began, warnings = wanted[first], time.perf_counter(), list[str]()
-                options = {"seed": request.seed, "running": bar.set_postfix_str, "warn": warnings.append}
-                broken = None if skipped is None else skipped[rows]
-                block = images.take(rows)
-                right = block_outcome(
-                    attack, target.model, block, request.threat, source=source, broken=broken, **options
-                )
+                rows, began = wanted[first], time.perf_counter()
+                given = images.take(rows), request.threat
+                options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
+                with autoattack_log(bar.set_postfix_str) as warnings:
+                    right = block_outcome(attack, target.model, *given, **options)
                 mine[first] = FinishedBlock(right, time.perf_counter() - began, warnings)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
@@ -162,19 +150,18 @@ class _Evaluation:
 
     def _write(self, target: Target, measured: _Measured) -> None:
         """Update results.json and the arrays."""
+        entries = measured.entries
         alone = {
             name: outcome
             for name, outcome in measured.outcomes.items()
-            if not name.startswith(TRANSFER) and "without_images_broken_by" not in measured.entries[name]
+            if not name.startswith(TRANSFER) and "without_images_broken_by" not in entries[name]
         }
-        warned = [
-            f"AutoAttack ({name}): {text}" for name, entry in measured.entries.items() for text in entry["warnings"]
-        ]
+        warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
         self.results["checkpoints"][target.label] = {
             **measured.facts,
             "flags": [*measured.facts["flags"], *contradictions(alone), *warned],
             "worst": worst_case(measured.outcomes),
-            "attacks": dict(measured.entries),
+            "attacks": dict(entries),
         }
         for name in [name for name in self.arrays if name.startswith(f"{target.label}/")]:
             del self.arrays[name]  # the label may have belonged to other weights

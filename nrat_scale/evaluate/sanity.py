@@ -2,6 +2,7 @@
 (arXiv:2202.13711): an evaluation that would be meaningless is refused, a doubtful one gets a flag (a sentence).
 """
 
+import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -28,13 +29,12 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
     """Refuse a model that cannot be measured; return the flags of one that can.
 
     Args:
-        model: on its device.
         images: a few of the evaluated ones.
         what: names the model in errors.
 
     Raises:
-        UserError: a module is in training mode, logits are not finite or not [B, K], gradients are not finite, or logits
-            change when the same image is shown again or beside other images.
+        UserError: a module is in training mode, logits are not finite or not [B, K], gradients are not finite, or the logits
+            of an image change between calls or with the other images of the batch.
     """
     for name, module in model.named_modules():
         if module.training:
@@ -49,15 +49,13 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
     if not bool(logits.isfinite().all()):
         raise UserError(f"{what} gives logits that are not finite: its accuracy would be meaningless.")
     if _differ(logits, again):
-        raise UserError(
-            f"{what} gives different logits for the same images. A randomised model needs attacks on the expectation "
-            "(AutoAttack's version 'rand'), which are not available here."
+        way_out = (
+            "A randomised model needs attacks on the expectation (AutoAttack's version 'rand'), not available here."
         )
+        raise UserError(f"{what} gives different logits for the same images. {way_out}")
     if _differ(logits, alone):
-        raise UserError(
-            f"The logits of {what} depend on the other images of the batch (BatchNorm with batch statistics?). "
-            "Evaluate it with running statistics."
-        )
+        way_out = "If its BatchNorm uses batch statistics, evaluate it with running statistics."
+        raise UserError(f"The logits of {what} depend on the other images of the batch. {way_out}")
     flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
         flags.append(
@@ -93,14 +91,13 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Flags for outcomes of one model that cannot all be valid.
 
     Args:
-        outcomes: by the attack's name; only attacks on the model itself that ran on every image (no transfer attacks, none
-            that skipped what others broke).
+        outcomes: by attack; without transfer attacks and attacks that skipped images which others had broken.
     """
     attacks, flags = {}, []
     for name in outcomes:
         with suppress(UserError):  # of an attack that another version had
             attacks[name] = parse_attack(name)
-    for strong, weak in ((one, other) for one in attacks for other in attacks if one != other):
+    for strong, weak in itertools.permutations(attacks, 2):
         n, left, other = _common(outcomes[strong], outcomes[weak])
         if not n:
             continue

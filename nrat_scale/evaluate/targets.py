@@ -48,7 +48,6 @@ class FoundTargets:
     """The targets behind a name on the command line.
 
     Attributes:
-        targets: the weights to evaluate.
         threat: the threat they were trained for, if known.
         results: the default results file.
         run: the run directory, if it is one.
@@ -67,8 +66,7 @@ class TargetOptions:
     Attributes:
         checkpoints: of a run, from `CHECKPOINTS`.
         weights: of a run, from `WEIGHT_CHOICES`; `evaluated` means the EMA if there is one, else the raw weights.
-        arch: architecture of a weight file, a name known to timm.
-        mean, std: normalisation of a weight file.
+        arch, mean, std: architecture of a weight file (a name known to timm) and its normalisation.
 
     Raises:
         UserError: an unknown choice, or a normalisation without `arch`.
@@ -81,14 +79,10 @@ class TargetOptions:
     std: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        for option, given, choices in (
-            ("checkpoint", self.checkpoints, CHECKPOINTS),
-            ("weights", self.weights, WEIGHT_CHOICES),
-        ):
+        checkpoint, weights = (self.checkpoints, CHECKPOINTS), (self.weights, WEIGHT_CHOICES)
+        for option, (given, choices) in {"checkpoint": checkpoint, "weights": weights}.items():
             if unknown := sorted(set(given) - set(choices)):
-                raise UserError(
-                    f"--{option} names '{unknown[0]}'; expected {', '.join(choices[:-1])} or {choices[-1]}."
-                )
+                raise UserError(f"--{option} names '{unknown[0]}'; expected {', '.join(choices)}.")
         if self.arch is None and (self.mean or self.std):
             raise UserError("--mean and --std describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
 
@@ -104,28 +98,21 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     if path.is_file():
         return _weight_file(path, options)
     if options.arch is not None:
-        kind = "a run folder" if run.is_run else "a folder" if path.is_dir() else "not a file"
-        raise UserError(f"--arch needs a weight file; {what} is {kind}.")
+        raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
-        threat = load_recipe(run.recipe).threat
-        return FoundTargets(_run_targets(run, options), threat, run.results, run)
+        return FoundTargets(_run_targets(run, options), load_recipe(run.recipe).threat, run.results, run)
     if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
         return _release(what)
     if path.suffix in _WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
     if timm.is_model(what):
         return _timm_model(what)
-    raise UserError(
-        f"There is no {what} here, and timm knows no model of that name. Give a run directory, a release folder, "
-        "user/repo on the Hub, a weight file with --arch, or the name of a timm model."
-    )
+    choices = "a run directory, a release folder, user/repo on the Hub, a weight file with --arch, or a timm model"
+    raise UserError(f"There is no {what} here, and timm has no model of that name. Give {choices}.")
 
 
 def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
-    """Each checkpoint with each choice of weights; equal weights are loaded once.
-
-    Labels are `best` and `last` for the evaluated weights, `best-ema`, `best-raw` and so on for the others.
-    """
+    """Each checkpoint with each choice of weights, labelled `best`, `best-ema`, ...; equal weights are loaded once."""
     loaded: dict[tuple[int, str], Target] = {}
     targets = []
     for name in options.checkpoints:
@@ -149,7 +136,6 @@ def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
 
 
 def _run_model(run: RunFolder, checkpoint: Checkpoint, kind: str) -> nn.Module:
-    """The run's model with the `kind` (`ema` or `model`) weights of a checkpoint, in evaluation mode."""
     description = run.read_model()
     model = models.create(str(description["architecture"]), dict(description["model_args"]))
     try:
@@ -179,7 +165,7 @@ def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
 
 def _timm_model(name: str) -> FoundTargets:
     model = pretrained(name)
-    digest = hashlib.sha256()  # of the tensors: timm does not tell which file it read
+    digest = hashlib.sha256()  # of the tensors: timm does not report which file it read
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.contiguous().numpy().tobytes())
     identity = {"sha256": digest.hexdigest(), "weights": "pretrained", "architecture": name}
