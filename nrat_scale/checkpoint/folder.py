@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint, remove_checkpoint
@@ -47,9 +48,7 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
         except UserError as error:
             refused.append(str(error))
     if refused:
-        raise UserError(
-            f"{run} cannot be resumed from any checkpoint. {refused[0]} Or start over with another run_dir."
-        )
+        raise UserError(f"{run} cannot be resumed from any checkpoint. {refused[0]} Or start with another run_dir.")
     return None, []
 
 
@@ -76,11 +75,9 @@ def recover(run: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder} cannot be cleaned up ({error}). Change its permissions and start again.") from error
     folders = checkpoint_folders(run)
-    try:
+    with suppress(UserError):  # last.json is missing or damaged: write it
         if not folders or _read_pointer(run, "last")[0] == folders[0]:
             return
-    except UserError:
-        pass  # last.json is missing or damaged: write it
     checkpoint, _ = newest_checkpoint(run)
     assert checkpoint is not None
     save = checkpoint.state.get("pointer")  # written by `Saver`
@@ -111,11 +108,7 @@ def _read_pointer(run: Path, name: str) -> tuple[Path, int]:
 
 
 def named_checkpoint(run: Path, name: str) -> Checkpoint:
-    """The checkpoint that best.json or last.json names, verified.
-
-    Raises:
-        UserError: there is none, or the pointer or the checkpoint is damaged.
-    """
+    """The verified checkpoint that best.json or last.json names; raises `UserError` if it is missing or damaged."""
     path = RunFolder(run).pointer(name)
     if not path.is_file():
         raise UserError(f"The run {run} has no '{name}' checkpoint yet (no {path}). Train it first.")

@@ -41,8 +41,7 @@ class Images:
 
     def take(self, rows: np.ndarray) -> "Images":
         """The images in `rows` [m]."""
-        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        return Images(self.pixels[index], self.labels[index], self.ids[rows])
+        return Images(self.pixels[rows], self.labels[rows], self.ids[rows])
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
         """The rows [m] of each block of `size` consecutive images; the last block may be shorter."""

@@ -1,6 +1,6 @@
 """What an evaluation measures: attacks, threat, choice of images, seeds; and whether model and data allow it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -89,16 +89,12 @@ def request_threat(
         what: names the target in the error.
         trained: the threat that the target was trained for, if known.
     """
-    norm = norm or (trained.norm if trained is not None else "linf")
-    if trained is not None and norm != trained.norm:
-        trained = None  # a radius means nothing in another norm
+    if trained is not None and norm in (None, trained.norm):  # a radius means nothing in another norm
+        return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
+    norm = norm or "linf"
     if eps is None:
-        if trained is None:
-            raise UserError(f"{what} names no {norm} radius that it was trained for. Give --eps, such as --eps 8/255.")
-        eps = trained.eps
-    if step is None:
-        step = eps / 4 if trained is None else trained.step
-    return ThreatSpec(eps, step, num_steps=1, space="pixel" if trained is None else trained.space, norm=norm)
+        raise UserError(f"{what} names no {norm} radius that it was trained for. Give --eps, such as --eps 8/255.")
+    return ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm)
 
 
 def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:

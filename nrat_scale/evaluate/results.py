@@ -40,11 +40,9 @@ class FinishedBlock:
 
 
 class BlockLog:
-    """Finished blocks of one (weights, data, attack, settings) key; a killed evaluation resumes after them.
+    """Finished blocks beside a results file; a killed evaluation resumes after them.
 
-    Args:
-        results: the results file under way.
-        key: everything that the outcome depends on, as JSON values.
+    `key` holds everything that an outcome depends on (weights, data, attack, settings), as JSON values.
     """
 
     def __init__(self, results: Path, key: dict[str, Any]) -> None:
@@ -96,11 +94,7 @@ def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def read_arrays(results: Path) -> dict[str, Outcome]:
-    """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no file, `UserError` if damaged."""
     path = results.with_suffix(".npz")
     if not path.is_file():
         return {}
@@ -139,11 +133,10 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
     if results.get("format") != FORMAT:
         raise UserError(f"{out} exists and is not a results file. Choose another --out.")
     for key in ("data", "threat", "versions"):
-        if results.get(key) != new[key]:
-            change = f"{_in_words(results.get(key))}, now {_in_words(new[key])}"
-            raise UserError(f"{out} holds results with other {key}: {change}. Give another --out, or move that file.")
-    checkpoints: dict[str, Any] = {}
-    outcomes: dict[str, Outcome] = {}
+        if changes := _changes(results.get(key, {}), new[key]):
+            words = ", ".join(changes.values())
+            raise UserError(f"{out} holds results with other {key}: {words}. Give another --out, or move that file.")
+    checkpoints, outcomes = dict[str, Any](), dict[str, Outcome]()
     for label, record in results.get("checkpoints", {}).items():
         checkpoints[label] = {**record, "attacks": {}}
         for name, entry in record.get("attacks", {}).items():
@@ -154,10 +147,10 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
     return checkpoints, outcomes
 
 
-def _in_words(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{key} {str(item)[:16]}" for key, item in value.items())
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Each name with different values -> both values, in words."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 
 
 _MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "outcome_sha256"}
@@ -171,13 +164,12 @@ def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str
     """
     if entry is None:
         return False
-    names = (entry.keys() - _MEASURED) | settings.keys()
-    differ = sorted(name for name in names if entry.get(name) != settings.get(name))
-    if not differ:
+    changes = _changes({name: value for name, value in entry.items() if name not in _MEASURED}, settings)
+    if not changes:
         return True
-    if differ == ["n"] and entry["n"] < settings["n"]:
+    if changes.keys() == {"n"} and entry["n"] < settings["n"]:
         return False
-    words = ", ".join(f"{name} {entry.get(name)} (requested: {settings.get(name)})" for name in differ)
+    words = ", ".join(changes.values())
     raise UserError(f"The results hold {key} with other settings: {words}. Give another --out; no number is replaced.")
 
 

@@ -17,20 +17,11 @@ from tqdm import tqdm
 from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.files import make_folder, write_json
 from nrat_scale.data.shards import ShardSet
+from nrat_scale.evaluate import results
 from nrat_scale.evaluate.attacks import TRANSFER, Attack
 from nrat_scale.evaluate.autoattack import autoattack_log
 from nrat_scale.evaluate.measures import Images, block_outcome, read_images
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.results import (
-    BlockLog,
-    FinishedBlock,
-    Outcome,
-    earlier_results,
-    is_measured,
-    new_results,
-    outcome_digest,
-    write_arrays,
-)
 from nrat_scale.evaluate.sanity import check_model, contradictions
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
@@ -66,7 +57,7 @@ class _Measured:
 
     facts: dict[str, Any]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, results.Outcome] = field(default_factory=dict)
 
 
 class _Evaluation:
@@ -74,9 +65,9 @@ class _Evaluation:
 
     def __init__(self, shards: ShardSet, request: Request, out: Path) -> None:
         self.shards, self.request, self.out, self.state = shards, request, out, join_processes()
-        self.results = new_results(shards, request.threat)
-        self.arrays: dict[str, Outcome]
-        earlier = known_to_all(self.state, lambda: earlier_results(out, self.results))
+        self.results = results.new_results(shards, request.threat)
+        self.arrays: dict[str, results.Outcome]
+        earlier = known_to_all(self.state, lambda: results.earlier_results(out, self.results))
         self.results["checkpoints"], self.arrays = earlier
 
     def start(self, target: Target) -> _Measured:
@@ -98,10 +89,10 @@ class _Evaluation:
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
             dropped = list(before) if request.drops_broken(attack) else []
             settings = request.settings(attack, len(images), dropped)
-            if not is_measured(measured.entries.get(key), settings, key):
+            if not results.is_measured(measured.entries.get(key), settings, key):
                 weights = {"weights": target.identity["sha256"], "data": self.shards.fingerprint}
                 threat = {"space": request.threat.space, "versions": self.results["versions"]}
-                log = BlockLog(self.out, {**settings, "attack": attack.name, **weights, **threat})
+                log = results.BlockLog(self.out, {**settings, "attack": attack.name, **weights, **threat})
                 skipped = np.isin(images.ids, list(broken) if dropped else [])
                 blocks = self._run_blocks(attack, target, images, skipped, log)
                 outcome = images.ids, np.concatenate([block.right for block in blocks])
@@ -112,7 +103,7 @@ class _Evaluation:
                     **settings,
                     "seconds": round(sum(block.seconds for block in blocks), 2),
                     "warnings": sorted({warning for block in blocks for warning in block.warnings}),
-                    "outcome_sha256": outcome_digest(outcome),
+                    "outcome_sha256": results.outcome_digest(outcome),
                 }
                 self._write(target, measured)
                 on_main(self.state, log.clear)
@@ -122,15 +113,15 @@ class _Evaluation:
         self._write(target, measured)
 
     def _run_blocks(
-        self, attack: Attack, target: Target, images: Images, skipped: np.ndarray, log: BlockLog
-    ) -> list[FinishedBlock]:
+        self, attack: Attack, target: Target, images: Images, skipped: np.ndarray, log: results.BlockLog
+    ) -> list[results.FinishedBlock]:
         """All blocks of one attack, in order; finished ones are read, the others are distributed over the processes."""
         request, state = self.request, self.state
         source = None if request.source is None else request.source.model
-        done: dict[int, FinishedBlock] = known_to_all(state, log.read)
+        done: dict[int, results.FinishedBlock] = known_to_all(state, log.read)
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
-        mine: dict[int, FinishedBlock] = {}
+        mine: dict[int, results.FinishedBlock] = {}
         counts = {"total": len(images), "initial": sum(len(wanted[first]) for first in done), "unit": "img"}
         title = f"{target.label} {attack.name}"
         with tqdm(desc=title, disable=not state.is_main_process, leave=False, **counts) as bar:
@@ -140,7 +131,7 @@ class _Evaluation:
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
                 with autoattack_log(bar.set_postfix_str) as warnings:
                     right = block_outcome(attack, target.model, *given, **options)
-                mine[first] = FinishedBlock(right, time.perf_counter() - began, warnings)
+                mine[first] = results.FinishedBlock(right, time.perf_counter() - began, warnings)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
         for part in gather_object([mine]):
@@ -169,7 +160,9 @@ class _Evaluation:
 
         def write() -> None:
             make_folder(self.out.parent)
-            write_arrays(self.out, self.arrays)  # first, so that results.json never names arrays that are missing
+            results.write_arrays(
+                self.out, self.arrays
+            )  # first, so that results.json never names arrays that are missing
             write_json(self.out, self.results)
 
         on_main(self.state, write)

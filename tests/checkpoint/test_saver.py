@@ -41,11 +41,12 @@ def steps_of(run: Path, *names: str) -> list[int]:
     return [named_checkpoint(run, name).step for name in names]
 
 
-def test_the_saver_copies_before_it_returns(tmp_path: Path) -> None:
+def test_the_saver_copies_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training may change weights and state at once: the values at the call are written."""
     go = threading.Event()
     tensors, state = small_tensors(3), state_of(3)
-    with Saver(tmp_path, 2, write=lambda *given: (go.wait(10), save_checkpoint(*given))[1]) as saver:
+    monkeypatch.setattr(saver_module, "save_checkpoint", lambda *given: (go.wait(10), save_checkpoint(*given))[1])
+    with Saver(tmp_path, 2) as saver:
         saver.save(tensors, state, best=True, selected=False)
         tensors["model"]["w"].zero_()
         state["sums"].append(7.0)
@@ -58,7 +59,7 @@ def test_the_saver_copies_before_it_returns(tmp_path: Path) -> None:
     assert steps_of(tmp_path, "last") == [3]
 
 
-def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
+def test_at_most_one_save_is_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next save waits for the previous one, so that memory is bounded and the order kept."""
     order: list[tuple[str, int]] = []
 
@@ -68,7 +69,8 @@ def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
         order.append(("end", state["step"]))
         return saved
 
-    with Saver(tmp_path, 2, write=write) as saver:
+    monkeypatch.setattr(saver_module, "save_checkpoint", write)
+    with Saver(tmp_path, 2) as saver:
         for step in (1, 2, 3):
             give(saver, step)
             assert [entry for entry in order if entry[1] < step] == [
@@ -79,10 +81,12 @@ def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
 
 def test_other_errors_are_raised(tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug or a lost permission is not a full disk: the next save or wait raises it, once."""
-    saver = Saver(tmp_path, 2, write=lambda *_: 1 / 0)  # type: ignore[arg-type,return-value]
-    give(saver, 1)
-    with pytest.raises(ZeroDivisionError):
-        give(saver, 2)
+    saver = Saver(tmp_path, 2)
+    with monkeypatch.context() as bug:
+        bug.setattr(saver_module, "save_checkpoint", lambda *_: 1 / 0)
+        give(saver, 1)
+        with pytest.raises(ZeroDivisionError):
+            give(saver, 2)
     saver.wait(final=True)
     saver = Saver(tmp_path, 2)
     with monkeypatch.context() as forbidden:
@@ -163,7 +167,7 @@ def test_a_corrupting_disk_is_noticed(tmp_path: Path, warnings: list[str], monke
     assert steps_of(tmp_path, "last") == [1]
 
 
-def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path) -> None:
+def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A best checkpoint that is written after a newer one moves best.json; last.json does not go back."""
     refused = {2}
 
@@ -172,7 +176,8 @@ def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path) -> None:
             raise UserError("refused") from OSError(errno.ENOSPC, "full")
         return save_checkpoint(run, tensors, state)
 
-    saver = Saver(tmp_path, 2, write=write)
+    monkeypatch.setattr(saver_module, "save_checkpoint", write)
+    saver = Saver(tmp_path, 2)
     for step in (1, 2, 3):
         give(saver, step, best=step < 3)
         saver.wait()
