@@ -25,61 +25,38 @@ TRANSFER = "transfer-"  # prefix in results: the adversarial images were made on
 
 @dataclass(frozen=True)
 class Attack:
-    """An evaluation attack, parsed from its name.
+    """An evaluation attack, parsed from its name."""
 
-    Attributes:
-        name: as given, such as `pgd20x5`; `title` is its name in text, such as "PGD-20, 5 starts".
-        kind: its key in `ATTACKS`.
-        steps: gradient steps, 0 if the attack takes none.
-        restarts: independent random starts; an image counts as correct if it survives all of them.
-        components: of AutoAttack, in order.
-    """
-
-    name: str
-    kind: str
-    title: str
-    steps: int = 0
-    restarts: int = 1
-    components: tuple[str, ...] = ()
+    name: str  # as given, such as pgd20x5
+    kind: str  # its key in ATTACKS
+    title: str  # its name in tables and text, such as "PGD-20, 5 starts"
+    steps: int = 0  # gradient steps, 0 if the attack takes none
+    restarts: int = 1  # independent random starts; an image counts as correct if it survives all of them
+    components: tuple[str, ...] = ()  # of AutoAttack, in order
 
 
 @dataclass(frozen=True)
 class Block:
-    """An evaluation block: the images that one call of an attack sees.
+    """An evaluation block: the images that one call of an attack sees."""
 
-    Attributes:
-        model: the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K].
-        x, y, ids: images [B, C, H, W] in [0, 1], labels [B], and ids int64 [B] that seed each image's noise.
-        threat: eps, step, norm and space.
-        seed, restart: of the random start.
-    """
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    ids: np.ndarray
-    threat: ThreatSpec
+    model: nn.Module  # the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K]
+    x: Tensor  # images [B, C, H, W] in [0, 1]
+    y: Tensor  # labels [B]
+    ids: np.ndarray  # int64 [B]; each seeds the noise of its image
+    threat: ThreatSpec  # of which the attack uses eps, step, norm and space
     seed: int = 0
-    restart: int = 0
+    restart: int = 0  # number of the random start
 
 
 @dataclass(frozen=True)
 class AttackKind:
-    """An entry of `ATTACKS`.
+    """An entry of `ATTACKS`."""
 
-    Attributes:
-        usage: the names it takes, for --help.
-        pattern: regular expression that matches a whole name.
-        parse: match of `pattern` -> title and other fields of `Attack`; may raise `UserError`.
-        perturb: (attack, block) -> x_adv, shaped like block.x; None: the images are not perturbed.
-        whole_blocks: the outcome depends on the block as a whole, so that no image may be dropped from it.
-    """
-
-    usage: str
-    pattern: str
-    parse: Callable[[re.Match[str]], dict[str, Any]]
-    perturb: Callable[[Attack, Block], Tensor] | None
-    whole_blocks: bool = False
+    usage: str  # the names it takes, for --help
+    pattern: str  # regular expression that matches a whole name
+    parse: Callable[[re.Match[str]], dict[str, Any]]  # -> title and other fields of `Attack`; may raise `UserError`
+    perturb: Callable[[Attack, Block], Tensor] | None  # -> x_adv, shaped like block.x; None: natural images
+    whole_blocks: bool = False  # the outcome depends on the whole block: no image may be dropped from it
 
 
 def parse_attack(name: str) -> Attack:

@@ -23,12 +23,7 @@ def autoattack_package() -> str:
 
 
 def autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatSpec,
-    seed: int,
-    components: Sequence[str] = STANDARD,
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, seed: int, components: Sequence[str]
 ) -> Tensor:
     """The adversarial images x_adv that AutoAttack finds on this block, shaped like `x`; `x` itself for robust images.
 

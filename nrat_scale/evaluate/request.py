@@ -18,26 +18,18 @@ from nrat_scale.evaluate.targets import Target
 class Request:
     """What to measure on each target.
 
-    Attributes:
-        threat: eps, step, norm and space.
-        images, aa_images: size of a fixed seeded choice of images, for all attacks and for AutoAttack; None: all images.
-        batch_size: size of the evaluation blocks.
-        seed: of random starts, AutoAttack and the choice of images.
-        source: make the adversarial images on this model instead of the target (transfer attack).
-        drop_broken: do not attack images that an earlier attack broke. AutoAttack gets whole blocks all the same.
-
     Raises:
         UserError: no attack, or a size below 1.
     """
 
     attacks: tuple[Attack, ...]
     threat: ThreatSpec
-    images: int | None = None
-    aa_images: int | None = None
-    batch_size: int = 256
-    seed: int = 0
-    source: Target | None = None
-    drop_broken: bool = False
+    images: int | None = None  # size of a fixed seeded choice of images; None: all images
+    aa_images: int | None = None  # the same for AutoAttack alone
+    batch_size: int = 256  # images per evaluation block
+    seed: int = 0  # of random starts, AutoAttack and the choice of images
+    source: Target | None = None  # transfer attack: make the adversarial images on this model
+    drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
 
     def __post_init__(self) -> None:
         if not self.attacks:

@@ -30,52 +30,37 @@ _WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 @dataclass(frozen=True)
 class Target:
-    """One set of weights to evaluate.
+    """One set of weights to evaluate."""
 
-    Attributes:
-        label: its name in results.json.
-        model: in evaluation mode, on the CPU.
-        identity: its facts in results.json; `sha256` is that of the weight file.
-    """
-
-    label: str
-    model: nn.Module
-    identity: dict[str, Any]
+    label: str  # its name in results.json
+    model: nn.Module  # in evaluation mode, on the CPU
+    identity: dict[str, Any]  # its facts in results.json; "sha256" is that of the weight file
 
 
 @dataclass(frozen=True)
 class FoundTargets:
-    """The targets behind a name on the command line.
-
-    Attributes:
-        threat: the threat they were trained for, if known.
-        results: the default results file.
-        run: the run directory, if it is one.
-    """
+    """The targets behind a name on the command line."""
 
     targets: list[Target]
-    threat: ThreatSpec | None
-    results: Path
+    threat: ThreatSpec | None  # for which they were trained, if known
+    results: Path  # default results file
     run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Which weights of a run, and how to build the model of a weight file.
-
-    Attributes:
-        checkpoints: of a run, from `CHECKPOINTS`.
-        weights: of a run, from `WEIGHT_CHOICES`; `evaluated` means the EMA if there is one, else the raw weights.
-        arch, mean, std: architecture of a weight file (a name known to timm) and its normalisation.
+    """Which weights of a run to evaluate, and how to build the model of a weight file.
 
     Raises:
         UserError: an unknown choice, or a normalisation without `arch`.
     """
 
-    checkpoints: Sequence[str] = CHECKPOINTS
-    weights: Sequence[str] = ("evaluated",)
-    arch: str | None = None
-    mean: Sequence[float] | None = None
+    checkpoints: Sequence[str] = CHECKPOINTS  # of a run
+    weights: Sequence[str] = (
+        "evaluated",
+    )  # of a run, from WEIGHT_CHOICES; evaluated: the EMA if there is one, else raw
+    arch: str | None = None  # of a weight file: a name known to timm
+    mean: Sequence[float] | None = None  # normalisation of a weight file
     std: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
