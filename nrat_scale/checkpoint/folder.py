@@ -150,8 +150,8 @@ def prune(run: Path, keep: int) -> None:
 def queue_release(run: Path, checkpoint: Checkpoint) -> Path:
     """Copy the evaluated weights of a verified checkpoint to `run/releases/epoch-NNNN/`, atomically.
 
-    An existing folder is not changed. Beside `model.safetensors` it holds `queued.json`: step, epoch, "ema" or "model",
-    sha256.
+    The folder holds `model.safetensors` and `queued.json` (step, epoch, "ema" or "model", sha256). An existing folder is
+    not changed.
 
     Raises:
         UserError, OSError: it cannot be written, or the copy differs from the checkpoint.

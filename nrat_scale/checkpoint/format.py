@@ -1,7 +1,7 @@
 """One checkpoint folder: write, verify, read.
 
 A save writes a temporary sibling, fsyncs it, reads it back against the hashes of the intended bytes, and renames it. The
-rename is the commit: a process killed before it leaves a file that `recover` removes.
+rename is the commit: a process killed before it leaves a temporary folder that `recover` removes.
 """
 
 import errno

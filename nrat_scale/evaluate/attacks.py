@@ -1,4 +1,4 @@
-"""The evaluation attacks: `ATTACKS` is the one table of how each is named, run on a block of images, and titled.
+"""The evaluation attacks: the table `ATTACKS` defines the names, titles and code of each.
 
 To add an attack, add an entry: a pattern of its names and a function from (attack, block) to adversarial images.
 """

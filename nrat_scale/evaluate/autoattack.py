@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020, arXiv:2003.01690) on one block of images, with the outcome of a direct call of its package."""
+"""AutoAttack (Croce and Hein 2020, arXiv:2003.01690) on one block, with the outcome of a direct call of its package."""
 
 import importlib.util
 import logging
@@ -40,16 +40,15 @@ def autoattack(
     package = autoattack_package()
     module = importlib.import_module(package)
     space_model, encode, decode = in_space(model, threat.space)
+    official = package == "autoattack"
     options: dict[str, Any] = {"norm": AUTOATTACK_NORMS[threat.norm], "seed": seed, "device": x.device}
-    size: dict[str, Any] = {"batch_size": len(x)}
-    if package == "autoattack":
-        options["verbose"], size = False, {"bs": len(x)}
+    options |= {"verbose": False} if official else {}
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         attack = module.AutoAttack(space_model, eps=threat.eps, version="standard", **options)
         attack.attacks_to_run = list(components)
         targets = min(9, space_model(encode(x[:1])).shape[1] - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        result = attack.run_standard_evaluation(encode(x), y, **size)
+        result = attack.run_standard_evaluation(encode(x), y, **{"bs" if official else "batch_size": len(x)})
     x_adv = decode(result[0] if isinstance(result, tuple) else result)
     around = threat.space == "pixel"
     inside = inside_ball(x_adv, x, threat.eps + _BALL_SLACK, around=around, norm=threat.norm)

@@ -67,7 +67,7 @@ def correct_under(
     batch_size: int = 256,
     stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Which images the model still classifies correctly under `attack`: bool [n]; `block_outcome` of block after block.
+    """`block_outcome` over all blocks: which images the model still classifies correctly under `attack`, bool [n].
 
     Args:
         attack: see `parse_attack`.

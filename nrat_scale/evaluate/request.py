@@ -1,4 +1,4 @@
-"""What an evaluation measures: attacks, threat, choice of images, seeds; and whether model and data allow it."""
+"""What an evaluation measures, and checks that model and data allow it."""
 
 from dataclasses import dataclass, replace
 from typing import Any

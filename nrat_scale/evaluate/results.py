@@ -1,4 +1,4 @@
-"""Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation under way.
+"""Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation in progress.
 
 results.json                                            see docs/evaluation.md
 results.npz                                             <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
@@ -122,7 +122,7 @@ def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
 
 
 def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """The checkpoints and outcomes that `out` holds already; an entry whose arrays are missing or different is dropped.
+    """The checkpoints and outcomes in `out`; an entry whose arrays are missing or do not match is dropped.
 
     Args:
         new: `new_results`; data, threat and versions must be equal.
@@ -148,7 +148,7 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Each name with different values -> both values, in words."""
+    """Name -> both values, in words, for each entry that differs."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 

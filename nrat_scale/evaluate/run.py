@@ -1,7 +1,7 @@
-"""The evaluation under way: every target under every attack, block by block, resumed after a kill, over all processes.
+"""Evaluate every target under every attack, over all processes; a killed evaluation resumes.
 
 The images are split into fixed blocks of `batch_size` in the order of their ids. Under `accelerate launch` each process
-evaluates whole blocks. A finished block is on disk, and the same command resumes with the next one.
+evaluates whole blocks. Each finished block is written to disk, and the same command resumes with the next one.
 """
 
 import time
@@ -32,8 +32,8 @@ _CHECKED_IMAGES = 64  # for `check_model`
 def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out: Path) -> dict[str, Any]:
     """Measure every target as requested, over all processes; returns the content of results.json.
 
-    Results and per-image outcomes are written to `out` after each attack. What `out` holds already for the same weights, data
-    and settings is not measured again.
+    Results and per-image outcomes are written to `out` after each attack. Entries of `out` for the same weights, data and
+    settings are not measured again.
 
     Args:
         targets: on the device to use, the same in every process.
@@ -53,7 +53,7 @@ def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out:
 
 @dataclass
 class _Measured:
-    """One set of weights: its facts, and by attack the entries of results.json and the outcomes."""
+    """The results of one set of weights: facts, and per attack its entry of results.json and its outcome."""
 
     facts: dict[str, Any]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Evaluation:
         self.results["checkpoints"], self.arrays = earlier
 
     def start(self, target: Target) -> _Measured:
-        """Check the model, and collect what earlier results hold for its weights."""
+        """Check the model, and collect earlier results of the same weights."""
         images = read_images(self.shards, _CHECKED_IMAGES)
         flags = check_model(target.model, images, self.request.threat, target.label)
         measured = _Measured({**target.identity, "flags": flags})
@@ -82,8 +82,8 @@ class _Evaluation:
         return measured
 
     def measure(self, target: Target, measured: _Measured) -> None:
-        """Run the attacks that have not been measured yet."""
-        request, before, broken = self.request, list[str](), set[int]()  # the earlier attacks, and the ids they broke
+        """Run the attacks that have no result yet."""
+        request, before, broken = self.request, list[str](), set[int]()  # earlier attacks, ids of the images they broke
         for attack in request.attacks:
             key = request.key(attack)
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
@@ -154,15 +154,14 @@ class _Evaluation:
             "worst": worst_case(measured.outcomes),
             "attacks": dict(entries),
         }
-        for name in [name for name in self.arrays if name.startswith(f"{target.label}/")]:
-            del self.arrays[name]  # the label may have belonged to other weights
-        self.arrays |= {f"{target.label}/{name}": outcome for name, outcome in measured.outcomes.items()}
+        prefix = f"{target.label}/"  # drop its earlier arrays, because the label may have belonged to other weights
+        others = {name: outcome for name, outcome in self.arrays.items() if not name.startswith(prefix)}
+        self.arrays = others | {prefix + name: outcome for name, outcome in measured.outcomes.items()}
 
         def write() -> None:
             make_folder(self.out.parent)
-            results.write_arrays(
-                self.out, self.arrays
-            )  # first, so that results.json never names arrays that are missing
+            # The arrays first, so that results.json never names missing ones.
+            results.write_arrays(self.out, self.arrays)
             write_json(self.out, self.results)
 
         on_main(self.state, write)

@@ -1,5 +1,6 @@
-"""Reasons not to believe a robust accuracy, after Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022
-(arXiv:2202.13711): an evaluation that would be meaningless is refused, a doubtful one gets a flag (a sentence).
+"""Refuse evaluations that would be meaningless, and flag doubtful ones with a sentence.
+
+The checks follow Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022 (arXiv:2202.13711).
 """
 
 import itertools
@@ -19,10 +20,10 @@ from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import Outcome
 
-_VANISHED = 1e-10  # gradient of a pixel that is below the rounding error of float32 probabilities
-_VANISHED_SHARE = 0.1  # of the images; above it, the flag is raised
+_VANISHED = 1e-10  # a smaller gradient of a pixel is below the rounding error of float32 probabilities
+_VANISHED_SHARE = 0.1  # share of images with a vanished gradient, above which the model is flagged
 _SAME_LOGITS = 1e-3  # relative difference that kernels may cause for another batch size
-_CONVERGED = 0.03  # loss of robust accuracy by more steps or restarts, above which fewer had not converged
+_CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means that fewer had not converged
 
 
 def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str) -> list[str]:
@@ -49,18 +50,16 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
     if not bool(logits.isfinite().all()):
         raise UserError(f"{what} gives logits that are not finite: its accuracy would be meaningless.")
     if _differ(logits, again):
-        way_out = (
-            "A randomised model needs attacks on the expectation (AutoAttack's version 'rand'), not available here."
-        )
-        raise UserError(f"{what} gives different logits for the same images. {way_out}")
+        reason = "Attacks on the expectation of a randomised model (AutoAttack's 'rand') are not available."
+        raise UserError(f"{what} gives different logits for the same images. {reason}")
     if _differ(logits, alone):
         way_out = "If its BatchNorm uses batch statistics, evaluate it with running statistics."
         raise UserError(f"The logits of {what} depend on the other images of the batch. {way_out}")
     flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
         flags.append(
-            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, which "
-            "weakens attacks on logits. Remove the softmax."
+            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, and "
+            "attacks become weak. Remove the softmax."
         )
     return flags + _vanishing(model, x, y, logits, what)
 
@@ -95,7 +94,7 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """
     attacks, flags = {}, []
     for name in outcomes:
-        with suppress(UserError):  # of an attack that another version had
+        with suppress(UserError):  # skip attacks that only another version has
             attacks[name] = parse_attack(name)
     for strong, weak in itertools.permutations(attacks, 2):
         n, left, other = _common(outcomes[strong], outcomes[weak])
@@ -109,14 +108,14 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
 
 
 def _contradiction(strong: Attack, weak: Attack, left: float, other: float, natural: float) -> str | None:
-    """Why it is suspicious that `strong` leaves accuracy `left`, `weak` leaves `other`, and no attack `natural`; else None."""
+    """How the accuracies `left` under `strong`, `other` under `weak` and `natural` contradict each other; None if not."""
     if strong.kind == "aa" and weak.kind in ("pgd", "cw", "fgsm") and left > other:
         return "the stronger attack broke fewer images, so it failed; AutoAttack's number is too high."
     if strong.kind == "pgd" and weak.kind == "fgsm" and left > 0 and other <= left and other < natural:
         return "one step breaks as many images as an iterated attack: a sign of masked gradients."
     more_steps = strong.steps >= weak.steps and strong.restarts >= weak.restarts
     if strong.kind == weak.kind and strong.kind in ("pgd", "cw") and more_steps and other - left > _CONVERGED:
-        return "more steps or restarts still break many images: the shorter attack had not converged; rely on neither alone."
+        return "the shorter attack had not converged, and the longer one may not have either. Add steps and restarts."
     return None
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from nrat_scale import models
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.checkpoint.format import Checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import sha256_of
 from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
@@ -98,6 +97,7 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
 
 def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
     """Each checkpoint with each choice of weights, labelled `best`, `best-ema`, ...; equal weights are loaded once."""
+    description, skipped = run.read_model(), run.read_skipped_shards()
     loaded: dict[tuple[int, str], Target] = {}
     targets = []
     for name in options.checkpoints:
@@ -112,22 +112,17 @@ def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
                     "epoch": checkpoint.state["epoch"],
                     "weights": "ema" if kind == "ema" else "raw",
                     "sha256": checkpoint.sha256[f"{kind}.safetensors"],
-                    "skipped_shards": run.read_skipped_shards(),
+                    "skipped_shards": skipped,
                 }
-                loaded[checkpoint.step, kind] = Target(name, _run_model(run, checkpoint, kind), identity)
+                model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
+                try:
+                    model.load_state_dict(checkpoint.tensors(kind))
+                except (RuntimeError, SafetensorError) as error:
+                    raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
+                loaded[checkpoint.step, kind] = Target(name, model, identity)
             label = name if choice == "evaluated" else f"{name}-{choice}"
             targets.append(replace(loaded[checkpoint.step, kind], label=label))
     return targets
-
-
-def _run_model(run: RunFolder, checkpoint: Checkpoint, kind: str) -> nn.Module:
-    description = run.read_model()
-    model = models.create(str(description["architecture"]), dict(description["model_args"]))
-    try:
-        model.load_state_dict(checkpoint.tensors(kind))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
-    return model.eval()
 
 
 def _release(source: str) -> FoundTargets:
