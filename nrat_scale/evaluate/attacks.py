@@ -6,6 +6,7 @@ To add an attack, add an entry: a pattern of its names and a function from (atta
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -78,10 +79,9 @@ def attack_title(name: str) -> str:
         return "worst case"
     if name.startswith(TRANSFER):
         return f"{attack_title(name.removeprefix(TRANSFER))}, transferred"
-    try:
+    with suppress(UserError):
         return parse_attack(name).title
-    except UserError:
-        return name
+    return name
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

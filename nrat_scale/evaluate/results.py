@@ -51,12 +51,23 @@ class BlockLog:
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
-        return dict(_read_block(path) for path in sorted(self._folder.glob("block-*.json")))
+        blocks = {}
+        for path in sorted(self._folder.glob("block-*.json")):
+            value = read_json(path, "finished block")
+            try:
+                right = np.array(["01".index(letter) for letter in value["right"]], bool)
+                seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"The finished block {path} is damaged. Remove it, and it is evaluated again."
+                ) from error
+        return blocks
 
     def write(self, first: int, block: FinishedBlock) -> None:
         """Write and fsync a finished block."""
         make_folder(self._folder)
-        text = "".join("1" if right else "0" for right in block.right)
+        text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
         write_json(self._folder / f"block-{first:08d}.json", value)
 
@@ -65,16 +76,6 @@ class BlockLog:
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):  # not empty: blocks of another key
             self._folder.parent.rmdir()
-
-
-def _read_block(path: Path) -> tuple[int, FinishedBlock]:
-    value = read_json(path, "finished block")
-    try:
-        first, text = int(value["first"]), str(value["right"])
-        right = np.array(["01".index(letter) for letter in text], bool)
-        return first, FinishedBlock(right, float(value["seconds"]), list(map(str, value["warnings"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The finished block {path} is damaged. Remove it; it will be evaluated again.") from error
 
 
 def outcome_digest(outcome: Outcome) -> str:

@@ -98,10 +98,8 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
             attacks[name] = parse_attack(name)
     for strong, weak in itertools.permutations(attacks, 2):
         n, left, other = _common(outcomes[strong], outcomes[weak])
-        if not n:
-            continue
         natural = _common(outcomes["natural"], outcomes[weak])[1] if "natural" in outcomes else 1.0
-        if why := _contradiction(attacks[strong], attacks[weak], left, other, natural):
+        if n and (why := _contradiction(attacks[strong], attacks[weak], left, other, natural)):
             seen = f"{attack_title(strong)} leaves {100 * left:.1f} % right, {attack_title(weak)} {100 * other:.1f} %"
             flags.append(f"On the same {n} images {seen}: {why}")
     return flags
