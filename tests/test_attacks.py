@@ -53,9 +53,6 @@ def _cross_entropy(y: Tensor):
     return lambda logits: LOSSES["ce"](logits, y)
 
 
-# ---- the threat model -----------------------------------------------------------------------------------------------
-
-
 class AnyShape(nn.Module):
     """A convolution and BatchNorm for any number of channels and any size: [B, C, H, W] -> [B, 5]."""
 
@@ -149,9 +146,6 @@ def test_generator_decides_the_random_start(make_net):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- random starts --------------------------------------------------------------------------------------------------
-
-
 def test_uniform_start():
     """U(-eps, eps) in every pixel, then clamped to [0, 1]."""
     threat = ThreatSpec(0.1, 0.01, 1, "uniform")
@@ -196,9 +190,6 @@ def test_start_from_sliced_noise_equals_the_start_of_the_whole(init):
     assert noise.dtype == x.dtype
     parts = [apply_noise(x[rows], noise[rows], threat) for rows in (slice(0, 2), slice(2, 6))]
     assert torch.equal(torch.cat(parts), whole)
-
-
-# ---- the model is left alone ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -258,9 +249,6 @@ def test_attack_needs_no_surrounding_gradient(make_net):
     with torch.no_grad():
         assert torch.equal(pgd(net, x, inner, THREAT, start=x), expected)
         assert not torch.is_grad_enabled()
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -341,9 +329,6 @@ def test_the_ball_is_checked_for_every_result(make_net, monkeypatch):
         pgd(make_net(), _images(4, 3, 8, 8), _cross_entropy(_labels(4)), dataclasses.replace(THREAT, step=0.5))
 
 
-# ---- the released code's space --------------------------------------------------------------------------------------
-
-
 def test_released_code_space_is_that_of_the_released_code(make_net):
     """As in that code, images are normalised first; eps, step and clamp(0, 1) then act in normalised units."""
     net, x, y = make_net().eval(), _images(4, 3, 8, 8), _labels(4)
@@ -381,9 +366,6 @@ def test_released_code_space_needs_the_constants_of_the_model():
     threat = dataclasses.replace(THREAT, space="released_code")
     with pytest.raises(UserError, match="`mean` and `std` buffers"):
         pgd(AnyShape(3), _images(4, 3, 8, 8, dtype=torch.float32), _cross_entropy(_labels(4)), threat)
-
-
-# ---- how a radius is written ----------------------------------------------------------------------------------------
 
 
 @given(st.floats(0, 3, allow_subnormal=False))

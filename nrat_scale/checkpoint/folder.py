@@ -4,11 +4,12 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint, remove_checkpoint
 from nrat_scale.checkpoint.state import RESUMED, is_count
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
 from nrat_scale.core.run_folder import RunFolder
 
@@ -47,13 +48,8 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
         except UserError as error:
             refused.append(str(error))
     if refused:
-        raise UserError(
-            f"{run} cannot be resumed from any checkpoint. {refused[0]} Or start over with another run_dir."
-        )
+        raise UserError(f"{run} cannot be resumed from any checkpoint. {refused[0]} Or start with another run_dir.")
     return None, []
-
-
-# ---- recovery after a kill ------------------------------------------------------------------------------------------
 
 
 def recover(run: Path) -> None:
@@ -78,26 +74,16 @@ def recover(run: Path) -> None:
         fsync_folder(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be cleaned up ({error}). Change its permissions and start again.") from error
-    _complete_pointers(run)
-
-
-def _complete_pointers(run: Path) -> None:
-    """Write the pointers that a save had still to write when it was killed after its rename."""
     folders = checkpoint_folders(run)
-    try:
+    with suppress(UserError):  # last.json is missing or damaged: write it
         if not folders or _read_pointer(run, "last")[0] == folders[0]:
             return
-    except UserError:
-        pass  # last.json is missing or damaged: write it
     checkpoint, _ = newest_checkpoint(run)
     assert checkpoint is not None
     save = checkpoint.state.get("pointer")  # written by `Saver`
     if isinstance(save, dict) and save.get("best") is True:
         write_pointer(run, "best", checkpoint, selected=save.get("selected") is not False)
     write_pointer(run, "last", checkpoint)
-
-
-# ---- pointers and pruning -------------------------------------------------------------------------------------------
 
 
 def write_pointer(run: Path, name: str, checkpoint: Checkpoint, *, selected: bool = True) -> None:
@@ -107,11 +93,7 @@ def write_pointer(run: Path, name: str, checkpoint: Checkpoint, *, selected: boo
 
 
 def _read_pointer(run: Path, name: str) -> tuple[Path, int]:
-    """The folder and the epoch that best.json or last.json names; the folder may not exist.
-
-    Raises:
-        UserError: the pointer is missing or damaged.
-    """
+    """The folder and the epoch that best.json or last.json names; the folder may not exist."""
     path = RunFolder(run).pointer(name)
     pointer = read_json(path, f"pointer to the {name} checkpoint")
     if (
@@ -126,11 +108,7 @@ def _read_pointer(run: Path, name: str) -> tuple[Path, int]:
 
 
 def named_checkpoint(run: Path, name: str) -> Checkpoint:
-    """The checkpoint that best.json or last.json names, verified.
-
-    Raises:
-        UserError: there is none, or the pointer or the checkpoint is damaged.
-    """
+    """The verified checkpoint that best.json or last.json names; raises `UserError` if it is missing or damaged."""
     path = RunFolder(run).pointer(name)
     if not path.is_file():
         raise UserError(f"The run {run} has no '{name}' checkpoint yet (no {path}). Train it first.")
@@ -143,27 +121,23 @@ def named_checkpoint(run: Path, name: str) -> Checkpoint:
     return checkpoint
 
 
-def prune(run: Path, keep: int) -> list[str]:
+def prune(run: Path, keep: int) -> None:
     """Remove old checkpoints: all but the `keep` newest (at least one) and those that best.json and last.json name.
 
-    Checkpoints newer than last.json are damaged ones that the run resumed before: they neither count nor are removed. If a
-    pointer is damaged, its checkpoint is unknown, so nothing is removed.
-
-    Returns:
-        One sentence for each damaged pointer.
+    Checkpoints newer than last.json are damaged, and the run resumed from an older one: they neither count nor are removed.
+    If a pointer is damaged, its checkpoint is unknown: nothing is removed, with a warning.
 
     Raises:
         UserError: an old checkpoint cannot be removed.
     """
-    named, damaged = {}, []
+    named = {}
     for name in ("best", "last"):
-        if RunFolder(run).pointer(name).exists():
-            try:
+        try:
+            if RunFolder(run).pointer(name).exists():
                 named[name] = _read_pointer(run, name)[0].name
-            except UserError as error:
-                damaged.append(f"{error} No old checkpoint is removed.")
-    if damaged:
-        return damaged
+        except UserError as error:
+            warn(f"{error} No old checkpoint is removed.")
+            return
     folders = [folder for folder in checkpoint_folders(run) if folder.name <= named.get("last", "step-99999999")]
     for folder in folders[max(1, keep) :]:
         if folder.name not in named.values():
@@ -171,17 +145,13 @@ def prune(run: Path, keep: int) -> list[str]:
                 remove_checkpoint(folder, folder)
             except OSError as error:
                 raise UserError(f"The old checkpoint {folder} cannot be removed ({error.strerror}).") from error
-    return []
-
-
-# ---- the release queue ----------------------------------------------------------------------------------------------
 
 
 def queue_release(run: Path, checkpoint: Checkpoint) -> Path:
     """Copy the evaluated weights of a verified checkpoint to `run/releases/epoch-NNNN/`, atomically.
 
-    An existing folder is not changed. Beside `model.safetensors` it holds `queued.json`: step, epoch, "ema" or "model",
-    sha256.
+    The folder holds `model.safetensors` and `queued.json` (step, epoch, "ema" or "model", sha256). An existing folder is
+    not changed.
 
     Raises:
         UserError, OSError: it cannot be written, or the copy differs from the checkpoint.

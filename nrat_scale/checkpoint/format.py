@@ -1,7 +1,7 @@
 """One checkpoint folder: write, verify, read.
 
 A save writes a temporary sibling, fsyncs it, reads it back against the hashes of the intended bytes, and renames it. The
-rename is the commit: a process killed before it leaves a file that `recover` removes.
+rename is the commit: a process killed before it leaves a temporary folder that `recover` removes.
 """
 
 import errno
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from nrat_scale.checkpoint.state import NAMED, SCHEMA, Required, Tensors, schema_mismatch
+from nrat_scale.core import files
 from nrat_scale.core.errors import UserError, quoted
-from nrat_scale.core.files import (
-    fsync_folder,
-    make_folder,
-    manifest_entry,
-    manifest_mismatch,
-    read_json,
-    temporary_sibling,
-    write_durably,
-)
 from nrat_scale.core.run_folder import RunFolder
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -65,9 +58,6 @@ class Checkpoint:
             raise UserError(f"{path} cannot be read ({error}).") from error
 
 
-# ---- write ----------------------------------------------------------------------------------------------------------
-
-
 def save_checkpoint(run: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> Checkpoint:
     """Write RUN/checkpoints/step-XXXXXXXX; it is durable and verified on return. Equal values give equal bytes.
 
@@ -84,31 +74,25 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensors], state: dict[str, Any
     assert all(fits(state.get(key)) for key, fits in NAMED.items()), "a state names its step and epoch"
     state = {**state, "schema": SCHEMA}
     folder = RunFolder(run).checkpoint(state["step"])
-    make_folder(folder.parent)
-    temporary = temporary_sibling(folder)
+    files.make_folder(folder.parent)
+    temporary = files.temporary_sibling(folder)
     try:
-        _require_room(folder.parent, tensors)
+        needed = _OVERHEAD_BYTES + sum(value.nbytes for values in tensors.values() for value in values.values())
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         sha256 = _write_files(temporary, tensors, state)
         _put_in_place(temporary, folder)
     except OSError as error:
-        raise UserError(
-            f"The checkpoint {folder} cannot be written ({error.strerror or error}). Free some space or replace the disk; "
-            "earlier checkpoints are intact."
-        ) from error
+        why = f"The checkpoint {folder} cannot be written ({error.strerror or error})."
+        raise UserError(f"{why} Free space or replace the disk; earlier checkpoints are intact.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkpoint(folder, state, sha256)
 
 
-def _require_room(folder: Path, tensors: dict[str, Tensors]) -> None:
-    needed = _OVERHEAD_BYTES + sum(value.nbytes for values in tensors.values() for value in values.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-
-
 def _write_files(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any]) -> dict[str, str]:
-    """Create `folder` with all files of a checkpoint, durable and verified; the sha256 of each but the manifest."""
+    """Create `folder` with all files of a checkpoint, durable and verified; returns the sha256 of each but the manifest."""
     folder.mkdir()
     manifest = {
         f"{name}.safetensors": _write(folder / f"{name}.safetensors", _serialised(values))
@@ -117,7 +101,7 @@ def _write_files(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any
     }
     manifest[STATE] = _write(folder / STATE, json_bytes(state))
     _write(folder / MANIFEST, json_bytes(manifest))
-    fsync_folder(folder)
+    files.fsync_folder(folder)
     try:
         return _verified(folder).sha256
     except DamagedError as damage:
@@ -139,33 +123,28 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
     """Write `content` durably; returns its manifest entry."""
-    write_durably(path, content)
-    if hasattr(os, "posix_fadvise"):  # drop the cached pages, so that verification reads from the disk
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return manifest_entry(content)
+    files.write_durably(path, content)
+    with open(path, "rb") as file:  # drop the cached pages, so that verification reads from the disk
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return files.manifest_entry(content)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename durably. If the process is killed between the two renames, `recover` restores the replaced checkpoint."""
-    replaced = None
+    replaced = folder.with_name(f".{folder.name}.replaced-{uuid.uuid4().hex[:8]}")
     if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.replaced-{uuid.uuid4().hex[:8]}")
         os.replace(folder, replaced)
     os.replace(temporary, folder)
-    fsync_folder(folder.parent)
-    if replaced is not None and is_intact(replaced):
+    files.fsync_folder(folder.parent)
+    if is_intact(replaced):
         remove_checkpoint(replaced, folder)
 
 
 def remove_checkpoint(path: Path, folder: Path) -> None:
     """Remove `path`, which is or was the checkpoint `folder`, under a temporary name: no reader sees half of it."""
-    temporary = temporary_sibling(folder)
+    temporary = files.temporary_sibling(folder)
     os.replace(path, temporary)
     shutil.rmtree(temporary, ignore_errors=True)  # `recover` removes the rest at the next start
-
-
-# ---- verify and read ------------------------------------------------------------------------------------------------
 
 
 class DamagedError(Exception):
@@ -173,10 +152,7 @@ class DamagedError(Exception):
 
 
 def open_checkpoint(folder: Path, required: Required = NAMED) -> Checkpoint:
-    """Verify size and sha256 of every file, then the state.
-
-    Args:
-        required: keys that the state must have -> whether a value is of the right kind.
+    """Verify size and sha256 of every file, and the `required` entries of the state.
 
     Raises:
         UserError: a file is missing or damaged, or the state is of another schema.
@@ -184,9 +160,8 @@ def open_checkpoint(folder: Path, required: Required = NAMED) -> Checkpoint:
     try:
         checkpoint = _verified(folder)
         if mismatch := schema_mismatch(checkpoint.state, required):
-            raise UserError(
-                f"The checkpoint {folder} has another schema: {mismatch}. Use the version of nrat_scale that wrote it."
-            )
+            why = f"The checkpoint {folder} has another schema: {mismatch}."
+            raise UserError(f"{why} Use the version of nrat_scale that wrote it.")
         if folder.name != f"step-{checkpoint.step:08d}":
             raise DamagedError(f"{STATE} is that of step {checkpoint.step}")
     except DamagedError as damage:
@@ -196,11 +171,10 @@ def open_checkpoint(folder: Path, required: Required = NAMED) -> Checkpoint:
 
 def is_intact(folder: Path) -> bool:
     """Whether every file matches the manifest; neither the folder's name nor the state is checked."""
-    try:
+    with suppress(DamagedError):
         _verified(folder)
-    except DamagedError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _verified(folder: Path) -> Checkpoint:
@@ -208,7 +182,7 @@ def _verified(folder: Path) -> Checkpoint:
     for name, entry in manifest.items():
         if not _FILE.fullmatch(name):
             raise DamagedError(f"{MANIFEST} names {quoted(name)}, which is not a file of a checkpoint")
-        if mismatch := manifest_mismatch(folder / name, entry):
+        if mismatch := files.manifest_mismatch(folder / name, entry):
             raise DamagedError(mismatch)
     unnamed = {STATE, *(path.name for path in folder.glob("*.safetensors"))} - manifest.keys()
     if unnamed:
@@ -217,9 +191,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DamagedError(f"{path.name} is missing")
     try:
-        return read_json(path, "file")
+        return files.read_json(path, "file")
     except UserError as error:
-        raise DamagedError(f"{path.name} cannot be read as a JSON object") from error
+        raise DamagedError(f"{path.name} is missing or not a JSON object") from error

@@ -3,30 +3,19 @@
 import errno
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nrat_scale.checkpoint.folder import prune, queue_release, write_pointer
-from nrat_scale.checkpoint.format import Checkpoint, json_bytes, save_checkpoint
+from nrat_scale.checkpoint.format import json_bytes, save_checkpoint
 from nrat_scale.checkpoint.state import Tensors
 from nrat_scale.core.errors import UserError, warn
 
 # Transient errors that must not end a run: disk full, quota exceeded, I/O error, and a limit on the size of files.
 _TRANSIENT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class _Save:
-    tensors: dict[str, Tensors]
-    state: dict[str, Any]
-    best: bool
-    selected: bool
 
 
 class Saver:
@@ -35,43 +24,28 @@ class Saver:
     A thread writes the checkpoint, verifies it, moves the pointers and removes old checkpoints, in this order. At most one
     save is in progress: the next waits for it before it copies, so host memory holds one copy of the tensors.
 
-    A save that fails with ENOSPC, EDQUOT, EIO or EFBIG does not end the run: `warn` gets a sentence, and earlier checkpoints
-    and pointers stay. If it was a best checkpoint, its copy is kept in memory and written before the next save; otherwise
-    the selected weights would be lost. The next `save` or `wait` raises any other error.
+    A save that fails with ENOSPC, EDQUOT, EIO or EFBIG is a warning and does not end the run; earlier checkpoints and
+    pointers stay. The copy of a best checkpoint that failed stays in memory and is written before the next save, so that
+    the selected weights are not lost. The next `save` or `wait` raises any other error.
 
     As a context manager it waits at the end; an error of the block takes precedence over one of the thread.
 
     Args:
         run: the run directory.
         keep: how many of the newest checkpoints to keep, besides best and last.
-        warn: called with one sentence, from the thread.
-        queue_every: queue the evaluated weights of every so many epochs for a release (`queue_release`); failures there are
-            passed to `warn` and otherwise ignored.
-        write: writes one checkpoint.
+        queue_every: queue the evaluated weights of every so many epochs for a release (`queue_release`); a failure there is
+            only a warning.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        keep: int,
-        warn: Callable[[str], None] = warn,
-        queue_every: int | None = None,
-        write: Callable[[Path, dict[str, Tensors], dict[str, Any]], Checkpoint] = save_checkpoint,
-    ) -> None:
-        self.run, self.keep, self.warn, self.queue_every, self.write = run, keep, warn, queue_every, write
+    def __init__(self, run: Path, keep: int, queue_every: int | None = None) -> None:
+        self.run, self.keep, self.queue_every = run, keep, queue_every
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._missed: UserError | None = None  # why the last save is not on disk
-        self._unsaved_best: _Save | None = None
+        self._unsaved_best: tuple[dict[str, Tensors], dict[str, Any]] | None = None
 
     def save(
-        self,
-        tensors: dict[str, Tensors],
-        state: dict[str, Any],
-        best: bool,
-        selected: bool = True,
-        *,
-        final: bool = False,
+        self, tensors: dict[str, Tensors], state: dict[str, Any], best: bool, selected: bool = True, final: bool = False
     ) -> None:
         """Copy `tensors` and `state` and save them in the background.
 
@@ -82,24 +56,19 @@ class Saver:
             final: return only when the checkpoint is durable.
 
         Raises:
-            UserError: the previous save failed with an error that is not transient; with `final`, this one failed.
+            UserError: the previous save failed with an error that is not transient; with `final`, this save failed.
         """
         self.wait()
-        # A copy, with what `recover` needs to complete the pointers.
+        # "pointer" is for `recover`, which completes the pointers of a killed save.
         copied = json.loads(json_bytes({**state, "pointer": {"best": best, "selected": selected}}))
-        job = _Save(_to_host(tensors), copied, best, selected)
         # Not a daemon: a process that exits with an error still finishes the save in progress.
-        self._thread = threading.Thread(target=self._work, args=(job,), name="checkpoint")
+        self._thread = threading.Thread(target=self._work, args=(_to_host(tensors), copied), name="checkpoint")
         self._thread.start()
         if final:
             self.wait(final=True)
 
     def wait(self, final: bool = False) -> None:
-        """Return when every save is durable or has been warned about.
-
-        Raises:
-            UserError: see `save`; with `final`, also if the last or a best checkpoint could not be written.
-        """
+        """Return when every save is durable or has been warned about; raises as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -112,63 +81,54 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         try:
             self.wait(final=True)
         except Exception as failed:
             if error is None:
                 raise
-            self.warn(str(failed))
+            warn(str(failed))
 
-    def _work(self, job: _Save) -> None:
+    def _work(self, tensors: dict[str, Tensors], state: dict[str, Any]) -> None:
         try:
             self._missed = None
             delayed, self._unsaved_best = self._unsaved_best, None
-            if delayed is not None and not job.best:
-                self._commit_or_warn(delayed, last=False)  # a delayed best checkpoint must not overwrite last.json
-            self._commit_or_warn(job, last=True)
+            if delayed is not None and not state["pointer"]["best"]:
+                self._commit_or_warn(*delayed, last=False)  # a delayed best checkpoint must not overwrite last.json
+            self._commit_or_warn(tensors, state, last=True)
         except BaseException as error:
             self._error = error
 
-    def _commit_or_warn(self, job: _Save, last: bool) -> None:
+    def _commit_or_warn(self, tensors: dict[str, Tensors], state: dict[str, Any], last: bool) -> None:
+        epoch, pointer = state["epoch"], state["pointer"]
         try:
-            self._commit(job, last)
+            checkpoint = save_checkpoint(self.run, tensors, state)
+            if pointer["best"]:
+                write_pointer(self.run, "best", checkpoint, selected=pointer["selected"])
+            if last:
+                write_pointer(self.run, "last", checkpoint)
+            if self.queue_every is not None and epoch % self.queue_every == 0 and state.get("whole_epoch"):
+                try:
+                    queue_release(self.run, checkpoint)
+                except (UserError, OSError) as error:
+                    warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
+            prune(self.run, self.keep)
         except UserError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _TRANSIENT:
                 raise
             self._missed = error
-            self._unsaved_best = job if job.best else self._unsaved_best
-            self.warn(f"{error} Training continues without the checkpoint of step {job.state['step']}.")
-
-    def _commit(self, job: _Save, last: bool) -> None:
-        checkpoint = self.write(self.run, job.tensors, job.state)
-        if job.best:
-            write_pointer(self.run, "best", checkpoint, selected=job.selected)
-        if last:
-            write_pointer(self.run, "last", checkpoint)
-        self._queue_release(checkpoint)
-        for sentence in prune(self.run, self.keep):
-            self.warn(sentence)
-
-    def _queue_release(self, checkpoint: Checkpoint) -> None:
-        epoch, every = checkpoint.state["epoch"], self.queue_every
-        if every is None or epoch % every or not checkpoint.state.get("whole_epoch"):
-            return
-        try:
-            queue_release(self.run, checkpoint)
-        except (UserError, OSError) as error:
-            self.warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
+            self._unsaved_best = (tensors, state) if pointer["best"] else self._unsaved_best
+            warn(f"{error} Training continues without the checkpoint of step {state['step']}.")
 
 
 def _to_host(tensors: dict[str, Tensors]) -> dict[str, Tensors]:
     """Copies of all tensors in host memory (pinned if from CUDA), complete on return; the transfers overlap."""
-    copies = {name: {key: _copy(value.detach()) for key, value in values.items()} for name, values in tensors.items()}
+
+    def copy(value: Tensor) -> Tensor:
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return host.copy_(value.detach(), non_blocking=True)
+
+    copies = {name: {key: copy(value) for key, value in values.items()} for name, values in tensors.items()}
     for device in {value.device for values in tensors.values() for value in values.values() if value.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     return copies
-
-
-def _copy(value: Tensor) -> Tensor:
-    if not value.is_cuda:
-        return value.to("cpu", copy=True)
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)

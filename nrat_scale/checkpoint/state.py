@@ -10,8 +10,6 @@ from nrat_scale.core.errors import UserError, quoted
 
 Tensors = dict[str, Tensor]
 
-# ---- the schema of state.json ---------------------------------------------------------------------------------------
-
 SCHEMA = 1  # "schema" in state.json (1 if missing); raise it with a change that older versions would misread
 
 
@@ -21,10 +19,8 @@ def is_count(value: object) -> bool:
 
 
 def _is_row_per_rank(value: object) -> bool:
-    def is_row(row: object) -> bool:
-        return isinstance(row, list) and all(type(number) in (int, float) for number in row)
-
-    return isinstance(value, list) and len(value) > 0 and all(is_row(row) for row in value)
+    rows = value if isinstance(value, list) else []
+    return bool(rows) and all(isinstance(row, list) and set(map(type, row)) <= {int, float} for row in rows)
 
 
 def _is_best(value: object) -> bool:
@@ -34,10 +30,8 @@ def _is_best(value: object) -> bool:
 
 Required = dict[str, Callable[[object], bool]]  # key of state.json -> whether a value is of the right kind
 
-# To evaluate and release a checkpoint.
-NAMED: Required = {"step": is_count, "epoch": is_count}
-
-# To resume training from it.
+NAMED: Required = {"step": is_count, "epoch": is_count}  # to evaluate and release a checkpoint
+# To resume training from a checkpoint:
 RESUMED: Required = NAMED | {
     "best": _is_best,  # row of the best validation so far, None before the first
     "validation_due": lambda value: isinstance(value, bool),  # the run stopped between an epoch and its validation
@@ -62,16 +56,12 @@ def schema_mismatch(state: dict[str, Any], required: Required) -> str | None:
     return None
 
 
-# ---- optimizer state as named tensors -------------------------------------------------------------------------------
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
     """The optimizer's state tensors, named `parameter name/state key` (for SGD: `.../momentum_buffer`)."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
@@ -83,18 +73,17 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         UserError: a tensor belongs to no parameter of `model`, or has another shape.
     """
     parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter = parameters.get(name.rpartition("/")[0])
-        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
-            raise UserError(
-                f"The checkpoint's optimizer state {quoted(name)} does not fit the model. "
-                "Resume with the recipe that the run began with."
-            )
+    restored: list[tuple[nn.Parameter, str, Tensor]] = []
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
+        parameter = parameters.get(parameter_name)
+        if parameter is None or value.shape not in (parameter.shape, torch.Size([])):
+            why = f"The checkpoint's optimizer state {quoted(name)} does not fit the model."
+            raise UserError(f"{why} Resume with the recipe that the run began with.")
         # Adam's step counter is a scalar of its own type. Every other tensor takes dtype, device and memory format of its
         # parameter, because fused optimizers read both with the same strides.
         scalar = value.ndim == 0 and parameter.ndim > 0
         like = torch.empty_like(parameter.detach())
-        optimizer.state[parameter][key] = value.to(parameter.device) if scalar else like.copy_(value)
+        restored.append((parameter, key, value.to(parameter.device) if scalar else like.copy_(value)))
+    for parameter, key, value in restored:
+        optimizer.state[parameter][key] = value

@@ -13,22 +13,22 @@ from nrat_scale.core.errors import UserError
 
 
 def join_processes(*, on_cpu: bool = False) -> PartialState:
-    """Join the processes of this launch: over gloo on a CPU, which Accelerate does not choose by itself.
+    """Join the processes of this launch, over gloo on CPUs (Accelerate does not choose it by itself).
 
-    Two days of timeout: evaluation ranks may wait hours for each other, and the launcher notices a rank that dies.
+    The timeout is two days, because evaluation ranks may wait hours for each other; the launcher detects dead ranks.
     """
     cpu = on_cpu or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
 
 
 def use_all_cores() -> None:
-    """Set torch's threads to this process's share of the cores: on a CPU, `accelerate launch` sets OMP_NUM_THREADS=1."""
+    """Run torch on this process's share of the cores; `accelerate launch` on CPUs sets OMP_NUM_THREADS=1."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, cores))
 
 
 def on_main(state: Any, action: Callable[[], Any]) -> Any:
-    """Run `action` on the main process; its result there, None on the others, which wait for it.
+    """Run `action` on the main process while the others wait; returns its result there and None on the others.
 
     A `UserError` is raised on every process, so that no rank waits for one that has exited.
     """

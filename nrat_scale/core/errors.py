@@ -1,7 +1,7 @@
 """User errors and warnings, and how untrusted text is printed.
 
 `UserError` is for what a person can fix (a wrong key, a missing shard, a read-only folder): one or two plain sentences and
-exit status 2. What only a bug can break is an `assert` and keeps its traceback.
+exit status 2. Invariants that only a bug can break are asserted and keep their traceback.
 """
 
 import os

@@ -36,11 +36,7 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """`mkdir -p`.
-
-    Raises:
-        UserError: the folder cannot be made, or is read-only.
-    """
+    """`mkdir -p`; raises `UserError` if the folder cannot be made or is read-only."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,8 +56,7 @@ def write_durably(path: Path, content: bytes) -> None:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write `content` by an atomic rename: readers, and a crash, see the old file or the new one, never a part.
 
-    Raises:
-        UserError: the folder is read-only, or the disk is full.
+    Raises `UserError` if the folder is read-only or the disk is full.
     """
     temporary = temporary_sibling(path)
     try:
@@ -70,9 +65,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}). Free some space or choose another place."
-        ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror}). Free space or choose another place.") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,11 +74,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`; `what` names it in the error.
-
-    Raises:
-        UserError: the file is missing, unreadable or not a JSON object.
-    """
+    """The JSON object in `path`; `what` names the file in the `UserError` if it is missing, unreadable or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -96,11 +85,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, what: str, where: str) -> dict[str, Any]:
-    """The JSON object in `content`; `what` and `where` name it in the error.
-
-    Raises:
-        UserError: `content` is not a JSON object.
-    """
+    """The JSON object in `content`; `what` and `where` name the content in the `UserError` if it is damaged."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -108,9 +93,6 @@ def parse_json(content: bytes, what: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"The {what} {where} is damaged: expected a JSON object, found {type(value).__name__}.")
     return value
-
-
-# ---- manifests: name -> {"bytes", "sha256"} of each file in a folder -------------------------------------------------
 
 
 def manifest_entry(content: bytes | Path) -> dict[str, Any]:
@@ -125,11 +107,8 @@ def manifest_mismatch(path: Path, entry: object) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     try:
-        matches = (
-            isinstance(entry, dict)
-            and path.stat().st_size == entry.get("bytes")
-            and sha256_of(path) == entry.get("sha256")
-        )
+        if isinstance(entry, dict) and manifest_entry(path).items() <= entry.items():
+            return None
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
-    return None if matches else f"{path.name} does not match its size and sha256"
+    return f"{path.name} does not match its size and sha256"

@@ -1,20 +1,7 @@
-"""Names of all files in a run directory, and readers of those that several commands read.
-
-RUN/recipe.yaml             the resolved recipe; written first: a folder without it is not a run
-RUN/model.json              architecture, its arguments, image shape, class names
-RUN/data.json               fingerprints and held-out samples of the training data
-RUN/label_noise.json        kind, rate and realised transition matrix of the label noise, if any
-RUN/label_noise.npz         clean and given labels, in source order
-RUN/metrics.jsonl           one JSON object per epoch and per validation
-RUN/skipped_shards.json     shards that the run does without (data.on_bad_shard: skip)
-RUN/checkpoints/            step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
-RUN/releases/epoch-XXXX/    weights queued for publication (release.every_epochs)
-RUN/results.json, .npz      evaluations: accuracies, and outcomes per image
-RUN/bad-step-*.safetensors  images and weights of a step whose loss or gradient was not finite
-RUN/profile/, RUN/.alive/   profiler traces; liveness files of the ranks
-"""
+"""Names of all files in a run directory, and readers of those that several commands read."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +16,18 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / RECIPE
-        self.model = path / "model.json"
-        self.data = path / "data.json"
-        self.label_noise = path / "label_noise.json"
-        self.label_noise_arrays = path / "label_noise.npz"
-        self.metrics = path / "metrics.jsonl"
-        self.skipped_shards = path / "skipped_shards.json"
-        self.checkpoints = path / "checkpoints"
-        self.releases = path / "releases"
-        self.results = path / RESULTS
-        self.profile = path / "profile"
-        self.alive = path / ".alive"
+        self.recipe = path / RECIPE  # the resolved recipe; written first: a folder without it is not a run
+        self.model = path / "model.json"  # architecture, its arguments, image shape, class names
+        self.data = path / "data.json"  # fingerprints and held-out samples of the training data
+        self.label_noise = path / "label_noise.json"  # kind, rate, realised transition matrix; only with label noise
+        self.label_noise_arrays = path / "label_noise.npz"  # clean and given labels, in source order
+        self.metrics = path / "metrics.jsonl"  # one JSON object per epoch and per validation
+        self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
+        self.checkpoints = path / "checkpoints"  # step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
+        self.releases = path / "releases"  # weights queued for publication (release.every_epochs)
+        self.results = path / RESULTS  # accuracies; results.npz beside it: outcomes per image
+        self.profile = path / "profile"  # profiler traces
+        self.alive = path / ".alive"  # liveness files of the ranks
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of a step."""
@@ -96,10 +83,9 @@ class RunFolder:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
+            row = None
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line.decode())
-            except (ValueError, RecursionError):
-                row = None
             if isinstance(row, dict):
                 rows.append(row)
             elif number < len(lines):

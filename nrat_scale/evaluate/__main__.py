@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,8 +18,6 @@ from nrat_scale.evaluate.request import Request, check_fits, check_unseen, reque
 from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
-
-T = TypeVar("T")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,10 +60,10 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _option(parse: Callable[[str], T]) -> Callable[[str], T]:
+def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """`parse` for argparse, which shows the message of an `ArgumentTypeError` but not of other `ValueError`s."""
 
-    def parsed(text: str) -> T:
+    def parsed(text: str) -> Any:
         try:
             return parse(text)
         except ValueError as error:
@@ -75,7 +73,7 @@ def _option(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 def _join(device: str | None) -> tuple[PartialState, torch.device]:
-    """All processes, and the device of this one."""
+    """The processes of this launch, and the device of this one."""
     try:
         state = join_processes(on_cpu=device is not None and torch.device(device).type == "cpu")
         chosen = state.device if device is None or state.num_processes > 1 else torch.device(device)

@@ -1,4 +1,4 @@
-"""The evaluation attacks: `ATTACKS` is the one table of how each is named, run on a block of images, and titled.
+"""The evaluation attacks: the table `ATTACKS` defines the names, titles and code of each.
 
 To add an attack, add an entry: a pattern of its names and a function from (attack, block) to adversarial images.
 """
@@ -6,6 +6,7 @@ To add an attack, add an entry: a pattern of its names and a function from (atta
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,74 +26,42 @@ TRANSFER = "transfer-"  # prefix in results: the adversarial images were made on
 
 @dataclass(frozen=True)
 class Attack:
-    """An evaluation attack, parsed from its name.
+    """An evaluation attack, parsed from its name."""
 
-    Attributes:
-        name: as given, such as `pgd20x5`.
-        kind: its key in `ATTACKS`.
-        title: its name in tables and text.
-        steps: gradient steps, 0 if the attack takes none.
-        restarts: independent random starts; an image counts as correct if it survives all of them.
-        components: the parts of AutoAttack, in order.
-    """
-
-    name: str
-    kind: str
-    title: str
-    steps: int = 0
-    restarts: int = 1
-    components: tuple[str, ...] = ()
+    name: str  # as given, such as pgd20x5
+    kind: str  # its key in ATTACKS
+    title: str  # its name in tables and text, such as "PGD-20, 5 starts"
+    steps: int = 0  # gradient steps, 0 if the attack takes none
+    restarts: int = 1  # independent random starts; an image counts as correct if it survives all of them
+    components: tuple[str, ...] = ()  # of AutoAttack, in order
 
 
 @dataclass(frozen=True)
 class Block:
-    """An evaluation block: the images that one call of an attack sees.
+    """An evaluation block: the images that one call of an attack sees."""
 
-    Attributes:
-        model: the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K].
-        x, y, ids: images [B, C, H, W] in [0, 1], labels [B], and ids int64 [B] that seed each image's noise.
-        threat: eps, step, norm and space.
-        seed, restart: of the random start.
-        running: receives the name of each part of AutoAttack as it starts.
-        warn: receives the warnings of AutoAttack's own checks.
-    """
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    ids: np.ndarray
-    threat: ThreatSpec
+    model: nn.Module  # the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K]
+    x: Tensor  # images [B, C, H, W] in [0, 1]
+    y: Tensor  # labels [B]
+    ids: np.ndarray  # int64 [B]; each seeds the noise of its image
+    threat: ThreatSpec  # of which the attack uses eps, step, norm and space
     seed: int = 0
-    restart: int = 0
-    running: Callable[[str], None] = lambda name: None
-    warn: Callable[[str], None] = lambda message: None
+    restart: int = 0  # number of the random start
 
 
 @dataclass(frozen=True)
 class AttackKind:
-    """An entry of `ATTACKS`.
+    """An entry of `ATTACKS`."""
 
-    Attributes:
-        usage: the names it takes, for --help.
-        pattern: regular expression that matches a whole name.
-        parse: match of `pattern` -> title and other fields of `Attack`; may raise `UserError`.
-        perturb: (attack, block) -> x_adv, shaped like block.x; None: the images are not perturbed.
-        whole_blocks: the outcome depends on the block as a whole, so that no image may be dropped from it.
-    """
-
-    usage: str
-    pattern: str
-    parse: Callable[[re.Match[str]], dict[str, Any]]
-    perturb: Callable[[Attack, Block], Tensor] | None
-    whole_blocks: bool = False
+    usage: str  # the names it takes, for --help
+    pattern: str  # regular expression that matches a whole name
+    parse: Callable[[re.Match[str]], dict[str, Any]]  # -> title and other fields of `Attack`; may raise `UserError`
+    perturb: Callable[[Attack, Block], Tensor] | None  # -> x_adv, shaped like block.x; None: natural images
+    whole_blocks: bool = False  # the outcome depends on the whole block: no image may be dropped from it
 
 
 def parse_attack(name: str) -> Attack:
-    """The attack called `name`.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """The attack called `name`; raises `UserError` for an unknown name."""
     for kind, entry in ATTACKS.items():
         if match := re.fullmatch(entry.pattern, name):
             return Attack(name, kind, **entry.parse(match))
@@ -100,7 +69,7 @@ def parse_attack(name: str) -> Attack:
 
 
 def attack_usage() -> str:
-    """All names that `parse_attack` takes, in words."""
+    """The names that `parse_attack` takes, for messages and --help."""
     return ", ".join(entry.usage for entry in ATTACKS.values())
 
 
@@ -110,13 +79,9 @@ def attack_title(name: str) -> str:
         return "worst case"
     if name.startswith(TRANSFER):
         return f"{attack_title(name.removeprefix(TRANSFER))}, transferred"
-    try:
+    with suppress(UserError):
         return parse_attack(name).title
-    except UserError:
-        return name
-
-
-# ---- FGSM, PGD, CW --------------------------------------------------------------------------------------------------
+    return name
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -152,46 +117,30 @@ def _parse_steps(match: re.Match[str]) -> dict[str, Any]:
     return {"title": title, "steps": int(match[2]), "restarts": restarts}
 
 
-# ---- AutoAttack -----------------------------------------------------------------------------------------------------
-
-
 def _parse_components(match: re.Match[str]) -> dict[str, Any]:
     if match[0] == "aa":
         return {"title": "AutoAttack", "components": STANDARD}
     if match[0] == "aa-apgd":
         return {"title": "APGD", "components": STANDARD[:2]}
     components = tuple(match[1].split("+"))
-    for component in components:
-        if component not in COMPONENTS:
-            raise UserError(
-                f"AutoAttack has no part '{component}' (in '{match[0]}'). {did_you_mean(component, COMPONENTS)}"
-            )
+    for name in components:
+        if name not in COMPONENTS:
+            raise UserError(f"AutoAttack has no part '{name}' (in '{match[0]}'). {did_you_mean(name, COMPONENTS)}")
     return {"title": match[0], "components": components}
 
 
 def _autoattack(attack: Attack, block: Block) -> Tensor:
-    seed, parts = block.seed, attack.components
-    return autoattack(block.model, block.x, block.y, block.threat, seed, parts, block.running, block.warn)
+    return autoattack(block.model, block.x, block.y, block.threat, block.seed, attack.components)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+_pgd, _cw = partial(_gradient_attack, LOSSES["ce"]), partial(_gradient_attack, margin)
 
 ATTACKS: dict[str, AttackKind] = {
     "natural": AttackKind("natural", "natural", lambda match: {"title": "natural"}, None),
-    "fgsm": AttackKind(
-        "fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, partial(_gradient_attack, LOSSES["ce"])
-    ),
-    "pgd": AttackKind(
-        "pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, partial(_gradient_attack, LOSSES["ce"])
-    ),
-    "cw": AttackKind(
-        "cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, partial(_gradient_attack, margin)
-    ),
+    "fgsm": AttackKind("fgsm", "fgsm", lambda match: {"title": "FGSM", "steps": 1}, _pgd),
+    "pgd": AttackKind("pgdN or pgdNxR (N steps, R restarts)", f"(pgd){_STEPS}", _parse_steps, _pgd),
+    "cw": AttackKind("cwN or cwNxR (the same on the CW margin)", f"(cw){_STEPS}", _parse_steps, _cw),
     "aa": AttackKind(
-        "aa (AutoAttack), aa-apgd, aa:PART+PART",
-        "aa|aa-apgd|aa:([a-z+-]+)",
-        _parse_components,
-        _autoattack,
-        whole_blocks=True,
+        "aa (AutoAttack), aa-apgd, aa:PART+PART", "aa|aa-apgd|aa:([a-z+-]+)", _parse_components, _autoattack, True
     ),
 }

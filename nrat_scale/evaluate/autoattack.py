@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020, arXiv:2003.01690) on one block of images, with the outcome of a direct call of its package."""
+"""AutoAttack (Croce and Hein 2020, arXiv:2003.01690) on one block, with the outcome of a direct call of its package."""
 
 import importlib.util
 import logging
@@ -23,14 +23,7 @@ def autoattack_package() -> str:
 
 
 def autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatSpec,
-    seed: int,
-    components: Sequence[str] = STANDARD,
-    running: Callable[[str], None] = lambda name: None,
-    warn: Callable[[str], None] = lambda message: None,
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, seed: int, components: Sequence[str]
 ) -> Tensor:
     """The adversarial images x_adv that AutoAttack finds on this block, shaped like `x`; `x` itself for robust images.
 
@@ -40,8 +33,6 @@ def autoattack(
         model: maps [0, 1] images to logits [B, K]; with fewer than ten classes all other classes are targets.
         x, y: images [B, C, H, W] in [0, 1] and labels [B], on the device of the model.
         components: run in this order, each on the images that the previous ones did not break.
-        running: receives the name of each component as it starts.
-        warn: receives the warnings of AutoAttack's own checks.
 
     Raises:
         AssertionError: an adversarial image is outside the ball.
@@ -49,16 +40,15 @@ def autoattack(
     package = autoattack_package()
     module = importlib.import_module(package)
     space_model, encode, decode = in_space(model, threat.space)
+    official = package == "autoattack"
     options: dict[str, Any] = {"norm": AUTOATTACK_NORMS[threat.norm], "seed": seed, "device": x.device}
-    size: dict[str, Any] = {"batch_size": len(x)}
-    if package == "autoattack":
-        options["verbose"], size = False, {"bs": len(x)}
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _logged(running, warn), torch.no_grad():
+    options |= {"verbose": False} if official else {}
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         attack = module.AutoAttack(space_model, eps=threat.eps, version="standard", **options)
         attack.attacks_to_run = list(components)
         targets = min(9, space_model(encode(x[:1])).shape[1] - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        result = attack.run_standard_evaluation(encode(x), y, **size)
+        result = attack.run_standard_evaluation(encode(x), y, **{"bs" if official else "batch_size": len(x)})
     x_adv = decode(result[0] if isinstance(result, tuple) else result)
     around = threat.space == "pixel"
     inside = inside_ball(x_adv, x, threat.eps + _BALL_SLACK, around=around, norm=threat.norm)
@@ -66,32 +56,28 @@ def autoattack(
     return x_adv
 
 
-class _Handler(logging.Handler):
-    """Passes AutoAttack's log records on."""
+@contextmanager
+def autoattack_log(running: Callable[[str], None] = lambda name: None) -> Iterator[list[str]]:
+    """Collect AutoAttack's warnings in the returned list, and print nothing of its log.
 
-    def __init__(self, running: Callable[[str], None], warn: Callable[[str], None]) -> None:
-        super().__init__()
-        self.running, self.warn = running, warn
+    Args:
+        running: receives the name of each component as it starts.
+    """
+    logger, warnings = logging.getLogger("auto-attack"), list[str]()
+    level = logger.level
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def take(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if message.startswith("running "):
-            self.running(message.removeprefix("running "))
+            running(message.removeprefix("running "))
         elif record.levelno >= logging.WARNING:
-            self.warn(message)
+            warnings.append(message)
+        return False  # do not print it
 
-
-@contextmanager
-def _logged(running: Callable[[str], None], warn: Callable[[str], None]) -> Iterator[None]:
-    """Receive AutoAttack's log instead of letting it print."""
-    logger, handler = logging.getLogger("auto-attack"), _Handler(running, warn)
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
+    logger.addFilter(take)
     logger.setLevel(logging.DEBUG)
-    logger.propagate = False
     try:
-        yield
+        yield warnings
     finally:
-        logger.removeHandler(handler)
+        logger.removeFilter(take)
         logger.setLevel(level)
-        logger.propagate = propagate

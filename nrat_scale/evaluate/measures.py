@@ -17,6 +17,7 @@ from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
+from nrat_scale.evaluate.autoattack import autoattack_log
 
 
 class Interrupted(Exception):
@@ -40,8 +41,7 @@ class Images:
 
     def take(self, rows: np.ndarray) -> "Images":
         """The images in `rows` [m]."""
-        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        return Images(self.pixels[index], self.labels[index], self.ids[rows])
+        return Images(self.pixels[rows], self.labels[rows], self.ids[rows])
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
         """The rows [m] of each block of `size` consecutive images; the last block may be shorter."""
@@ -67,13 +67,13 @@ def correct_under(
     batch_size: int = 256,
     stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Which images the model still classifies correctly under `attack`: bool [n]; `block_outcome` of block after block.
+    """`block_outcome` over all blocks: which images the model still classifies correctly under `attack`, bool [n].
 
     Args:
         attack: see `parse_attack`.
         model, threat, seed: see `block_outcome`.
         batch_size: size of the blocks; AutoAttack's outcome depends on it.
-        stopped: called before each block; if it returns true, the evaluation ends with `Interrupted`.
+        stopped: called before each block.
 
     Raises:
         Interrupted: `stopped` returned true.
@@ -81,10 +81,11 @@ def correct_under(
         FloatingPointError: logits or gradients are not finite.
     """
     parsed, outcome = parse_attack(attack), np.zeros(len(images), bool)
-    for rows in images.blocks(batch_size):
-        if stopped():
-            raise Interrupted
-        outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
+    with autoattack_log():
+        for rows in images.blocks(batch_size):
+            if stopped():
+                raise Interrupted
+            outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
     return outcome
 
 
@@ -97,8 +98,6 @@ def block_outcome(
     seed: int = 0,
     source: nn.Module | None = None,
     broken: np.ndarray | None = None,
-    running: Callable[[str], None] = lambda name: None,
-    warn: Callable[[str], None] = lambda message: None,
 ) -> np.ndarray:
     """Which images of one block the model still classifies correctly under `attack`: bool [n].
 
@@ -106,14 +105,12 @@ def block_outcome(
     of a direct call on the same block.
 
     Args:
-        attack: see `parse_attack`.
         model: in evaluation mode, on the device to use; maps [0, 1] images to logits.
         images: the block.
         threat: eps, step length, norm and space.
-        seed: seed of the random starts and of AutoAttack.
+        seed: of the random starts and of AutoAttack.
         source: make the adversarial images on this model instead (transfer attack).
         broken: bool [n], images that an earlier attack broke: they are not attacked and count as wrong.
-        running, warn: see `Block`.
 
     Raises:
         FloatingPointError: logits or gradients are not finite.
@@ -132,7 +129,7 @@ def block_outcome(
             break
         rows = np.arange(len(images)) if kind.whole_blocks else np.flatnonzero(outcome)
         index = torch.from_numpy(rows).to(device)
-        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart, running, warn)
+        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart)
         outcome[rows] &= _predictions(model, kind.perturb(attack, block)).eq(block.y).cpu().numpy()
     return outcome
 

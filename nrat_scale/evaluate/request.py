@@ -1,6 +1,6 @@
-"""What an evaluation measures: attacks, threat, choice of images, seeds; and whether model and data allow it."""
+"""What an evaluation measures, and checks that model and data allow it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,27 +18,18 @@ from nrat_scale.evaluate.targets import Target
 class Request:
     """What to measure on each target.
 
-    Attributes:
-        attacks: in this order.
-        threat: eps, step, norm and space.
-        images, aa_images: size of a fixed seeded choice of images, for all attacks and for AutoAttack; None: all images.
-        batch_size: size of the blocks.
-        seed: seed of random starts, AutoAttack and the choice of images.
-        source: make the adversarial images on this model instead of the target (transfer attack).
-        drop_broken: do not attack images that an earlier attack of the list broke; AutoAttack gets whole blocks all the same.
-
     Raises:
         UserError: no attack, or a size below 1.
     """
 
     attacks: tuple[Attack, ...]
     threat: ThreatSpec
-    images: int | None = None
-    aa_images: int | None = None
-    batch_size: int = 256
-    seed: int = 0
-    source: Target | None = None
-    drop_broken: bool = False
+    images: int | None = None  # size of a fixed seeded choice of images; None: all images
+    aa_images: int | None = None  # the same for AutoAttack alone
+    batch_size: int = 256  # images per evaluation block
+    seed: int = 0  # of random starts, AutoAttack and the choice of images
+    source: Target | None = None  # transfer attack: make the adversarial images on this model
+    drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
 
     def __post_init__(self) -> None:
         if not self.attacks:
@@ -50,11 +41,8 @@ class Request:
 
     def key(self, attack: Attack) -> str:
         """The name of the attack's entry in results.json."""
-        return TRANSFER + attack.name if self.transfers(attack) else attack.name
-
-    def transfers(self, attack: Attack) -> bool:
-        """Whether the adversarial images are made on another model."""
-        return self.source is not None and ATTACKS[attack.kind].perturb is not None
+        transfers = self.source is not None and ATTACKS[attack.kind].perturb is not None
+        return TRANSFER + attack.name if transfers else attack.name
 
     def drops_broken(self, attack: Attack) -> bool:
         """Whether the attack skips images that an earlier one broke."""
@@ -68,15 +56,16 @@ class Request:
 
     def settings(self, attack: Attack, n: int, dropped: list[str]) -> dict[str, Any]:
         """How the attack is run, as its entry in results.json records it."""
+        kind = ATTACKS[attack.kind]
         settings: dict[str, Any] = {"n": n, "seed": self.seed, "batch_size": self.batch_size}
         settings |= {"eps": self.threat.eps, "norm": self.threat.norm}
         if attack.steps:
             settings |= {"step": gradient_threat(attack, self.threat).step, "steps": attack.steps}
-        if ATTACKS[attack.kind].perturb is not None and not ATTACKS[attack.kind].whole_blocks:
+        if kind.perturb is not None and not kind.whole_blocks:
             settings["restarts"] = attack.restarts
         if attack.components:
             settings["components"] = list(attack.components)
-        if self.source is not None and self.transfers(attack):
+        if self.source is not None and kind.perturb is not None:
             settings["source"] = {"label": self.source.label, "sha256": self.source.identity["sha256"]}
         if dropped:
             settings["without_images_broken_by"] = dropped
@@ -92,28 +81,20 @@ def request_threat(
         what: names the target in the error.
         trained: the threat that the target was trained for, if known.
     """
-    norm = norm or (trained.norm if trained is not None else "linf")
-    if trained is not None and norm != trained.norm:
-        trained = None  # a radius means nothing in another norm
+    if trained is not None and norm in (None, trained.norm):  # a radius means nothing in another norm
+        return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
+    norm = norm or "linf"
     if eps is None:
-        if trained is None:
-            raise UserError(
-                f"{what} does not say what {norm} radius it was trained for: give --eps, such as --eps 8/255."
-            )
-        eps = trained.eps
-    if step is None:
-        step = eps / 4 if trained is None else trained.step
-    return ThreatSpec(eps, step, num_steps=1, space="pixel" if trained is None else trained.space, norm=norm)
+        raise UserError(f"{what} names no {norm} radius that it was trained for. Give --eps, such as --eps 8/255.")
+    return ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm)
 
 
 def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:
     """Refuse data whose channels or classes are not those of the model."""
     channels, classes = getattr(model, "in_chans", None), getattr(model, "num_classes", None)
     if channels not in (None, shards.image_shape[2]) or classes not in (None, shards.num_classes):
-        raise UserError(
-            f"{what} takes {channels} channels and knows {classes} classes, but {shards.folder} has "
-            f"{shards.image_shape[2]} channels and {shards.num_classes} classes. Evaluate it on its own data set."
-        )
+        data = f"{shards.folder} has {shards.image_shape[2]} channels and {shards.num_classes} classes"
+        raise UserError(f"{what} takes {channels} channels and {classes} classes, but {data}. Give its own data set.")
 
 
 def check_unseen(run: RunFolder, shards: ShardSet) -> None:
@@ -121,7 +102,5 @@ def check_unseen(run: RunFolder, shards: ShardSet) -> None:
     if run.data.is_file():
         for kind, entry in read_json(run.data, "record of the training data").items():
             if entry.get("fingerprint") == shards.fingerprint:
-                raise UserError(
-                    f"{shards.folder} is the {kind} training data of {run.path}, and validation images are held out from it. "
-                    "Give the test split with --data."
-                )
+                where = f"{shards.folder} is the {kind} training data of {run.path}"
+                raise UserError(f"{where}, which includes its validation images. Give the test split with --data.")

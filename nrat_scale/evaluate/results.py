@@ -1,4 +1,4 @@
-"""Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation under way.
+"""Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation in progress.
 
 results.json                                            see docs/evaluation.md
 results.npz                                             <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
@@ -22,15 +22,12 @@ import numpy as np
 import nrat_scale
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
+from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.autoattack import autoattack_package
 
 FORMAT = "nrat_scale.results"
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
-
-
-# ---- finished blocks ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,25 +40,34 @@ class FinishedBlock:
 
 
 class BlockLog:
-    """Finished blocks of one (weights, data, attack, settings) key; a killed evaluation resumes after them.
+    """Finished blocks beside a results file; a killed evaluation resumes after them.
 
-    Args:
-        results: the results file under way.
-        key: everything that the outcome depends on, as JSON values.
+    `key` holds everything that an outcome depends on (weights, data, attack, settings), as JSON values.
     """
 
     def __init__(self, results: Path, key: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = unfinished_folder(results) / digest
+        self._folder = unfinished_sibling(results) / digest
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
-        return dict(_read_block(path) for path in sorted(self._folder.glob("block-*.json")))
+        blocks = {}
+        for path in sorted(self._folder.glob("block-*.json")):
+            value = read_json(path, "finished block")
+            try:
+                right = np.array(["01".index(letter) for letter in value["right"]], bool)
+                seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"The finished block {path} is damaged. Remove it, and it is evaluated again."
+                ) from error
+        return blocks
 
     def write(self, first: int, block: FinishedBlock) -> None:
         """Write and fsync a finished block."""
         make_folder(self._folder)
-        text = "".join("1" if right else "0" for right in block.right)
+        text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
         write_json(self._folder / f"block-{first:08d}.json", value)
 
@@ -70,31 +76,6 @@ class BlockLog:
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):  # not empty: blocks of another key
             self._folder.parent.rmdir()
-
-
-def unfinished_folder(results: Path) -> Path:
-    """The folder of finished blocks beside a results file that is under way."""
-    return results.with_name(f".{results.name}.unfinished")
-
-
-def _read_block(path: Path) -> tuple[int, FinishedBlock]:
-    value = read_json(path, "finished block")
-    try:
-        first, text = int(value["first"]), str(value["right"])
-        if set(text) - {"0", "1"}:
-            raise ValueError(text)
-        right = np.array([letter == "1" for letter in text], bool)
-        return first, FinishedBlock(right, float(value["seconds"]), [str(warning) for warning in value["warnings"]])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The finished block {path} is damaged. Remove it; it will be evaluated again.") from error
-
-
-# ---- outcomes per image ---------------------------------------------------------------------------------------------
-
-
-def arrays_file(results: Path) -> Path:
-    """The array file that belongs to `results`."""
-    return results.with_suffix(".npz")
 
 
 def outcome_digest(outcome: Outcome) -> str:
@@ -110,16 +91,12 @@ def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
         arrays |= {f"{name}/ids": ids.astype(np.int64), f"{name}/right": right.astype(bool)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_atomically(arrays_file(results), buffer.getvalue())
+    write_atomically(results.with_suffix(".npz"), buffer.getvalue())
 
 
 def read_arrays(results: Path) -> dict[str, Outcome]:
-    """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = arrays_file(results)
+    """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no file, `UserError` if damaged."""
+    path = results.with_suffix(".npz")
     if not path.is_file():
         return {}
     try:
@@ -129,9 +106,6 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
         raise UserError(f"The per-image outcomes {path} are damaged. Move them and {results.name} away.") from error
     names = {name.removesuffix("/ids") for name in arrays if name.endswith("/ids")}
     return {name: (arrays[f"{name}/ids"], arrays[f"{name}/right"]) for name in names if f"{name}/right" in arrays}
-
-
-# ---- results.json ---------------------------------------------------------------------------------------------------
 
 
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
@@ -149,7 +123,7 @@ def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
 
 
 def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
-    """The checkpoints and outcomes that `out` holds already; an entry whose arrays are missing or different is dropped.
+    """The checkpoints and outcomes in `out`; an entry whose arrays are missing or do not match is dropped.
 
     Args:
         new: `new_results`; data, threat and versions must be equal.
@@ -160,13 +134,10 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
     if results.get("format") != FORMAT:
         raise UserError(f"{out} exists and is not a results file. Choose another --out.")
     for key in ("data", "threat", "versions"):
-        if results.get(key) != new[key]:
-            raise UserError(
-                f"{out} holds results with other {key}: {_in_words(results.get(key))}, now {_in_words(new[key])}. "
-                "They are not mixed and nothing is overwritten: give another --out, or move that file away."
-            )
-    checkpoints: dict[str, Any] = {}
-    outcomes: dict[str, Outcome] = {}
+        if changes := _changes(results.get(key, {}), new[key]):
+            words = ", ".join(changes.values())
+            raise UserError(f"{out} holds results with other {key}: {words}. Give another --out, or move that file.")
+    checkpoints, outcomes = dict[str, Any](), dict[str, Outcome]()
     for label, record in results.get("checkpoints", {}).items():
         checkpoints[label] = {**record, "attacks": {}}
         for name, entry in record.get("attacks", {}).items():
@@ -177,10 +148,10 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
     return checkpoints, outcomes
 
 
-def _in_words(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{key} {str(item)[:16]}" for key, item in value.items())
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Name -> both values, in words, for each entry that differs."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 
 
 _MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "outcome_sha256"}
@@ -194,16 +165,13 @@ def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str
     """
     if entry is None:
         return False
-    names = (entry.keys() - _MEASURED) | settings.keys()
-    differ = sorted(name for name in names if entry.get(name) != settings.get(name))
-    if not differ:
+    changes = _changes({name: value for name, value in entry.items() if name not in _MEASURED}, settings)
+    if not changes:
         return True
-    if differ == ["n"] and entry["n"] < settings["n"]:
+    if changes.keys() == {"n"} and entry["n"] < settings["n"]:
         return False
-    words = ", ".join(f"{name} {entry.get(name)} (requested: {settings.get(name)})" for name in differ)
-    raise UserError(
-        f"The results hold {key} with other settings: {words}. A measured number is not replaced: give another --out."
-    )
+    words = ", ".join(changes.values())
+    raise UserError(f"The results hold {key} with other settings: {words}. Give another --out; no number is replaced.")
 
 
 def results_text(results: dict[str, Any], labels: list[str]) -> str:

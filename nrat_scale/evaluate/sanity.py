@@ -1,7 +1,9 @@
-"""Reasons not to believe a robust accuracy, after Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022
-(arXiv:2202.13711): an evaluation that would be meaningless is refused, a doubtful one gets a flag (a sentence).
+"""Refuse evaluations that would be meaningless, and flag doubtful ones with a sentence.
+
+The checks follow Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022 (arXiv:2202.13711).
 """
 
+import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -18,23 +20,22 @@ from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import Outcome
 
-_VANISHED = 1e-10  # gradient of a pixel that is below the rounding error of float32 probabilities
-_VANISHED_SHARE = 0.1  # of the images; above it, the flag is raised
+_VANISHED = 1e-10  # a smaller gradient of a pixel is below the rounding error of float32 probabilities
+_VANISHED_SHARE = 0.1  # share of images with a vanished gradient, above which the model is flagged
 _SAME_LOGITS = 1e-3  # relative difference that kernels may cause for another batch size
-_CONVERGED = 0.03  # loss of robust accuracy by more steps or restarts, above which fewer had not converged
+_CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means that fewer had not converged
 
 
 def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str) -> list[str]:
     """Refuse a model that cannot be measured; return the flags of one that can.
 
     Args:
-        model: on its device.
         images: a few of the evaluated ones.
         what: names the model in errors.
 
     Raises:
-        UserError: a module is in training mode, logits are not finite or not [B, K], gradients are not finite, or logits
-            change when the same image is shown again or beside other images.
+        UserError: a module is in training mode, logits are not finite or not [B, K], gradients are not finite, or the logits
+            of an image change between calls or with the other images of the batch.
     """
     for name, module in model.named_modules():
         if module.training:
@@ -49,20 +50,16 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
     if not bool(logits.isfinite().all()):
         raise UserError(f"{what} gives logits that are not finite: its accuracy would be meaningless.")
     if _differ(logits, again):
-        raise UserError(
-            f"{what} gives different logits for the same images. A randomised model needs attacks on the expectation "
-            "(AutoAttack's version 'rand'), which are not available here."
-        )
+        reason = "Attacks on the expectation of a randomised model (AutoAttack's 'rand') are not available."
+        raise UserError(f"{what} gives different logits for the same images. {reason}")
     if _differ(logits, alone):
-        raise UserError(
-            f"The logits of {what} depend on the other images of the batch (BatchNorm with batch statistics?). "
-            "Evaluate it with running statistics."
-        )
+        way_out = "If its BatchNorm uses batch statistics, evaluate it with running statistics."
+        raise UserError(f"The logits of {what} depend on the other images of the batch. {way_out}")
     flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
         flags.append(
-            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, which "
-            "weakens attacks on logits. Remove the softmax."
+            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, and "
+            "attacks become weak. Remove the softmax."
         )
     return flags + _vanishing(model, x, y, logits, what)
 
@@ -89,40 +86,34 @@ def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str
     ]
 
 
-# ---- attacks that contradict each other -----------------------------------------------------------------------------
-
-
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Flags for outcomes of one model that cannot all be valid.
 
     Args:
-        outcomes: by the attack's name; only attacks on the model itself that ran on every image (no transfer attacks, none
-            that skipped what others broke).
+        outcomes: by attack; without transfer attacks and attacks that skipped images which others had broken.
     """
     attacks, flags = {}, []
     for name in outcomes:
-        with suppress(UserError):  # of an attack that another version had
+        with suppress(UserError):  # skip attacks that only another version has
             attacks[name] = parse_attack(name)
-    for strong, weak in ((one, other) for one in attacks for other in attacks if one != other):
+    for strong, weak in itertools.permutations(attacks, 2):
         n, left, other = _common(outcomes[strong], outcomes[weak])
-        if not n:
-            continue
         natural = _common(outcomes["natural"], outcomes[weak])[1] if "natural" in outcomes else 1.0
-        if why := _contradiction(attacks[strong], attacks[weak], left, other, natural):
+        if n and (why := _contradiction(attacks[strong], attacks[weak], left, other, natural)):
             seen = f"{attack_title(strong)} leaves {100 * left:.1f} % right, {attack_title(weak)} {100 * other:.1f} %"
             flags.append(f"On the same {n} images {seen}: {why}")
     return flags
 
 
 def _contradiction(strong: Attack, weak: Attack, left: float, other: float, natural: float) -> str | None:
-    """Why it is suspicious that `strong` leaves accuracy `left`, `weak` leaves `other`, and no attack `natural`; else None."""
+    """How the accuracies `left` under `strong`, `other` under `weak` and `natural` contradict each other; None if not."""
     if strong.kind == "aa" and weak.kind in ("pgd", "cw", "fgsm") and left > other:
         return "the stronger attack broke fewer images, so it failed; AutoAttack's number is too high."
     if strong.kind == "pgd" and weak.kind == "fgsm" and left > 0 and other <= left and other < natural:
         return "one step breaks as many images as an iterated attack: a sign of masked gradients."
     more_steps = strong.steps >= weak.steps and strong.restarts >= weak.restarts
     if strong.kind == weak.kind and strong.kind in ("pgd", "cw") and more_steps and other - left > _CONVERGED:
-        return "more steps or restarts still break many images: the shorter attack had not converged; rely on neither alone."
+        return "the shorter attack had not converged, and the longer one may not have either. Add steps and restarts."
     return None
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from nrat_scale import models
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.checkpoint.format import Checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import sha256_of
 from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
@@ -30,65 +29,44 @@ _WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 @dataclass(frozen=True)
 class Target:
-    """One set of weights to evaluate.
+    """One set of weights to evaluate."""
 
-    Attributes:
-        label: its name in results.json.
-        model: in evaluation mode, on the CPU.
-        identity: its facts in results.json; `sha256` is that of the weight file.
-    """
-
-    label: str
-    model: nn.Module
-    identity: dict[str, Any]
+    label: str  # its name in results.json
+    model: nn.Module  # in evaluation mode, on the CPU
+    identity: dict[str, Any]  # its facts in results.json; "sha256" is that of the weight file
 
 
 @dataclass(frozen=True)
 class FoundTargets:
-    """The targets behind a name on the command line.
-
-    Attributes:
-        targets: the weights to evaluate.
-        threat: the threat they were trained for, if known.
-        results: the default results file.
-        run: the run directory, if it is one.
-    """
+    """The targets behind a name on the command line."""
 
     targets: list[Target]
-    threat: ThreatSpec | None
-    results: Path
+    threat: ThreatSpec | None  # for which they were trained, if known
+    results: Path  # default results file
     run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Which weights of a run, and how to build the model of a weight file.
-
-    Attributes:
-        checkpoints: of a run, from `CHECKPOINTS`.
-        weights: of a run, from `WEIGHT_CHOICES`; `evaluated` means the EMA if there is one, else the raw weights.
-        arch: architecture of a weight file, a name known to timm.
-        mean, std: normalisation of a weight file.
+    """Which weights of a run to evaluate, and how to build the model of a weight file.
 
     Raises:
         UserError: an unknown choice, or a normalisation without `arch`.
     """
 
-    checkpoints: Sequence[str] = CHECKPOINTS
-    weights: Sequence[str] = ("evaluated",)
-    arch: str | None = None
-    mean: Sequence[float] | None = None
+    checkpoints: Sequence[str] = CHECKPOINTS  # of a run
+    weights: Sequence[str] = (
+        "evaluated",
+    )  # of a run, from WEIGHT_CHOICES; evaluated: the EMA if there is one, else raw
+    arch: str | None = None  # of a weight file: a name known to timm
+    mean: Sequence[float] | None = None  # normalisation of a weight file
     std: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        for option, given, choices in (
-            ("checkpoint", self.checkpoints, CHECKPOINTS),
-            ("weights", self.weights, WEIGHT_CHOICES),
-        ):
+        checkpoint, weights = (self.checkpoints, CHECKPOINTS), (self.weights, WEIGHT_CHOICES)
+        for option, (given, choices) in {"checkpoint": checkpoint, "weights": weights}.items():
             if unknown := sorted(set(given) - set(choices)):
-                raise UserError(
-                    f"--{option} names '{unknown[0]}'; expected {', '.join(choices[:-1])} or {choices[-1]}."
-                )
+                raise UserError(f"--{option} names '{unknown[0]}'; expected {', '.join(choices)}.")
         if self.arch is None and (self.mean or self.std):
             raise UserError("--mean and --std describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
 
@@ -104,28 +82,22 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     if path.is_file():
         return _weight_file(path, options)
     if options.arch is not None:
-        kind = "a run folder" if run.is_run else "a folder" if path.is_dir() else "not a file"
-        raise UserError(f"--arch needs a weight file; {what} is {kind}.")
+        raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
-        threat = load_recipe(run.recipe).threat
-        return FoundTargets(_run_targets(run, options), threat, run.results, run)
+        return FoundTargets(_run_targets(run, options), load_recipe(run.recipe).threat, run.results, run)
     if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
         return _release(what)
     if path.suffix in _WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
     if timm.is_model(what):
         return _timm_model(what)
-    raise UserError(
-        f"There is no {what} here, and timm knows no model of that name. Give a run directory, a release folder, "
-        "user/repo on the Hub, a weight file with --arch, or the name of a timm model."
-    )
+    choices = "a run directory, a release folder, user/repo on the Hub, a weight file with --arch, or a timm model"
+    raise UserError(f"There is no {what} here, and timm has no model of that name. Give {choices}.")
 
 
 def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
-    """Each checkpoint with each choice of weights; equal weights are loaded once.
-
-    Labels are `best` and `last` for the evaluated weights, `best-ema`, `best-raw` and so on for the others.
-    """
+    """Each checkpoint with each choice of weights, labelled `best`, `best-ema`, ...; equal weights are loaded once."""
+    description, skipped = run.read_model(), run.read_skipped_shards()
     loaded: dict[tuple[int, str], Target] = {}
     targets = []
     for name in options.checkpoints:
@@ -140,23 +112,17 @@ def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
                     "epoch": checkpoint.state["epoch"],
                     "weights": "ema" if kind == "ema" else "raw",
                     "sha256": checkpoint.sha256[f"{kind}.safetensors"],
-                    "skipped_shards": run.read_skipped_shards(),
+                    "skipped_shards": skipped,
                 }
-                loaded[checkpoint.step, kind] = Target(name, _run_model(run, checkpoint, kind), identity)
+                model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
+                try:
+                    model.load_state_dict(checkpoint.tensors(kind))
+                except (RuntimeError, SafetensorError) as error:
+                    raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
+                loaded[checkpoint.step, kind] = Target(name, model, identity)
             label = name if choice == "evaluated" else f"{name}-{choice}"
             targets.append(replace(loaded[checkpoint.step, kind], label=label))
     return targets
-
-
-def _run_model(run: RunFolder, checkpoint: Checkpoint, kind: str) -> nn.Module:
-    """The run's model with the `kind` (`ema` or `model`) weights of a checkpoint, in evaluation mode."""
-    description = run.read_model()
-    model = models.create(str(description["architecture"]), dict(description["model_args"]))
-    try:
-        model.load_state_dict(checkpoint.tensors(kind))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
-    return model.eval()
 
 
 def _release(source: str) -> FoundTargets:
@@ -179,7 +145,7 @@ def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
 
 def _timm_model(name: str) -> FoundTargets:
     model = pretrained(name)
-    digest = hashlib.sha256()  # of the tensors: timm does not tell which file it read
+    digest = hashlib.sha256()  # of the tensors: timm does not report which file it read
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode() + value.contiguous().numpy().tobytes())
     identity = {"sha256": digest.hexdigest(), "weights": "pretrained", "architecture": name}

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from tqdm import tqdm
 
 from nrat_scale import labels as label_noise
 from nrat_scale import models
@@ -69,8 +68,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
         _describe(state, arguments)
-        keep, every = recipe.train.keep, recipe.release.every_epochs
-        state.saver = Saver(run.path, keep, lambda sentence: tqdm.write(f"warning: {sentence}"), every)
+        state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
     resume(state)
     return state
 

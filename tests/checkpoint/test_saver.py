@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from faults.checkpoints import in_child, received, state_of, tensors_of
+from nrat_scale.checkpoint import saver as saver_module
 from nrat_scale.checkpoint.folder import checkpoint_folders, named_checkpoint
 from nrat_scale.checkpoint.format import Checkpoint, save_checkpoint
 from nrat_scale.checkpoint.saver import Saver
@@ -27,16 +28,25 @@ def give(saver: Saver, step: int, best: bool = False, **options: Any) -> None:
     saver.save(small_tensors(step), state_of(step), best=best, **options)
 
 
+@pytest.fixture(autouse=True)
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings of the saver."""
+    sentences: list[str] = []
+    monkeypatch.setattr(saver_module, "warn", sentences.append)
+    return sentences
+
+
 def steps_of(run: Path, *names: str) -> list[int]:
     """The steps that these pointers name."""
     return [named_checkpoint(run, name).step for name in names]
 
 
-def test_the_saver_copies_before_it_returns(tmp_path: Path) -> None:
+def test_the_saver_copies_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training may change weights and state at once: the values at the call are written."""
     go = threading.Event()
     tensors, state = small_tensors(3), state_of(3)
-    with Saver(tmp_path, 2, write=lambda *given: (go.wait(10), save_checkpoint(*given))[1]) as saver:
+    monkeypatch.setattr(saver_module, "save_checkpoint", lambda *given: (go.wait(10), save_checkpoint(*given))[1])
+    with Saver(tmp_path, 2) as saver:
         saver.save(tensors, state, best=True, selected=False)
         tensors["model"]["w"].zero_()
         state["sums"].append(7.0)
@@ -49,7 +59,7 @@ def test_the_saver_copies_before_it_returns(tmp_path: Path) -> None:
     assert steps_of(tmp_path, "last") == [3]
 
 
-def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
+def test_at_most_one_save_is_in_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next save waits for the previous one, so that memory is bounded and the order kept."""
     order: list[tuple[str, int]] = []
 
@@ -59,7 +69,8 @@ def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
         order.append(("end", state["step"]))
         return saved
 
-    with Saver(tmp_path, 2, write=write) as saver:
+    monkeypatch.setattr(saver_module, "save_checkpoint", write)
+    with Saver(tmp_path, 2) as saver:
         for step in (1, 2, 3):
             give(saver, step)
             assert [entry for entry in order if entry[1] < step] == [
@@ -68,15 +79,16 @@ def test_at_most_one_save_is_in_progress(tmp_path: Path) -> None:
     assert [folder.name[-1] for folder in checkpoint_folders(tmp_path)] == ["3", "2"]
 
 
-def test_other_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised(tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug or a lost permission is not a full disk: the next save or wait raises it, once."""
-    warnings: list[str] = []
-    saver = Saver(tmp_path, 2, warnings.append, write=lambda *_: 1 / 0)  # type: ignore[arg-type,return-value]
-    give(saver, 1)
-    with pytest.raises(ZeroDivisionError):
-        give(saver, 2)
+    saver = Saver(tmp_path, 2)
+    with monkeypatch.context() as bug:
+        bug.setattr(saver_module, "save_checkpoint", lambda *_: 1 / 0)
+        give(saver, 1)
+        with pytest.raises(ZeroDivisionError):
+            give(saver, 2)
     saver.wait(final=True)
-    saver = Saver(tmp_path, 2, warnings.append)
+    saver = Saver(tmp_path, 2)
     with monkeypatch.context() as forbidden:
         forbidden.setattr(os, "fsync", failing(errno.EACCES))
         give(saver, 3)
@@ -87,13 +99,14 @@ def test_other_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert warnings == []
 
 
-def test_an_error_of_the_block_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_block_takes_precedence(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A full disk at the end does not hide why training failed, and is reported as a warning."""
-    warnings: list[str] = []
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
 
     def fails() -> None:
-        with Saver(tmp_path, 2, warnings.append) as saver:
+        with Saver(tmp_path, 2) as saver:
             give(saver, 1)
             raise KeyError("training")
 
@@ -103,10 +116,11 @@ def test_an_error_of_the_block_takes_precedence(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_run_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_run_survives_a_full_disk(
+    tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """A warning; earlier checkpoints and pointers stay; only a final save makes it an error."""
-    warnings: list[str] = []
-    saver = Saver(tmp_path, 1, warnings.append)
+    saver = Saver(tmp_path, 1)
     give(saver, 3, best=True, final=True)
     with monkeypatch.context() as full:
         full.setattr(os, "fsync", failing(number))
@@ -124,7 +138,7 @@ def test_a_run_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_old_checkpoints_stay_until_the_new_one_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is removed to make room: a failed save leaves all earlier checkpoints."""
-    saver = Saver(tmp_path, 3, lambda _: None)
+    saver = Saver(tmp_path, 3)
     for step in (1, 2, 3):
         give(saver, step, final=True)
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
@@ -133,10 +147,9 @@ def test_old_checkpoints_stay_until_the_new_one_is_durable(tmp_path: Path, monke
     assert [folder.name[-1] for folder in checkpoint_folders(tmp_path)] == ["3", "2", "1"]
 
 
-def test_a_corrupting_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupting_disk_is_noticed(tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that reads back differently is found before the checkpoint is committed and old ones are removed."""
-    warnings: list[str] = []
-    saver = Saver(tmp_path, 1, warnings.append)
+    saver = Saver(tmp_path, 1)
     give(saver, 1, best=True, final=True)
     fsync = os.fsync
 
@@ -154,7 +167,7 @@ def test_a_corrupting_disk_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert steps_of(tmp_path, "last") == [1]
 
 
-def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path) -> None:
+def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A best checkpoint that is written after a newer one moves best.json; last.json does not go back."""
     refused = {2}
 
@@ -163,7 +176,8 @@ def test_a_delayed_best_checkpoint_is_not_the_last(tmp_path: Path) -> None:
             raise UserError("refused") from OSError(errno.ENOSPC, "full")
         return save_checkpoint(run, tensors, state)
 
-    saver = Saver(tmp_path, 2, lambda _: None, write=write)
+    monkeypatch.setattr(saver_module, "save_checkpoint", write)
+    saver = Saver(tmp_path, 2)
     for step in (1, 2, 3):
         give(saver, step, best=step < 3)
         saver.wait()
@@ -178,11 +192,12 @@ def _save_under_a_limit(run: Path, connection: Connection) -> None:
     """Save best step 1; under a limit on the size of files save best step 2 and step 3; without it save step 4."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     warnings: list[str] = []
+    saver_module.warn = warnings.append
 
     def report() -> None:
         connection.send((steps_of(run, "last", "best"), len(warnings)))
 
-    saver = Saver(run, 1, warnings.append)
+    saver = Saver(run, 1)
     saver.save(tensors_of(1), state_of(1), best=True, final=True)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))

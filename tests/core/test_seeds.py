@@ -21,9 +21,6 @@ def _chi_square(counts: np.ndarray) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-# ---- KeyedPermutation -----------------------------------------------------------------------------------------------
-
-
 @REPEATABLE
 @given(n=st.integers(1, 3000), seed=SEEDS)
 def test_small_permutation_is_a_bijection_with_an_exact_inverse(n, seed):
@@ -140,9 +137,6 @@ def test_a_permutation_of_fifty_million_needs_little_memory():
     finally:
         tracemalloc.stop()
     assert peak < 1_000_000
-
-
-# ---- derive, hashes, generators -------------------------------------------------------------------------------------
 
 
 def test_derived_seeds_never_change():

@@ -18,8 +18,6 @@ from nrat_scale.evaluate.results import read_arrays
 from nrat_scale.models import ModelSpec, create, model_arguments
 from tests.support.digits import digits, trained_cnn
 
-# ---- the table ------------------------------------------------------------------------------------------------------
-
 
 def test_attacks_by_name() -> None:
     """Every documented form is parsed; mistyped names are refused."""
@@ -79,9 +77,6 @@ def test_an_attack_is_added_by_one_entry(
     with pytest.raises(SystemExit):
         measured("--help")
     assert "gaussianN (N draws)" in " ".join(capsys.readouterr().out.split())
-
-
-# ---- outcomes per image ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd5", "cw5"])
@@ -150,9 +145,6 @@ def test_margin_is_positive_if_misclassified() -> None:
     """The CW loss changes its sign exactly at the decision boundary."""
     logits, y = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)), torch.arange(500) % 7
     assert torch.equal(margin(logits, y) > 0, logits.argmax(1) != y)
-
-
-# ---- l_2 ------------------------------------------------------------------------------------------------------------
 
 
 def test_l2_attacks_stay_in_their_ball(model: nn.Module, images: Images) -> None:

@@ -48,8 +48,8 @@ def test_a_weight_file_and_a_transfer_source(run: Path, tmp_path: Path) -> None:
         ("x.pt", {}, r"There is no file x\.pt"),
         ("nowhere", {}, "There is no nowhere here"),
         ("nowhere", {"mean": [0.5]}, "they need --arch"),
-        ("nowhere", {"checkpoints": ["worst"]}, "expected best or last"),
-        ("nowhere", {"weights": ["averaged"]}, "expected evaluated, ema or raw"),
+        ("nowhere", {"checkpoints": ["worst"]}, "expected best, last"),
+        ("nowhere", {"weights": ["averaged"]}, "expected evaluated, ema, raw"),
     ],
 )
 def test_targets_that_do_not_exist(what: str, options: dict[str, Any], message: str) -> None:

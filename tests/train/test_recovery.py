@@ -53,7 +53,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
 
     monkeypatch.setattr("nrat_scale.checkpoint.format.shutil.disk_usage", full)
     run = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"]))
-    assert len(calls) >= 3 and capsys.readouterr().out.count("without the checkpoint") == 2
+    assert len(calls) >= 3 and capsys.readouterr().err.count("without the checkpoint") == 2
     assert named_checkpoint(run, "last").step == 12
 
 
