@@ -143,6 +143,7 @@ def test_records_come_back_exactly(tmp_path, convert, dataset):
 
 
 @CIFAR
+@pytest.mark.medium
 def test_published_md5_sums(dataset):
     """The tables that guard the unpickling agree with torchvision's."""
     import torchvision

@@ -99,6 +99,7 @@ def test_files_arrive_resume_and_stay(hub, tmp_path):
     assert again.status == 0 and again.out.count("already downloaded, verified") == 2 and hub.all_ranges() == []
 
 
+@pytest.mark.medium
 def test_a_failed_download_is_a_sentence(hub, tmp_path):
     """Wrong bytes, a file that is gone, and one that is shorter than the Hub says."""
     hub.stated = dict.fromkeys(["cifar10/1m.npz", "cifar10/5m.npz", "cifar10/10m.npz"], CONTENT)

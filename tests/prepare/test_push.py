@@ -44,6 +44,7 @@ def _run(hub: HubServer, home: Path, *commands: list[object], token: str | None 
     return subprocess.run([sys.executable, "-c", script], env=env, text=True, capture_output=True, timeout=120)
 
 
+@pytest.mark.medium
 def test_the_hub_has_exactly_the_shards(tmp_path, hub, folder):
     """Equal bytes, the index in the last commit, no other file; transient failures are retried; a second push uploads
     nothing again; the address can be verified; a conversion with --push uploads all of its data sets."""
