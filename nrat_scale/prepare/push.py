@@ -35,24 +35,22 @@ def push(folder: Path, address: str) -> str:
         UserError: a bad address, damaged shards, no permission, or the Hub cannot be reached.
     """
     parts = push_address(address)
-    files = _verified_files(folder)
-    shards = [name for name in files if name.endswith(".tar")]
-    indices = [name for name in files if not name.endswith(".tar")]
+    shards, indices = _verified_files(folder)
     hub = HubRepository(parts.repo, parts.repo_type, parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
         hub.upload(names_of(folder, shards[first : first + _COMMIT_SHARDS]))
     hub.upload(names_of(folder, indices))
-    size = sum((folder / name).stat().st_size for name in files) / 1e6
+    size = sum((folder / name).stat().st_size for name in shards + indices) / 1e6
     return f"{address}: {len(shards)} shards and {INDEX} uploaded, {size:.1f} MB"
 
 
-def _verified_files(folder: Path) -> list[str]:
-    """The files to upload, relative to `folder`, after every byte of them was verified."""
-    found = [folder] if (folder / INDEX).exists() else sorted(path.parent for path in folder.glob(f"[!.]*/{INDEX}"))
-    files = []
-    for place in found or [folder]:
-        shards = open_shards(place, str(place))
+def _verified_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(tars, indices) relative to `folder`, after every byte of the tars was verified."""
+    indices = [folder / INDEX] if (folder / INDEX).exists() else sorted(folder.glob(f"[!.]*/{INDEX}"))
+    tars = []
+    for index in indices or [folder / INDEX]:
+        shards = open_shards(index.parent, str(index.parent))
         shards.verify(full=True)
-        files += [(place / name).relative_to(folder).as_posix() for name in (*shards.names, INDEX)]
-    return files
+        tars += [(index.parent / name).relative_to(folder).as_posix() for name in shards.names]
+    return tars, [index.relative_to(folder).as_posix() for index in indices]

@@ -37,9 +37,9 @@ def staged(out: Path) -> Iterator[Staging]:
         UserError: `out` is not a new or empty folder, another process is writing it, or it cannot be written.
     """
     out = out if out.name else out.absolute()  # "." has no sibling
-    _require_new(out)
     created = [folder for folder in out.parents if not folder.exists()]
     try:
+        _require_new(out)
         make_folder(out.parent)
         with _only_writer(out) as folder:
             _require_new(out)  # another writer may have finished since the first check
@@ -63,11 +63,7 @@ def staged(out: Path) -> Iterator[Staging]:
 
 
 def _require_new(out: Path) -> None:
-    try:
-        taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
-    except OSError as error:
-        raise UserError(f"{out} cannot be used as --out ({error.strerror}). Choose another place.") from error
-    if taken:
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out} already exists and is never overwritten. Choose another --out, or remove it yourself.")
 
 
@@ -76,16 +72,13 @@ def _only_writer(out: Path) -> Iterator[Path]:
     """The hidden sibling of `out`, locked; removed at the end."""
     folder = unfinished_sibling(out)
     folder.mkdir(exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
+    lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
-        path.stat()  # the previous holder may have removed the folder before it released the lock
+        (folder / "lock").stat()  # the previous holder may have removed the folder before it released the lock
     except (Timeout, FileNotFoundError):
         lock.release()
-        raise UserError(
-            f"Another process is writing {out} (it holds {path}). Wait for it, or choose another --out."
-        ) from None
+        raise UserError(f"Another process is writing {out}. Wait for it, or choose another --out.") from None
     try:
         yield folder
     finally:

@@ -33,7 +33,7 @@ class Reader(NamedTuple):
         read: (parsed arguments, scratch folder) -> the images; a mapping is written as one subfolder per entry.
         summary: for --help.
         arguments: of the command; --out, --seed and the sizes are added to each.
-        examples: what follows `python -m nrat_scale.prepare NAME`.
+        examples: arguments after `python -m nrat_scale.prepare NAME`.
     """
 
     read: Callable[[Namespace, Path], LabelledArrays | Mapping[str, LabelledArrays]]
@@ -42,24 +42,25 @@ class Reader(NamedTuple):
     examples: tuple[str, ...] = ()
 
 
+_NAMES = ", ".join(DATASETS)
 _DATASET = argument(
-    "--dataset",
-    choices=list(DATASETS),
-    metavar="NAME",
-    help=f"sets the class names: {', '.join(DATASETS)} (default: 0, 1, 2, ...)",
+    "--dataset", choices=list(DATASETS), metavar="NAME", help=f"sets the class names: {_NAMES} (default: 0, 1, 2, ...)"
 )
 
 
-def _cifar(dataset: str, summary: str, stem: str, *examples: str) -> Reader:
+def _cifar(dataset: str, summary: str, binary: str) -> Reader:
     return Reader(
         lambda given, scratch: read_cifar(dataset, given.root, given.split, download=given.download),
         summary,
         (
-            argument("root", type=Path, metavar="ROOT", help=f"a folder {stem}-*, or the folder that contains it"),
+            argument("root", type=Path, metavar="ROOT", help=f"{binary}, its Python version, or the folder above it"),
             argument("--split", choices=SPLITS, required=True),
             argument("--download", action="store_true", help="download it into ROOT (170 MB) if it is not there"),
         ),
-        examples,
+        (
+            f"data --split train --out data/{dataset}/train --download",
+            f"data/{binary} --split test --out data/{dataset}/test",
+        ),
     )
 
 
@@ -77,19 +78,9 @@ READERS: dict[str, Reader] = {
             "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
         ),
     ),
-    "cifar10": _cifar(
-        "cifar10",
-        "CIFAR-10 as published (Python or binary version)",
-        "cifar-10-batches",
-        "data --split train --out data/cifar10/train --download",
-        "data/cifar-10-batches-bin --split test --out data/cifar10/test",
-    ),
+    "cifar10": _cifar("cifar10", "CIFAR-10 as published (Python or binary version)", "cifar-10-batches-bin"),
     "cifar100": _cifar(
-        "cifar100",
-        "CIFAR-100 as published (Python or binary version), with its 100 fine labels",
-        "cifar-100",
-        "data --split train --out data/cifar100/train --download",
-        "data/cifar-100-binary --split test --out data/cifar100/test",
+        "cifar100", "CIFAR-100 as published (Python or binary version), with its 100 fine labels", "cifar-100-binary"
     ),
     "svhn": Reader(
         lambda given, scratch: read_svhn(given.file),

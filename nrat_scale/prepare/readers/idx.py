@@ -39,17 +39,14 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
         found = int.from_bytes(header[:4], "big")
         if len(header) < 4 * (1 + num_dims) or found != magic:
             raise UserError(
-                f"The {what} {path} begins with {found:#x}, expected {magic:#x}. Give the file of images first and the "
-                "file of labels second."
+                f"The {what} {path} begins with {found:#x}, expected {magic:#x}. Give the images first, then the labels."
             )
         shape = struct.unpack(f">{num_dims}I", header[4:])
         data = _read_up_to(stream, math.prod(shape) + 1)  # one more, to detect trailing bytes
         if min(shape) < 1 or len(data) != math.prod(shape):
             wrong = f"only {len(data)}" if len(data) < math.prod(shape) else "more"
-            raise UserError(
-                f"The {what} {path} is damaged: its header states {list(shape)}, that is {math.prod(shape)} bytes, but "
-                f"there are {wrong}. {COPY_AGAIN}"
-            )
+            stated = f"its header states {list(shape)}, that is {math.prod(shape)} bytes, but there are {wrong}"
+            raise UserError(f"The {what} {path} is damaged: {stated}. {COPY_AGAIN}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 

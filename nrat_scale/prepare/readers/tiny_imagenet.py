@@ -16,7 +16,6 @@ from nrat_scale.prepare.readers.images import decode, gather
 TINY_SPLITS = ("train", "val")
 TINY_PER_CLASS = {"train": 500, "val": 50}  # as published, to detect lost files
 _SIDE = 64
-_MAX_TEXT_BYTES = 1 << 24  # wnids.txt has 2 KB, val_annotations.txt 270 KB
 _UNPACK_AGAIN = "Unpack tiny-imagenet-200.zip again."
 
 
@@ -35,39 +34,19 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     """
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     names = DATASETS["tiny_imagenet"].class_names
-    _check_wnids(folder / "wnids.txt", names)
     listed = _train_images(folder, names) if split == "train" else _val_images(folder, names)
     labels = np.array([label for _, label in listed], np.int64)
     counts = np.bincount(labels, minlength=len(names))
     if (counts != TINY_PER_CLASS[split]).any():
         label = int(np.flatnonzero(counts != TINY_PER_CLASS[split])[0])
-        raise UserError(
-            f"The class {names[label]} has {counts[label]} images in the split '{split}' of {folder}, expected "
-            f"{TINY_PER_CLASS[split]} as published. {_UNPACK_AGAIN}"
-        )
+        found = f"{counts[label]} images in the split '{split}' of {folder}"
+        expected = f"{TINY_PER_CLASS[split]} as published"
+        raise UserError(f"The class {names[label]} has {found}, expected {expected}. {_UNPACK_AGAIN}")
     images, facts = _decoded_files(folder, split, [path for path, _ in listed], scratch)
     files = [file_facts(folder / "wnids.txt", "list of classes"), facts]
     if split == "val":
         files.append(file_facts(folder / "val" / "val_annotations.txt", "list of labels"))
     return LabelledArrays.of(images, labels, "tiny_imagenet", files)
-
-
-def _lines(path: Path, what: str) -> list[str]:
-    with reading(path, what), open(path, "rb") as file:
-        content = file.read(_MAX_TEXT_BYTES + 1)
-        if len(content) > _MAX_TEXT_BYTES:
-            raise UserError(f"The {what} {path} has more than {_MAX_TEXT_BYTES} bytes. {_UNPACK_AGAIN}")
-        return content.decode("ascii").splitlines()
-
-
-def _check_wnids(path: Path, names: Sequence[str]) -> None:
-    wnids = [line.strip() for line in _lines(path, "list of classes (wnids.txt of tiny-imagenet-200)") if line.strip()]
-    if sorted(wnids) != list(names):
-        odd = sorted(set(wnids) ^ set(names))
-        raise UserError(
-            f"{path} does not list the {len(names)} classes of Tiny ImageNet: {len(wnids)} lines"
-            f"{f'; missing or unexpected is {quoted(odd[0])}' if odd else ''}. {_UNPACK_AGAIN}"
-        )
 
 
 def _files_in(folder: Path, what: str) -> list[str]:
@@ -82,16 +61,13 @@ def _files_in(folder: Path, what: str) -> list[str]:
 
 def _train_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     """(path, label) of every image, by class and then by file name."""
-    train = folder / "train"
-    with reading(train, "folder of training images"):
+    train, what = folder / "train", "folder of training images"
+    with reading(train, what):
         odd = sorted({entry.name for entry in train.iterdir()} ^ set(names))
     if odd:
         raise UserError(f"{train} must have one folder for each class; {quoted(odd[0])} is missing or unexpected.")
-    return [
-        (train / name / "images" / file, label)
-        for label, name in enumerate(names)
-        for file in _files_in(train / name / "images", "folder of training images")
-    ]
+    folders = [train / name / "images" for name in names]
+    return [(folder / file, label) for label, folder in enumerate(folders) for file in _files_in(folder, what)]
 
 
 def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -100,14 +76,15 @@ def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     label_of = {name: label for label, name in enumerate(names)}
     existing = set(_files_in(images, "folder of validation images"))
     listed: dict[str, int] = {}
-    for number, line in enumerate(_lines(path, "list of labels"), 1):
+    with reading(path, "list of labels"):
+        lines = path.read_text("ascii").splitlines()
+    for number, line in enumerate(lines, 1):
         file, wnid = [*line.split("\t"), "", ""][:2]
         if wnid not in label_of:
             raise UserError(f"Line {number} of {path} names an unknown class {quoted(wnid)}. {_UNPACK_AGAIN}")
         if file not in existing or file in listed:
-            raise UserError(
-                f"Line {number} of {path} names {quoted(file)}, which is missing or listed twice. {_UNPACK_AGAIN}"
-            )
+            wrong = f"names {quoted(file)}, which is missing or listed twice"
+            raise UserError(f"Line {number} of {path} {wrong}. {_UNPACK_AGAIN}")
         listed[file] = label_of[wnid]
     if unlisted := sorted(existing - set(listed)):
         raise UserError(f"{images / unlisted[0]} has no line in {path}. {_UNPACK_AGAIN}")
