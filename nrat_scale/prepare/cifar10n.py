@@ -18,8 +18,6 @@ from nrat_scale.data.shards import open_shards
 from nrat_scale.prepare.readers.checks import reading
 
 CLEAN = "clean_label"
-_MAX_BYTES = 1 << 28  # the published file has 2.4 MB
-
 # numpy's function that creates an empty array to be filled; numpy 2 renamed its module, and files contain either name.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _NAMES = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
@@ -79,8 +77,6 @@ def _read(path: Path, keys: list[str], num_labels: int, num_classes: int) -> dic
 
 def _unpickled(path: Path) -> object:
     with reading(path, "file of human labels"):
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, too many for CIFAR-10N's labels.")
         data = io.BytesIO(path.read_bytes())
     import torch
 

@@ -75,11 +75,7 @@ def download(names: Sequence[str], folder: Path) -> Iterator[str]:
 
 
 def hub_file(name: str) -> HubAddress:
-    """The parts of hf://datasets/USER/REPO[@REVISION]/FILE.
-
-    Raises:
-        UserError: the address has another form.
-    """
+    """The parts of hf://datasets/USER/REPO[@REVISION]/FILE; another form raises a UserError."""
     address = parse_hub(name)
     if not address.path:
         raise UserError(f"{name} is a repository. Give a file in it: hf://datasets/USER/REPO/FILE.")

@@ -16,11 +16,7 @@ _COMMIT_SHARDS = 50  # per commit
 
 
 def push_address(address: str) -> HubAddress:
-    """The parts of hf://datasets/USER/REPO[@REVISION].
-
-    Raises:
-        UserError: the address has another form.
-    """
+    """The parts of hf://datasets/USER/REPO[@REVISION]; another form raises a UserError."""
     parts = parse_hub(address)
     if parts.path:
         raise UserError(f"{address} is not an address to push to: expected hf://datasets/USER/REPO[@REVISION].")
@@ -35,7 +31,13 @@ def push(folder: Path, address: str) -> str:
         UserError: a bad address, damaged shards, no permission, or the Hub cannot be reached.
     """
     parts = push_address(address)
-    shards, indices = _verified_files(folder)
+    found = [folder / INDEX] if (folder / INDEX).exists() else sorted(folder.glob(f"[!.]*/{INDEX}"))
+    shards, indices = [], []
+    for index in found or [folder / INDEX]:
+        data = open_shards(index.parent, str(index.parent))
+        data.verify(full=True)
+        shards += [(index.parent / name).relative_to(folder).as_posix() for name in data.names]
+        indices.append(index.relative_to(folder).as_posix())
     hub = HubRepository(parts.repo, parts.repo_type, parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
@@ -43,14 +45,3 @@ def push(folder: Path, address: str) -> str:
     hub.upload(names_of(folder, indices))
     size = sum((folder / name).stat().st_size for name in shards + indices) / 1e6
     return f"{address}: {len(shards)} shards and {INDEX} uploaded, {size:.1f} MB"
-
-
-def _verified_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(tars, indices) relative to `folder`, after every byte of the tars was verified."""
-    indices = [folder / INDEX] if (folder / INDEX).exists() else sorted(folder.glob(f"[!.]*/{INDEX}"))
-    tars = []
-    for index in indices or [folder / INDEX]:
-        shards = open_shards(index.parent, str(index.parent))
-        shards.verify(full=True)
-        tars += [(index.parent / name).relative_to(folder).as_posix() for name in shards.names]
-    return tars, [index.relative_to(folder).as_posix() for index in indices]

@@ -107,9 +107,8 @@ def _positions_of_ids(shards: ShardSet, path: Path) -> np.ndarray:
     positions = shards.positions_of(np.where(unknown, 0, ids).astype(np.int64))
     unknown |= positions < 0
     if unknown.any():
-        raise UserError(
-            f"There is no sample with the source id {ids[unknown][0]}, which {path} names ({unknown.sum()} unknown ids)."
-        )
+        more = f"{unknown.sum()} unknown ids"
+        raise UserError(f"There is no sample with the source id {ids[unknown][0]}, which {path} names ({more}).")
     return positions
 
 
@@ -117,9 +116,8 @@ def _read_scores(path: Path, shards: ShardSet) -> np.ndarray:
     """float [number of source ids]."""
     scores = _read_numbers(path, "file of scores", "iuf")
     if len(scores) != shards.num_ids:
-        raise UserError(
-            f"The file of scores {path} has {len(scores)} numbers, expected {shards.num_ids}: one for each source id."
-        )
+        expected = f"expected {shards.num_ids}: one for each source id"
+        raise UserError(f"The file of scores {path} has {len(scores)} numbers, {expected}.")
     if np.isnan(scores).any():
         raise UserError(f"The file of scores {path} has NaN, first for the source id {np.isnan(scores).argmax()}.")
     return scores

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +34,7 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
         options: see `write_into`.
 
     Raises:
-        UserError: the input is wrong, or `out` is not new, is being written or cannot be written.
+        UserError: the input, a size or an id is wrong, or `out` is not new, is being written or cannot be written.
     """
     with staged(out) as staging:
         try:
@@ -54,14 +54,7 @@ def _summary(folder: Path, source: LabelledArrays) -> str:
 
 
 def write_shards(source: LabelledArrays, folder: Path, **options: Any) -> Path:
-    """Write `source` as shards into the new folder `folder`, which is whole or absent; returns `folder`.
-
-    Args:
-        options: see `write_into`.
-
-    Raises:
-        UserError: bad sizes or ids, or `folder` is not new, is being written or cannot be written.
-    """
+    """Like `convert`, for `source` in memory or in memory maps; returns `folder`."""
     convert(lambda scratch: source, folder, **options)
     return folder
 
@@ -100,18 +93,17 @@ def write_into(
         if len(ids) != num_images or ids.min() < 0 or ids.max() >= num_ids or len(np.unique(ids)) != num_images:
             raise UserError(f"The ids must be {num_images} different numbers in 0..{num_ids - 1}, one for each image.")
     rows_at = KeyedPermutation(num_images, seed, PERMUTATION) if ids is None else lambda positions: positions
-    blocks = [(first, min(first + block_size, num_images)) for first in range(0, num_images, block_size)]
-    per_shard = -(-shard_size // block_size)
+    num_blocks, per_shard = -(-num_images // block_size), -(-shard_size // block_size)
     shards: list[dict[str, Any]] = []
     folder.mkdir(exist_ok=True)
     with tqdm(total=num_images, desc="writing shards", unit="img", disable=not progress) as bar:
-        for first in range(0, len(blocks), per_shard):
-            rows = {
-                f"{first + number:08d}": rows_at(np.arange(*block))
-                for number, block in enumerate(blocks[first : first + per_shard])
-            }
+        for first in range(0, num_blocks, per_shard):
+            blocks = (
+                (f"{block:08d}", rows_at(np.arange(block * block_size, min((block + 1) * block_size, num_images))))
+                for block in range(first, min(first + per_shard, num_blocks))
+            )
             path = folder / f"shard-{len(shards):05d}.tar"
-            shards.append(_write_shard(path, source, rows, ids, bar.update))
+            shards.append(_write_shard(path, source, blocks, ids, bar.update))
     seed_in_index = seed if ids is None else None
     index = {
         "format": FORMAT,
@@ -140,16 +132,16 @@ def _check_sizes(source: LabelledArrays, block_size: int, shard_size: int) -> No
 def _write_shard(
     path: Path,
     source: LabelledArrays,
-    blocks: Mapping[str, np.ndarray],
+    blocks: Iterable[tuple[str, np.ndarray]],
     ids: np.ndarray | None,
     progress: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Write the blocks (key -> rows of `source`); returns the shard's entry in the index."""
+    """Write the blocks (key, rows of `source`); returns the shard's entry in the index."""
     entries = []
     class_counts = np.zeros(len(source.class_names), np.int64)
     with open(path, "wb") as file:
         tar = HashingTar(file)
-        for key, rows in blocks.items():
+        for key, rows in blocks:
             order = np.argsort(rows)  # read in ascending order, which touches fewer pages of a memory map
             images = np.empty((len(rows), *source.images.shape[1:]), np.uint8)
             images[order] = source.images[rows[order]]

@@ -1,6 +1,10 @@
 """The input formats of `python -m nrat_scale.prepare`: adding a format is one entry in `READERS`.
 
-A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it.
+A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it. A missing,
+damaged or unexpected file raises a `UserError` that names it. Arguments that several readers have:
+
+    dataset    a key of `DATASETS`, or None: the classes are "0".."K-1"
+    scratch    an existing folder for decompressed or decoded images, deleted after the conversion
 """
 
 from argparse import Namespace
@@ -16,7 +20,7 @@ from nrat_scale.prepare.readers.idx import read_idx
 from nrat_scale.prepare.readers.npz import read_npz
 from nrat_scale.prepare.readers.svhn import read_svhn
 from nrat_scale.prepare.readers.tars import read_tars
-from nrat_scale.prepare.readers.tiny_imagenet import TINY_SPLITS, read_tiny_imagenet
+from nrat_scale.prepare.readers.tiny_imagenet import TINY_PER_CLASS, read_tiny_imagenet
 
 Argument = tuple[str, dict[str, Any]]  # name or flag, and options of `argparse.ArgumentParser.add_argument`
 
@@ -27,19 +31,12 @@ def argument(name: str, **options: Any) -> Argument:
 
 
 class Reader(NamedTuple):
-    """One input format.
-
-    Attributes:
-        read: (parsed arguments, scratch folder) -> the images; a mapping is written as one subfolder per entry.
-        summary: for --help.
-        arguments: of the command; --out, --seed and the sizes are added to each.
-        examples: arguments after `python -m nrat_scale.prepare NAME`.
-    """
+    """One input format: `read` converts (parsed arguments, scratch folder), a mapping to one subfolder per entry."""
 
     read: Callable[[Namespace, Path], LabelledArrays | Mapping[str, LabelledArrays]]
     summary: str
-    arguments: tuple[Argument, ...] = ()
-    examples: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] = ()  # besides --out, --seed and the sizes
+    examples: tuple[str, ...] = ()  # arguments after `python -m nrat_scale.prepare NAME`
 
 
 _NAMES = ", ".join(DATASETS)
@@ -93,7 +90,7 @@ READERS: dict[str, Reader] = {
         "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
         (
             argument("root", type=Path, metavar="ROOT", help="tiny-imagenet-200, or the folder that contains it"),
-            argument("--split", choices=TINY_SPLITS, required=True),
+            argument("--split", choices=list(TINY_PER_CLASS), required=True),
         ),
         ("data --split train --out data/tiny_imagenet/train",),
     ),

@@ -63,9 +63,6 @@ def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) 
         root: the folder of the Python or the binary version, or the folder that contains it.
         split: "train" or "test".
         download: download the Python version into `root` if neither version is present.
-
-    Raises:
-        UserError: no data at `root`, a missing or damaged batch, or a pickle that is not the published one.
     """
     version = _VERSIONS[dataset]
     if download and _folder(version, root, split) is None:

@@ -16,9 +16,6 @@ def read_digits(split: str, seed: int) -> LabelledArrays:
     Args:
         split: "train" (1,297) or "test" (500), stratified by class, in scikit-learn's order.
         seed: of the split.
-
-    Raises:
-        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits

@@ -61,10 +61,9 @@ def decode(data: bytes, kind: str, channels: int | None, where: str) -> np.ndarr
 
 def check_side(size: tuple[int, int], where: str) -> None:
     """Refuse a (width, height) above `MAX_SIDE`, or without pixels."""
-    width, height = size
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+    if not all(1 <= side <= MAX_SIDE for side in size):
         expected = f"expected at most {MAX_SIDE} x {MAX_SIDE}"
-        raise UserError(f"{where} is {width} x {height}, {expected}. Scale the images to the training size first.")
+        raise UserError(f"{where} is {size[0]} x {size[1]}, {expected}. Scale the images to the training size first.")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -84,22 +83,18 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int) -> np.ndarray:
-    """Write images to a file in `scratch` one by one, so that memory stays small, and map it: uint8 [N, H, W, C].
+    """Write images of one shape to a file in `scratch` one by one, and map it: uint8 [N, H, W, C].
 
     Args:
         images: (uint8 [H, W, C], name for messages) each.
-        total: for the progress bar, shown on a terminal only.
-
-    Raises:
-        UserError: an image does not have the shape of the first one.
+        total: for the progress bar.
     """
-    path, shape, count = scratch / "images", None, 0
+    path, shape = scratch / "images", None
     with open(path, "wb") as file:
         for image, where in tqdm(images, total=total, desc="decoding", unit="img", disable=not sys.stderr.isatty()):
             shape = shape or image.shape
             if image.shape != shape:
                 raise UserError(f"{where} has shape {list(image.shape)}, but the first image has {list(shape)}.")
             file.write(np.ascontiguousarray(image).data)  # with a memory map, a full disk would end in SIGBUS
-            count += 1
     assert shape is not None
-    return np.memmap(path, np.uint8, mode="r", shape=(count, *shape))
+    return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)

@@ -21,11 +21,7 @@ def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> Labell
 
     Args:
         names: paths, or `hf://datasets/USER/REPO/FILE`.
-        dataset: a key of `DATASETS`, or None.
-        scratch: an existing folder; compressed members are decompressed into it and mapped, stored ones are mapped in place.
-
-    Raises:
-        UserError: a file is missing, damaged, or holds anything but uint8 images and matching integer labels.
+        scratch: for compressed members; stored ones are mapped in place.
     """
     images: list[np.ndarray] = []
     labels, files = [], []

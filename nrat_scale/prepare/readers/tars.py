@@ -7,6 +7,7 @@ whose members are not adjacent. This reader checks every header before it decode
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -47,11 +48,6 @@ def read_tars(names: Sequence[str], dataset: str | None, scratch: Path) -> Label
 
     Args:
         names: paths of tars, with braces for ranges ('data/{0000..0010}.tar').
-        dataset: a key of `DATASETS`, or None.
-        scratch: an existing folder; decoded images are written there, so that memory stays small.
-
-    Raises:
-        UserError: names the tar and the member that cannot be used.
     """
     paths = _expanded(names)
     total = sum(count_samples(path) for path in paths)  # checks every header before the first image is decoded
@@ -79,11 +75,9 @@ def _expanded(names: Sequence[str]) -> list[Path]:
             raise UserError(f"{name} is an address. Download the tars first.")
         folder, found = expand(name)
         paths += [Path(folder, each) for each in found] if found is not None else [Path(name)]
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise UserError(f"The tar {path} is given twice.")
-        seen.add(path.resolve())
+    path, count = Counter(path.resolve() for path in paths).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"The tar {path} is given twice.")
     return paths
 
 
@@ -96,11 +90,7 @@ class _Refused(Exception):
 
 
 def count_samples(path: Path) -> int:
-    """The number of samples in a tar, after all its headers were checked.
-
-    Raises:
-        UserError: the tar is damaged, cut short, compressed, or has anything in it but complete samples.
-    """
+    """The number of samples in a tar, after a check of all its headers. A tar with other members raises a UserError."""
     return sum(1 for _ in _samples(path, load=False))
 
 
@@ -198,7 +188,7 @@ def _check_beginning(block: bytes) -> None:
 
 
 def _extended_name(info: tarfile.TarInfo, content: bytes) -> str:
-    """The name that an extended header gives to the next member; "" if it sets none."""
+    """The name that an extended header gives to the next member, or ""."""
     if len(content) > _MAX_PAX_BYTES or not content:
         raise _Refused(f"an extended header has {info.size} bytes")
     if info.type == tarfile.GNUTYPE_LONGNAME:

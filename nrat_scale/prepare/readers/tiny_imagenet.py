@@ -13,7 +13,6 @@ from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers.checks import file_facts, reading
 from nrat_scale.prepare.readers.images import decode, gather
 
-TINY_SPLITS = ("train", "val")
 TINY_PER_CLASS = {"train": 500, "val": 50}  # as published, to detect lost files
 _SIDE = 64
 _UNPACK_AGAIN = "Unpack tiny-imagenet-200.zip again."
@@ -27,10 +26,6 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     Args:
         root: the folder tiny-imagenet-200, or the folder that contains it.
         split: "train" or "val" (the labels of `test` were never published).
-        scratch: an existing folder; the decoded images are written there.
-
-    Raises:
-        UserError: a file or class is missing, unexpected, damaged, or not as published.
     """
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     names = DATASETS["tiny_imagenet"].class_names
@@ -73,19 +68,18 @@ def _train_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
 def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     """(path, label) of every image, in the order of val_annotations.txt."""
     path, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
-    label_of = {name: label for label, name in enumerate(names)}
     existing = set(_files_in(images, "folder of validation images"))
     listed: dict[str, int] = {}
     with reading(path, "list of labels"):
         lines = path.read_text("ascii").splitlines()
     for number, line in enumerate(lines, 1):
         file, wnid = [*line.split("\t"), "", ""][:2]
-        if wnid not in label_of:
+        if wnid not in names:
             raise UserError(f"Line {number} of {path} names an unknown class {quoted(wnid)}. {_UNPACK_AGAIN}")
         if file not in existing or file in listed:
             wrong = f"names {quoted(file)}, which is missing or listed twice"
             raise UserError(f"Line {number} of {path} {wrong}. {_UNPACK_AGAIN}")
-        listed[file] = label_of[wnid]
+        listed[file] = names.index(wnid)
     if unlisted := sorted(existing - set(listed)):
         raise UserError(f"{images / unlisted[0]} has no line in {path}. {_UNPACK_AGAIN}")
     return [(images / file, label) for file, label in listed.items()]
@@ -93,20 +87,19 @@ def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
 
 def _decoded_files(folder: Path, split: str, paths: Sequence[Path], scratch: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """(uint8 [N, 64, 64, 3], one entry for the index: a hash over all names and contents, instead of 100,000 entries)."""
-    total, hashes = 0, hashlib.sha256()
+    hashes = hashlib.sha256()
 
     def decoded() -> Iterator[tuple[np.ndarray, str]]:
-        nonlocal total
         for path in paths:
             with reading(path, "image"):
                 data = path.read_bytes()
             image = decode(data, "JPEG", 3, str(path))
             if image.shape != (_SIDE, _SIDE, 3):
                 raise UserError(f"{path} is {image.shape[1]} x {image.shape[0]}, expected {_SIDE} x {_SIDE}.")
-            total += len(data)
             hashes.update(f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(folder).as_posix()}\n".encode())
             yield image, str(path)
 
     images = gather(decoded(), scratch, len(paths))
     name = f"tiny-imagenet-200/{split} ({len(paths)} files; sha256 of their sha256sum lines)"
+    total = sum(path.stat().st_size for path in paths)
     return images, {"name": name, "bytes": total, "sha256": hashes.hexdigest()}
