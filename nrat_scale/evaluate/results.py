@@ -22,7 +22,7 @@ import numpy as np
 import nrat_scale
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
+from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.autoattack import autoattack_package
 
@@ -52,7 +52,7 @@ class BlockLog:
 
     def __init__(self, results: Path, key: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = unfinished_folder(results) / digest
+        self._folder = unfinished_sibling(results) / digest
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
@@ -70,11 +70,6 @@ class BlockLog:
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):  # not empty: blocks of another key
             self._folder.parent.rmdir()
-
-
-def unfinished_folder(results: Path) -> Path:
-    """The folder of finished blocks beside a results file that is under way."""
-    return results.with_name(f".{results.name}.unfinished")
 
 
 def _read_block(path: Path) -> tuple[int, FinishedBlock]:

@@ -113,9 +113,7 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ("data/all/first data/all/second --out data/all/index.json",),
     ),
     "subset": Command(
-        lambda given: [
-            subset(given.where, given.out, **_options(given, "per_class", "ids", "scores", "keep")),
-        ],
+        lambda given: [subset(given.where, given.out, **_options(given, "per_class", "ids", "scores", "keep"))],
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = build_parser().parse_args(argv)
     push_to = getattr(given, "push", None)
     if push_to is not None:
-        push_address(push_to)  # a mistyped address must not cost a conversion
+        push_address(push_to)  # checked before a conversion that may take hours
     for line in given.run(given):
         print(line, flush=True)
     if push_to is not None:

@@ -29,10 +29,6 @@ class Published(NamedTuple):
     revision: str | None = None  # default: the main branch
 
 
-def _parts(stem: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{stem}_part{number}.npz" for number in range(1, count + 1))
-
-
 # Images of EDM for Wang et al. 2023, "Better Diffusion Models Further Improve Adversarial Training", as linked in
 # https://github.com/wzekai99/DM-Improves-AT. About 3.1 GB for a million images.
 _EDM = "P2333/DM-Improves-AT"
@@ -40,10 +36,10 @@ PUBLISHED = {
     "cifar10_1m": Published(_EDM, ("cifar10/1m.npz",), "cifar10"),
     "cifar10_5m": Published(_EDM, ("cifar10/5m.npz",), "cifar10"),
     "cifar10_10m": Published(_EDM, ("cifar10/10m.npz",), "cifar10"),
-    "cifar10_20m": Published(_EDM, _parts("cifar10/20m", 2), "cifar10"),
-    "cifar10_50m": Published(_EDM, _parts("cifar10/50m", 4), "cifar10"),
+    "cifar10_20m": Published(_EDM, ("cifar10/20m_part1.npz", "cifar10/20m_part2.npz"), "cifar10"),
+    "cifar10_50m": Published(_EDM, tuple(f"cifar10/50m_part{n}.npz" for n in (1, 2, 3, 4)), "cifar10"),
     "cifar100_1m": Published(_EDM, ("cifar100/1m.npz",), "cifar100"),
-    "cifar100_50m": Published(_EDM, _parts("cifar100/50m", 4), "cifar100"),
+    "cifar100_50m": Published(_EDM, tuple(f"cifar100/50m_part{n}.npz" for n in (1, 2, 3, 4)), "cifar100"),
 }
 
 
@@ -95,7 +91,7 @@ def _published(name: str) -> Published:
 
 
 def _described(published: Published) -> list[tuple[str, int, str | None]]:
-    """(address, bytes, sha256) of each file, in one request to the Hub, which knows no sha256 of small files."""
+    """(address, bytes, sha256) of each file, in one request; the Hub has no sha256 of small files, which gives None."""
     import huggingface_hub
 
     repo, revision = published.repo, published.revision

@@ -75,8 +75,8 @@ def _order_warning(shards: ShardSet) -> str | None:
     if 2 * runs >= expected or expected - runs <= 2 * num_images**0.5:
         return None
     return (
-        f"warning: the stored order is sorted by class: labels stay the same for {num_images / runs:.1f} images on "
-        f"average, in a random order it would be {num_images / expected:.1f}. Convert the source files again."
+        f"warning: the stored order is sorted by class: runs of one label have {num_images / runs:.1f} images on average, "
+        f"but {num_images / expected:.1f} in a random order. Convert the source files again."
     )
 
 

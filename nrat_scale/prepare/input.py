@@ -1,4 +1,4 @@
-"""What a reader returns: labelled images, class names, and facts about the input files."""
+"""The result of a reader: labelled images, class names, and facts about the input files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from nrat_scale.datasets import DATASETS
 
 
 class ImageArray(Protocol):
-    """An array of images that is read only as it is indexed: uint8 [m, H, W, C] for integer rows [m]."""
+    """Images that are read when they are indexed: integer rows [m] give uint8 [m, H, W, C]."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

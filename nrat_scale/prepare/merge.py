@@ -48,7 +48,7 @@ def merge(folders: Sequence[Path], out: Path) -> str:
 def _name_in(folder: Path, parent: Path) -> str:
     """The path of `folder` below `parent`: the prefix of its shards' names in the merged index."""
     name = Path(os.path.relpath(folder, parent)).as_posix()
-    if name == "." or name.startswith(".."):
+    if name == "." or name.partition("/")[0] == "..":
         raise UserError(f"{folder} is not below {parent}. Merged folders must be below the folder of their index.")
     if not _FOLDER_NAME.fullmatch(name):
         raise UserError(f"{name} is not allowed in an index. Rename it: letters, digits, '.', '_' and '-' only.")

@@ -1,4 +1,4 @@
-"""Output folders that are whole or absent: written beside their final place and renamed there at the end.
+"""Write an output folder beside its final place and rename it at the end, so that it is complete or absent.
 
     .OUT.unfinished/lock        held while a process writes OUT
     .OUT.unfinished/whole/      renamed to OUT when it is complete
@@ -48,7 +48,7 @@ def staged(out: Path) -> Iterator[Staging]:
                 shutil.rmtree(path, ignore_errors=True)  # left by a killed process
                 path.mkdir()
             yield staging
-            shutil.rmtree(staging.scratch)  # a kill after the rename must not leave large files
+            shutil.rmtree(staging.scratch)  # before the rename: a kill after it would leave large files
             for path in [*staging.whole.rglob("*"), staging.whole]:
                 if path.is_dir():
                     fsync_folder(path)

@@ -40,7 +40,7 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
         try:
             given = read(staging.scratch)
         except OSError as error:
-            raise UserError(f"The input cannot be read, or not be unpacked beside {out} ({error}).") from error
+            raise UserError(f"The input cannot be read, or cannot be unpacked beside {out} ({error}).") from error
         sources = {"": given} if isinstance(given, LabelledArrays) else given
         for name, source in sources.items():
             write_into(staging.whole / name, source, **options)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.files import unfinished_sibling
 from nrat_scale.evaluate import __main__ as evaluate_cli
-from nrat_scale.evaluate.results import BlockLog, FinishedBlock, read_arrays, unfinished_folder
+from nrat_scale.evaluate.results import BlockLog, FinishedBlock, read_arrays
 
 ROOT = Path(__file__).parents[2]
 Measured = Callable[..., dict[str, Any]]
@@ -77,7 +78,7 @@ def test_a_killed_evaluation_resumes_with_the_next_block(run: Path) -> None:
     command = [str(run), "--data", str(run.parent / "test"), "--attacks", "aa:apgd-ce", "--batch-size", "3"]
     command += ["--checkpoint", "best", "--images", "12"]
     assert launched("-c", KILLED_AFTER_ONE_BLOCK, *command).returncode == -signal.SIGKILL
-    folder = unfinished_folder(run / "results.json")
+    folder = unfinished_sibling(run / "results.json")
     (path,) = folder.glob("*/block-*.json")
     # A finished block is used as it is: changed outcomes appear in the result.
     value = json.loads(path.read_text())
@@ -100,7 +101,7 @@ def test_blocks_of_another_key_are_not_used(tmp_path: Path) -> None:
     ((first, block),) = log.read().items()
     assert (first, block.right.tolist(), block.seconds, block.warnings) == (4, [True, False], 1.5, ["w"])
     assert not BlockLog(tmp_path / "results.json", {"seed": 1}).read()
-    (path,) = unfinished_folder(tmp_path / "results.json").glob("*/*.json")
+    (path,) = unfinished_sibling(tmp_path / "results.json").glob("*/*.json")
     path.write_text(path.read_text().replace("10", "1x"))
     with pytest.raises(UserError, match="damaged"):
         log.read()

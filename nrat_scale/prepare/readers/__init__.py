@@ -31,7 +31,7 @@ def argument(name: str, **options: Any) -> Argument:
 
 
 class Reader(NamedTuple):
-    """One input format: `read` converts (parsed arguments, scratch folder), a mapping to one subfolder per entry."""
+    """One input format. `read` gets the parsed arguments and `scratch`; a mapping becomes one subfolder per entry."""
 
     read: Callable[[Namespace, Path], LabelledArrays | Mapping[str, LabelledArrays]]
     summary: str

@@ -1,4 +1,4 @@
-"""Checks shared by the readers: dtypes, shapes, labels, .npy headers; a damaged file ends in a sentence that names it.
+"""Checks shared by the readers: dtypes, shapes, labels, .npy headers. Every error names the file.
 
 No reader unpickles anything, except the published CIFAR batches (cifar.py).
 """
@@ -93,11 +93,9 @@ def npy_array(data: np.ndarray, where: str) -> np.ndarray:
     """The array in the bytes `data` (uint8 [m]) of an .npy file, as a view; nothing is unpickled."""
     stream = io.BytesIO(data[: 1 << 14].tobytes())  # numpy refuses headers above 10,000 bytes
     try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:  # version 3 is for structured arrays, which are refused either way
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        is_first = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)  # version 3 is for structured arrays, which are refused either way
     except (ValueError, TypeError, LookupError, SyntaxError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"{where} has no readable .npy header ({reason}). Save it again with numpy.savez.") from error

@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: pickles (Python version) or records (binary version).
 
-These pickles are the only ones that data preparation opens: only with the published md5, and with an unpickler that
-rebuilds nothing but uint8 arrays. tests/system/test_layers.py checks both.
+These are the only pickles that data preparation opens. Their md5 must be the published one, and the unpickler rebuilds
+nothing but uint8 arrays. tests/system/test_layers.py checks both.
 """
 
 import hashlib
@@ -59,9 +59,7 @@ def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) 
     """One split of CIFAR-10 or CIFAR-100 (with its 100 fine labels).
 
     Args:
-        dataset: "cifar10" or "cifar100".
         root: the folder of the Python or the binary version, or the folder that contains it.
-        split: "train" or "test".
         download: download the Python version into `root` if neither version is present.
     """
     version = _VERSIONS[dataset]

@@ -1,4 +1,4 @@
-"""Read npz files with the members `image` and `label`, memory-mapped: 150 GB need no more memory than a small file."""
+"""Read npz files with the members `image` and `label` as memory maps: memory does not grow with the file."""
 
 import struct
 import zipfile
@@ -77,7 +77,7 @@ def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacke
                     output.write(chunk)
     except OSError as error:
         what = f"`{info.filename}` in {path} cannot be read, or decompressed beside --out ({error.strerror or error})"
-        raise UserError(f"{what}. It needs {info.file_size / 1e6:.1f} MB there: free some space.") from error
+        raise UserError(f"{what}. It needs {info.file_size / 1e6:.1f} MB there. Free some space.") from error
     if is_stored:
         with open(path, "rb") as file:  # the name and extra field of the local header may differ from the zip directory
             file.seek(info.header_offset + 26)

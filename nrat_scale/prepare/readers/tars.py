@@ -44,10 +44,8 @@ def read_tars(names: Sequence[str], dataset: str | None, scratch: Path) -> Label
 
     Images: 8 bits, grey or RGB (grey becomes RGB if the data set, or the first image, has 3 channels), at most 1024 x
     1024; `npy` uint8 [H, W] or [H, W, C]. Labels: `cls`, a decimal integer; `json`, an integer or an object with
-    `label` or `cls`. A sample may have both kinds of label if they agree.
-
-    Args:
-        names: paths of tars, with braces for ranges ('data/{0000..0010}.tar').
+    `label` or `cls`. A sample may have both kinds of label if they agree. `names` may have braces for ranges:
+    'data/{0000..0010}.tar'.
     """
     paths = _expanded(names)
     total = sum(count_samples(path) for path in paths)  # checks every header before the first image is decoded
@@ -107,7 +105,7 @@ def _samples(path: Path, *, load: bool) -> Iterator[tuple[str, dict[str, bytes]]
 
 
 def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Members -> complete samples."""
+    """Group the members into complete samples."""
     keys: set[str] = set()
     members = ((*_split(name), name, start, num_bytes) for name, start, num_bytes in _members(file, size))
     for key, group in groupby(members, lambda member: member[0]):
