@@ -18,6 +18,7 @@ from nrat_scale.data.shards import open_shards
 from nrat_scale.prepare.readers.checks import reading
 
 CLEAN = "clean_label"
+
 # numpy's function that creates an empty array to be filled; numpy 2 renamed its module, and files contain either name.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _NAMES = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
@@ -25,14 +26,11 @@ _ALLOWED: list[Any] = [*((_RECONSTRUCT, name) for name in _NAMES), np.ndarray, n
 
 
 def convert_human_labels(path: Path, shards: Path, out: Path) -> str:
-    """Write the five sets of human labels and the clean labels into the new npz `out`, int64 [n] each, in source order.
+    """Write human and clean labels into the new npz `out`, int64 [n] in source order; returns the error rate of each set.
 
     Args:
         path: CIFAR-10_human.pt.
         shards: of CIFAR-10's training images, whose labels must equal the clean labels in the file.
-
-    Returns:
-        The name and the error rate of each set, one per line.
 
     Raises:
         UserError: not that file, labels of other images, or `out` exists or cannot be written.

@@ -4,6 +4,7 @@ import gzip
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,18 +26,18 @@ def read_idx(images: Path, labels: Path, dataset: str | None) -> LabelledArrays:
 def _read_idx(path: Path, kind: str) -> np.ndarray:
     """uint8 [N, H, W] (kind "images") or [N] (kind "labels")."""
     what, magic = f"IDX file of {kind}", _MAGIC[kind]
-    with reading(path, what):
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-    num_dims, found = magic & 0xFF, int.from_bytes(content[:4], "big")
-    start = 4 * (1 + num_dims)
-    if len(content) < start or found != magic:
-        wrong = f"begins with {found:#x}, expected {magic:#x}"
-        raise UserError(f"The {what} {path} {wrong}. Give the images first, then the labels.")
-    shape = struct.unpack_from(f">{num_dims}I", content, 4)
-    if min(shape) < 1 or len(content) - start != math.prod(shape):
-        wrong = (
-            f"its header states {list(shape)}, that is {math.prod(shape)} bytes, but there are {len(content) - start}"
-        )
-        raise UserError(f"The {what} {path} is damaged: {wrong}. {COPY_AGAIN}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    num_dims = magic & 0xFF
+    with reading(path, what), open(path, "rb") as file:
+        stream: Any = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        header = stream.read(4 * (1 + num_dims))
+        found = int.from_bytes(header[:4], "big")
+        if len(header) < 4 * (1 + num_dims) or found != magic:
+            wrong = f"begins with {found:#x}, expected {magic:#x}"
+            raise UserError(f"The {what} {path} {wrong}. Give the images first, then the labels.")
+        shape = struct.unpack(f">{num_dims}I", header[4:])
+        size = math.prod(shape)  # as stated: the file itself bounds the memory, as gzip expands at most 1032 times
+        data = stream.read(min(size + 1, 1100 * path.stat().st_size))  # one more byte, to detect a longer file
+    if min(shape) < 1 or len(data) != size:
+        wrong = f"states {list(shape)}, that is {size} bytes, but there are {len(data) if len(data) < size else 'more'}"
+        raise UserError(f"The {what} {path} is damaged: its header {wrong}. {COPY_AGAIN}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
