@@ -27,7 +27,7 @@ def info(where: str, sheet: Path | None = None) -> str:
         why = "already exists" if sheet.exists() else "is not a .png in an existing folder"
         raise UserError(f"The contact sheet {sheet} {why}. Choose another --sheet.")
     shards = open_shards(where, where)
-    size, num_shards = shards.bytes_of(range(len(shards.names))) / 1e6, len(shards.names)
+    size, num_shards = sum(shards.shard_bytes) / 1e6, len(shards.names)
     what = f"{len(shards)} images of shape {list(shards.image_shape)} ({shards.dataset})"
     lines = [
         f"{where}: {what} in {num_shards} shard{'s'[: num_shards != 1]}, {size:.1f} MB",

@@ -140,7 +140,7 @@ def _build(
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
     objective = Objective(recipe.objective, data.shards.num_classes).to(device)
-    guard = Guard.build(recipe.guard, data.shards.num_classes, device)
+    guard = Guard(recipe.guard, data.shards.num_classes, device)
     sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
     checks = StepChecks(device, (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None)
     statistics = RunningStatistics(base, (lambda tensor: accelerator.reduce(tensor, "mean")) if several else None)

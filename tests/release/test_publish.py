@@ -130,7 +130,7 @@ def test_a_corrupted_download_is_found(
     done = client(hub, tmp_path / "home", ["fails", "load", "someone/twice"], ["load", "someone/once"])
     assert done.returncode == 0, done.stderr
     error, shown = done.stdout.strip().splitlines()
-    assert error.startswith("error: ") and "is damaged: model.safetensors" in error
+    assert error.startswith("error: ") and "model.safetensors does not match" in error
     assert float(shown.removeprefix("logits ")) == pytest.approx(logits(model), rel=1e-9)
 
 

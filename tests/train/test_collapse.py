@@ -99,7 +99,7 @@ def test_a_collapse_can_be_rewound(recipe_path: Path, tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=50))
 def test_windows_count_predictions(pairs: list[tuple[int, int]]) -> None:
     """Share of the most frequent class, accuracy and mean gradient norm, and an empty window afterwards."""
-    guard = Guard.build(GuardSpec(), 4, torch.device("cpu"))
+    guard = Guard(GuardSpec(), 4, torch.device("cpu"))
     predicted, labels = (torch.tensor(column) for column in zip(*pairs, strict=True))
     guard.record(torch.nn.functional.one_hot(predicted, 4).float(), labels)
     guard.record_step(torch.tensor(2.0))

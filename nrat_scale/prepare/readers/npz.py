@@ -43,11 +43,11 @@ def _local_path(name: str) -> Path:
     """The path of `name`; a file on the Hugging Face Hub is downloaded into the Hub's cache first."""
     if not is_remote(name):
         return Path(name)
-    repo, repo_type, revision, path = hub_file(name)
+    repo, revision, path = hub_file(name)
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, path, repo_type=repo_type, revision=revision))
+        return Path(huggingface_hub.hf_hub_download(repo, path, repo_type="dataset", revision=revision))
     except Exception as error:  # the Hub's client raises errors of several HTTP libraries
         raise UserError(f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network.") from error
 
