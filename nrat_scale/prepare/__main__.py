@@ -11,7 +11,7 @@ Images are permuted with --seed. The same input and options give the same bytes.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,31 +47,9 @@ _WRITING = (
 _WHERE = argument("where", metavar="DIR", help="folder of shards, or its address (https://, s3://, hf://)")
 
 
-def _options(given: argparse.Namespace) -> dict[str, Any]:
-    sizes = {name: getattr(given, name) for name in ("block_size", "shard_size", "seed")}
-    return {**sizes, "progress": sys.stderr.isatty()}
-
-
-def _writing(write: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], Iterator[str]]:
-    """A command that writes shards; with --push it uploads them, and checks the address first."""
-
-    def run(given: argparse.Namespace) -> Iterator[str]:
-        if given.push is not None:
-            push_address(given.push)
-        yield write(given)
-        if given.push is not None:
-            yield push(given.out, given.push)
-
-    return run
-
-
-def _convert(reader: Reader) -> Callable[[argparse.Namespace], str]:
-    return lambda given: convert(lambda scratch: reader.read(given, scratch), given.out, **_options(given))
-
-
-def _subset(given: argparse.Namespace) -> str:
-    selection = {name: getattr(given, name) for name in ("per_class", "ids", "scores", "keep")}
-    return subset(given.where, given.out, **selection, **_options(given))
+def _options(given: argparse.Namespace, *more: str) -> dict[str, Any]:
+    options = {name: getattr(given, name) for name in ("block_size", "shard_size", "seed", *more)}
+    return {**options, "progress": sys.stderr.isatty()}
 
 
 class Command(NamedTuple):
@@ -81,6 +59,15 @@ class Command(NamedTuple):
     summary: str
     arguments: Sequence[Argument]
     examples: Sequence[str]
+
+
+def _conversion(reader: Reader) -> Command:
+    return Command(
+        lambda given: [convert(lambda scratch: reader.read(given, scratch), given.out, **_options(given))],
+        reader.summary,
+        (*reader.arguments, *_WRITING),
+        reader.examples,
+    )
 
 
 COMMANDS: dict[str, Command] = {  # besides those of `READERS`
@@ -126,7 +113,7 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ("data/all/first data/all/second --out data/all/index.json",),
     ),
     "subset": Command(
-        _writing(_subset),
+        lambda given: [subset(given.where, given.out, **_options(given, "per_class", "ids", "scores", "keep"))],
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
@@ -159,11 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__, **style)
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", help="`COMMAND --help` shows its options")
-    conversions = {
-        name: Command(_writing(_convert(reader)), reader.summary, (*reader.arguments, *_WRITING), reader.examples)
-        for name, reader in READERS.items()
-    }
-    for name, command in {**conversions, **COMMANDS}.items():
+    for name, command in ({name: _conversion(reader) for name, reader in READERS.items()} | COMMANDS).items():
         examples = "\n  ".join(["examples:", *(f"{_PROGRAM} {name} {example}" for example in command.examples)])
         added = parsers.add_parser(name, help=command.summary, description=command.summary, epilog=examples, **style)
         for flag, options in command.arguments:
@@ -175,8 +158,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     given = build_parser().parse_args(argv)
+    push_to = getattr(given, "push", None)
+    if push_to is not None:
+        push_address(push_to)  # checked before a conversion that may take hours
     for line in given.run(given):
         print(line, flush=True)
+    if push_to is not None:
+        print(push(given.out, push_to))
 
 
 if __name__ == "__main__":

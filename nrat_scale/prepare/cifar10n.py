@@ -18,28 +18,19 @@ from nrat_scale.data.shards import open_shards
 from nrat_scale.prepare.readers.checks import reading
 
 CLEAN = "clean_label"
-_MAX_BYTES = 1 << 28  # the published file has 2.4 MB
 
 # numpy's function that creates an empty array to be filled; numpy 2 renamed its module, and files contain either name.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_ALLOWED: list[Any] = [
-    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.int64)),
-]
+_NAMES = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_ALLOWED: list[Any] = [*((_RECONSTRUCT, name) for name in _NAMES), np.ndarray, np.dtype, type(np.dtype(np.int64))]
 
 
 def convert_human_labels(path: Path, shards: Path, out: Path) -> str:
-    """Write the five sets of human labels and the clean labels into the new npz `out`, int64 [n] each, in source order.
+    """Write human and clean labels into the new npz `out`, int64 [n] in source order; returns the error rate of each set.
 
     Args:
         path: CIFAR-10_human.pt.
         shards: of CIFAR-10's training images, whose labels must equal the clean labels in the file.
-
-    Returns:
-        The name and the error rate of each set, one per line.
 
     Raises:
         UserError: not that file, labels of other images, or `out` exists or cannot be written.
@@ -54,8 +45,8 @@ def convert_human_labels(path: Path, shards: Path, out: Path) -> str:
     labels = _read(path, [CLEAN, *HUMAN_SETS.values()], len(clean), data.num_classes)
     if wrong := int((labels[CLEAN] != clean).sum()):
         raise UserError(
-            f"`{CLEAN}` in {path} differs from the shards {shards} in {wrong} of {len(clean)} labels: they are not the same "
-            "images in the same order. Convert the training split: python -m nrat_scale.prepare cifar10 ROOT --split train."
+            f"`{CLEAN}` in {path} differs from the shards {shards} in {wrong} of {len(clean)} labels. Give the shards of "
+            "the training split: python -m nrat_scale.prepare cifar10 ROOT --split train."
         )
     content = io.BytesIO()
     np.savez(content, **labels)  # type: ignore[arg-type]  # a key could be the name of an option; these are not
@@ -77,16 +68,13 @@ def _read(path: Path, keys: list[str], num_labels: int, num_classes: int) -> dic
             what = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else type(labels).__name__
             raise UserError(f"`{key}` in {path} is {what}, expected int64 [{num_labels}]: one label for each image.")
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise UserError(
-                f"`{key}` in {path} has values from {labels.min()} to {labels.max()}, expected 0..{num_classes - 1}."
-            )
+            found = f"values from {labels.min()} to {labels.max()}"
+            raise UserError(f"`{key}` in {path} has {found}, expected 0..{num_classes - 1}.")
     return {key: np.ascontiguousarray(content[key]) for key in keys}
 
 
 def _unpickled(path: Path) -> object:
     with reading(path, "file of human labels"):
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, too many for CIFAR-10N's labels.")
         data = io.BytesIO(path.read_bytes())
     import torch
 
@@ -94,13 +82,9 @@ def _unpickled(path: Path) -> object:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch's unpickler raise anything
-        raise UserError(f"{path} is not the file of CIFAR-10N's labels ({_reason(error)}).") from error
-
-
-def _reason(error: Exception) -> str:
-    """The reason without torch's advice to load the file with `weights_only=False`."""
-    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it asks for {asked[1]}, which is not allowed and was not run"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or contains something other than arrays of int64, and was not opened any further"
-    return first_line(error)[:200]
+        reason = first_line(error)[:200]
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"it asks for {asked[1]}, which is not allowed and was not run"
+        elif isinstance(error, pickle.UnpicklingError):  # torch's message advises `weights_only=False`
+            reason = "it is damaged, or contains something other than arrays of int64"
+        raise UserError(f"{path} is not the file of CIFAR-10N's labels ({reason}).") from error

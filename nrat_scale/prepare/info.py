@@ -27,22 +27,21 @@ def info(where: str, sheet: Path | None = None) -> str:
         why = "already exists" if sheet.exists() else "is not a .png in an existing folder"
         raise UserError(f"The contact sheet {sheet} {why}. Choose another --sheet.")
     shards = open_shards(where, where)
-    size = sum(shards.shard_bytes) / 1e6
+    size, num_shards = sum(shards.shard_bytes) / 1e6, len(shards.names)
+    what = f"{len(shards)} images of shape {list(shards.image_shape)} ({shards.dataset})"
     lines = [
-        f"{where}: {len(shards)} images of shape {list(shards.image_shape)} ({shards.dataset}) in "
-        f"{len(shards.names)} shard{'s'[: len(shards.names) != 1]}, {size:.1f} MB",
+        f"{where}: {what} in {num_shards} shard{'s'[: num_shards != 1]}, {size:.1f} MB",
         f"fingerprint: {shards.fingerprint}",
         "classes:",
         *(f"  {name}: {count}" for name, count in zip(shards.class_names, shards.class_counts, strict=True)),
         "source files:",
         *(f"  {_file_line(file)}" for file in shards.source_files),
         "parts:",
-        *(
-            f"  {part.num_images} images, source ids {part.first_id}..{part.first_id + part.num_ids - 1}, "
-            + ("ids stored" if part.seed is None else f"permuted with seed {part.seed}")
-            for part in shards.segments
-        ),
     ]
+    for part in shards.segments:
+        ids = f"source ids {part.first_id}..{part.first_id + part.num_ids - 1}"
+        order = "ids stored" if part.seed is None else f"permuted with seed {part.seed}"
+        lines.append(f"  {part.num_images} images, {ids}, {order}")
     if shards.is_remote:
         lines.append("The stored order was not checked: the shards are remote.")
     elif (warning := _order_warning(shards)) is not None:
@@ -55,8 +54,8 @@ def info(where: str, sheet: Path | None = None) -> str:
 
 def _file_line(file: Any) -> str:
     facts = file if isinstance(file, dict) else {"name": file}
-    named = [f"{key} {facts[key]}" for key in ("bytes", "sha256") if key in facts]
-    return ", ".join([*([str(facts["name"])] if "name" in facts else []), *named])
+    prefixes = {"name": "", "bytes": "bytes ", "sha256": "sha256 "}
+    return ", ".join(f"{prefix}{facts[key]}" for key, prefix in prefixes.items() if key in facts)
 
 
 def _label_chunks(shards: ShardSet) -> Iterator[np.ndarray]:
@@ -76,8 +75,8 @@ def _order_warning(shards: ShardSet) -> str | None:
     if 2 * runs >= expected or expected - runs <= 2 * num_images**0.5:
         return None
     return (
-        f"warning: the stored order is sorted by class: labels stay the same for {num_images / runs:.1f} images on "
-        f"average, in a random order it would be {num_images / expected:.1f}. Convert the source files again."
+        f"warning: the stored order is sorted by class: runs of one label have {num_images / runs:.1f} images on average, "
+        f"but {num_images / expected:.1f} in a random order. Convert the source files again."
     )
 
 
@@ -108,13 +107,10 @@ def _first_of_each_class(shards: ShardSet, num_classes: int) -> list[list[int]]:
     """The positions of the first samples of each class; labels are read only until every row is full."""
     chosen: list[list[int]] = [[] for _ in range(num_classes)]
     wanted = [min(_COLUMNS, count) for count in shards.class_counts[:num_classes]]
-    first = 0
-    for labels in _label_chunks(shards):
+    for number, labels in enumerate(_label_chunks(shards)):
         for label, positions in enumerate(chosen):
-            if len(positions) < wanted[label]:
-                found = first + np.flatnonzero(labels == label)
-                positions += found[: wanted[label] - len(positions)].tolist()
-        first += len(labels)
+            found = number * _LABELS_AT_A_TIME + np.flatnonzero(labels == label)
+            positions += found[: wanted[label] - len(positions)].tolist()
         if list(map(len, chosen)) == wanted:
             break
     return chosen

@@ -1,4 +1,4 @@
-"""What a reader returns: labelled images, class names, and facts about the input files."""
+"""The result of a reader: labelled images, class names, and facts about the input files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from nrat_scale.datasets import DATASETS
 
 
 class ImageArray(Protocol):
-    """An array of images that is read only as it is indexed: uint8 [m, H, W, C] for integer rows [m]."""
+    """Images that are read when they are indexed: integer rows [m] give uint8 [m, H, W, C]."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -20,11 +20,7 @@ class ImageArray(Protocol):
 
 
 class Concatenated:
-    """Several image arrays as one, without copying them.
-
-    Args:
-        arrays: uint8 [n_i, H, W, C] each; memory maps stay on disk.
-    """
+    """Several arrays uint8 [n_i, H, W, C] as one, without copying them: memory maps stay on disk."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self._arrays = list(arrays)
@@ -37,8 +33,7 @@ class Concatenated:
         out = np.empty((len(rows), *self.shape[1:]), np.uint8)
         number = np.searchsorted(self._ends, rows, side="right")
         for i in np.unique(number):
-            here = number == i
-            array = self._arrays[i]
+            here, array = number == i, self._arrays[i]
             out[here] = array[rows[here] - (self._ends[i] - len(array))]
         return out
 
@@ -73,8 +68,8 @@ class LabelledArrays:
         low, high, num_classes = int(self.labels.min()), int(self.labels.max()), len(self.class_names)
         if low < 0 or high >= num_classes:
             raise UserError(
-                f"Labels range from {low} to {high}, but the data set '{self.dataset}' has {num_classes} classes: they "
-                f"must be in 0..{num_classes - 1}. Name the right data set with --dataset."
+                f"Labels range from {low} to {high}, expected 0..{num_classes - 1} for the data set '{self.dataset}'. "
+                "Name the right data set with --dataset."
             )
 
     @classmethod
@@ -88,7 +83,7 @@ class LabelledArrays:
         known, channels = DATASETS[dataset], images.shape[3]
         if len(known.mean) != channels:
             raise UserError(
-                f"The images have {channels} channel(s), but those of '{dataset}' have {len(known.mean)}. "
-                "Name the right data set with --dataset, or omit --dataset."
+                f"The images have {channels} channel(s), expected {len(known.mean)} for '{dataset}'. Name the right data "
+                "set with --dataset, or omit --dataset."
             )
         return cls(images, labels, dataset, known.class_names, tuple(files))

@@ -33,15 +33,11 @@ def merge(folders: Sequence[Path], out: Path) -> str:
         raise UserError("A folder is given twice. Each can be merged once.")
     sets = [open_shards(folder, str(folder)) for folder in folders]
     for folder, shards in zip(folders, sets, strict=True):
-        for what, found, expected in (
-            ("image shape", shards.image_shape, sets[0].image_shape),
-            ("classes", shards.class_names, sets[0].class_names),
-        ):
+        for what, name in ("image shape", "image_shape"), ("classes", "class_names"):
+            found, expected = getattr(shards, name), getattr(sets[0], name)
             if found != expected:
-                raise UserError(
-                    f"The {what} of {folder} differs from {folders[0]}: {quoted(list(found), 120)} instead of "
-                    f"{quoted(list(expected), 120)}."
-                )
+                difference = f"{quoted(list(found), 120)} instead of {quoted(list(expected), 120)}"
+                raise UserError(f"The {what} of {folder} differs from {folders[0]}: {difference}.")
         shards.verify()
     index = _merged(names, sets)
     ShardSet(out.parent, index, str(out))  # checks the index before it is written
@@ -50,11 +46,10 @@ def merge(folders: Sequence[Path], out: Path) -> str:
 
 
 def _name_in(folder: Path, parent: Path) -> str:
-    """The path of `folder` below `parent`, as shard names in the index will begin."""
-    folder_path, parent_path = Path(os.path.abspath(folder)), Path(os.path.abspath(parent))
-    if not folder_path.is_relative_to(parent_path) or folder_path == parent_path:
+    """The path of `folder` below `parent`: the prefix of its shards' names in the merged index."""
+    name = Path(os.path.relpath(folder, parent)).as_posix()
+    if name == "." or name.partition("/")[0] == "..":
         raise UserError(f"{folder} is not below {parent}. Merged folders must be below the folder of their index.")
-    name = folder_path.relative_to(parent_path).as_posix()
     if not _FOLDER_NAME.fullmatch(name):
         raise UserError(f"{name} is not allowed in an index. Rename it: letters, digits, '.', '_' and '-' only.")
     return name

@@ -16,11 +16,7 @@ _COMMIT_SHARDS = 50  # per commit
 
 
 def push_address(address: str) -> HubAddress:
-    """The parts of hf://datasets/USER/REPO[@REVISION].
-
-    Raises:
-        UserError: the address has another form.
-    """
+    """The parts of hf://datasets/USER/REPO[@REVISION]; another form raises a UserError."""
     parts = parse_hub(address)
     if parts.path:
         raise UserError(f"{address} is not an address to push to: expected hf://datasets/USER/REPO[@REVISION].")
@@ -35,24 +31,17 @@ def push(folder: Path, address: str) -> str:
         UserError: a bad address, damaged shards, no permission, or the Hub cannot be reached.
     """
     parts = push_address(address)
-    files = _verified_files(folder)
-    shards = [name for name in files if name.endswith(".tar")]
-    indices = [name for name in files if not name.endswith(".tar")]
+    found = [folder / INDEX] if (folder / INDEX).exists() else sorted(folder.glob(f"[!.]*/{INDEX}"))
+    shards, indices = [], []
+    for index in found or [folder / INDEX]:
+        data = open_shards(index.parent, str(index.parent))
+        data.verify(full=True)
+        shards += [(index.parent / name).relative_to(folder).as_posix() for name in data.names]
+        indices.append(index.relative_to(folder).as_posix())
     hub = HubRepository(parts.repo, "dataset", parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
         hub.upload(folder, shards[first : first + _COMMIT_SHARDS])
     hub.upload(folder, indices)
-    size = sum((folder / name).stat().st_size for name in files) / 1e6
+    size = sum((folder / name).stat().st_size for name in shards + indices) / 1e6
     return f"{address}: {len(shards)} shards and {INDEX} uploaded, {size:.1f} MB"
-
-
-def _verified_files(folder: Path) -> list[str]:
-    """The files to upload, relative to `folder`, after every byte of them was verified."""
-    found = [folder] if (folder / INDEX).exists() else sorted(path.parent for path in folder.glob(f"[!.]*/{INDEX}"))
-    files = []
-    for place in found or [folder]:
-        shards = open_shards(place, str(place))
-        shards.verify(full=True)
-        files += [(place / name).relative_to(folder).as_posix() for name in (*shards.names, INDEX)]
-    return files

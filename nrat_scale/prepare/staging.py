@@ -1,4 +1,4 @@
-"""Output folders that are whole or absent: written beside their final place and renamed there at the end.
+"""Write an output folder beside its final place and rename it at the end, so that it is complete or absent.
 
     .OUT.unfinished/lock        held while a process writes OUT
     .OUT.unfinished/whole/      renamed to OUT when it is complete
@@ -37,9 +37,9 @@ def staged(out: Path) -> Iterator[Staging]:
         UserError: `out` is not a new or empty folder, another process is writing it, or it cannot be written.
     """
     out = out if out.name else out.absolute()  # "." has no sibling
-    _require_new(out)
     created = [folder for folder in out.parents if not folder.exists()]
     try:
+        _require_new(out)
         make_folder(out.parent)
         with _only_writer(out) as folder:
             _require_new(out)  # another writer may have finished since the first check
@@ -48,7 +48,7 @@ def staged(out: Path) -> Iterator[Staging]:
                 shutil.rmtree(path, ignore_errors=True)  # left by a killed process
                 path.mkdir()
             yield staging
-            shutil.rmtree(staging.scratch)  # a kill after the rename must not leave large files
+            shutil.rmtree(staging.scratch)  # before the rename: a kill after it would leave large files
             for path in [*staging.whole.rglob("*"), staging.whole]:
                 if path.is_dir():
                     fsync_folder(path)
@@ -63,11 +63,7 @@ def staged(out: Path) -> Iterator[Staging]:
 
 
 def _require_new(out: Path) -> None:
-    try:
-        taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
-    except OSError as error:
-        raise UserError(f"{out} cannot be used as --out ({error.strerror}). Choose another place.") from error
-    if taken:
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out} already exists and is never overwritten. Choose another --out, or remove it yourself.")
 
 
@@ -76,16 +72,13 @@ def _only_writer(out: Path) -> Iterator[Path]:
     """The hidden sibling of `out`, locked; removed at the end."""
     folder = unfinished_sibling(out)
     folder.mkdir(exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
+    lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
-        path.stat()  # the previous holder may have removed the folder before it released the lock
+        (folder / "lock").stat()  # the previous holder may have removed the folder before it released the lock
     except (Timeout, FileNotFoundError):
         lock.release()
-        raise UserError(
-            f"Another process is writing {out} (it holds {path}). Wait for it, or choose another --out."
-        ) from None
+        raise UserError(f"Another process is writing {out}. Wait for it, or choose another --out.") from None
     try:
         yield folder
     finally:

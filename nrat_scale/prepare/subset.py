@@ -54,15 +54,13 @@ def subset(
     if per_class is not None:
         positions = _first_of_each_class(shards, all_ids, per_class, seed)
     elif ids is not None:
-        positions = _positions_of_ids(shards, _read_ids(ids), ids)
+        positions = _positions_of_ids(shards, ids)
     else:
-        assert scores is not None and keep is not None
+        assert scores is not None and keep is not None  # by the first check
         positions = _highest(_read_scores(scores, shards)[all_ids], all_ids, keep)
     positions = np.sort(positions)  # stored order, which is already mixed
-    source = LabelledArrays(
-        _ChosenImages(shards, positions), shards.labels(positions), shards.dataset, shards.class_names,
-        tuple(shards.source_files),
-    )  # fmt: skip
+    images, labels, files = _ChosenImages(shards, positions), shards.labels(positions), tuple(shards.source_files)
+    source = LabelledArrays(images, labels, shards.dataset, shards.class_names, files)
     write_shards(source, out, ids=all_ids[positions], num_ids=shards.num_ids, **options)
     return f"{out}: {len(positions)} of the {len(shards)} images of {where}"
 
@@ -79,61 +77,47 @@ def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, seed
     return np.concatenate(chosen)
 
 
-def _load_npy(path: Path, what: str) -> np.ndarray:
+def _read_numbers(path: Path, what: str, kinds: str) -> np.ndarray:
+    """[m] numbers of an .npy file, whose dtype is one of the `kinds` of NumPy; or int64 [m] of a .txt file of integers."""
+    is_text = path.suffix != ".npy" and "f" not in kinds
     try:
-        array = np.load(path, allow_pickle=False)
+        if is_text:
+            numbers = np.asarray([int(word) for word in path.read_text(encoding="utf-8").split()], np.int64)
+        else:
+            numbers = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"The {what} {path} is not an .npy file of numbers ({first_line(error)}).") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 1:
-        raise UserError(f"The {what} {path} must be an .npy file with one array of one dimension.")
-    return array
+    except (ValueError, EOFError, OverflowError) as error:
+        form = "a text with one integer on each line" if is_text else "an .npy file of numbers"
+        raise UserError(f"The {what} {path} is not {form} ({first_line(error)}).") from error
+    if not isinstance(numbers, np.ndarray) or numbers.ndim != 1 or not len(numbers):
+        raise UserError(f"The {what} {path} is empty, or not one array of one dimension.")
+    if numbers.dtype.kind not in kinds:
+        expected = "numbers" if "f" in kinds else "integers"
+        raise UserError(f"The {what} {path} has dtype {numbers.dtype}, expected {expected}.")
+    return numbers
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    """int64 [m] of an .npy or .txt file."""
-    what = "file of ids"
-    if path.suffix == ".npy":
-        ids = _load_npy(path, what)
-        if ids.dtype.kind not in "iu":
-            raise UserError(f"The {what} {path} has dtype {ids.dtype}, expected integers.")
-    else:
-        try:
-            ids = np.asarray([int(word) for word in path.read_text(encoding="utf-8").split()], np.int64)
-        except OSError as error:
-            raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from error
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"The {what} {path} must have one integer on each line ({first_line(error)}).") from error
-    if not len(ids):
-        raise UserError(f"The {what} {path} is empty.")
-    if int(ids.max()) > np.iinfo(np.int64).max:
-        raise UserError(f"There is no sample with the source id {int(ids.max())}, which {path} names.")
-    return ids.astype(np.int64)
-
-
-def _positions_of_ids(shards: ShardSet, ids: np.ndarray, path: Path) -> np.ndarray:
+def _positions_of_ids(shards: ShardSet, path: Path) -> np.ndarray:
+    ids = _read_numbers(path, "file of ids", "iu")
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise UserError(f"{path} names the source id {unique[counts > 1][0]} more than once.")
-    positions = shards.positions_of(ids)
-    if (positions < 0).any():
-        raise UserError(
-            f"There is no sample with the source id {ids[positions < 0][0]}, which {path} names "
-            f"({int((positions < 0).sum())} unknown ids)."
-        )
+    unknown = (ids < 0) | (ids >= shards.num_ids)  # a uint64 may not fit in int64
+    positions = shards.positions_of(np.where(unknown, 0, ids).astype(np.int64))
+    unknown |= positions < 0
+    if unknown.any():
+        more = f"{unknown.sum()} unknown ids"
+        raise UserError(f"There is no sample with the source id {ids[unknown][0]}, which {path} names ({more}).")
     return positions
 
 
 def _read_scores(path: Path, shards: ShardSet) -> np.ndarray:
     """float [number of source ids]."""
-    scores = _load_npy(path, "file of scores")
-    if scores.dtype.kind not in "iuf":
-        raise UserError(f"The file of scores {path} has dtype {scores.dtype}, expected numbers.")
+    scores = _read_numbers(path, "file of scores", "iuf")
     if len(scores) != shards.num_ids:
-        raise UserError(
-            f"The file of scores {path} has {len(scores)} numbers, expected {shards.num_ids}: one for each source id."
-        )
+        expected = f"expected {shards.num_ids}: one for each source id"
+        raise UserError(f"The file of scores {path} has {len(scores)} numbers, {expected}.")
     if np.isnan(scores).any():
         raise UserError(f"The file of scores {path} has NaN, first for the source id {np.isnan(scores).argmax()}.")
     return scores

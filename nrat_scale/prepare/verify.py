@@ -2,12 +2,11 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
 
 import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.data.index import TAR_BLOCK, Blocks
+from nrat_scale.data.index import TAR_BLOCK
 from nrat_scale.data.shards import ShardSet, ShardUnusable, open_shards
 
 _MAX_NAMED = 10  # problems in one message
@@ -20,26 +19,21 @@ def verify(where: str) -> str:
         UserError: names the first ten problems.
     """
     shards = open_shards(where, where)
-    problems = _problems(shards)
-    if problems:
+    if problems := _problems(shards):
         more = f" ... and {len(problems) - _MAX_NAMED} more." if len(problems) > _MAX_NAMED else ""
-        raise UserError(
-            f"{where} has {len(problems)} problem{'s'[: len(problems) != 1]}: {' '.join(problems[:_MAX_NAMED])}{more}"
-        )
+        number = f"{len(problems)} problem{'s'[: len(problems) != 1]}"
+        raise UserError(f"{where} has {number}: {' '.join(problems[:_MAX_NAMED])}{more}")
     size = sum(shards.shard_bytes) / 1e6
     return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) match the index"
 
 
 def _problems(shards: ShardSet) -> list[str]:
     """A sentence for each shard that is damaged or contradicts the index, and for duplicate ids."""
-    unusable = shards.check(full=True)
+    shards.check(full=True)  # `fetch` raises for the shards that it finds unusable
     problems: list[str] = []
     for number, name in enumerate(shards.names):
         try:
-            if number in unusable:
-                raise unusable[number]
-            path = shards.fetch(number)
-            _check_content(np.memmap(path, np.uint8, mode="r"), shards, number)
+            _check_content(np.memmap(shards.fetch(number), np.uint8, mode="r"), shards, number)
         except ShardUnusable as error:
             problems.append(f"{name}: {error.reason}.")
         except (UserError, OSError, ValueError) as error:
@@ -57,7 +51,11 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
     counts = np.zeros(shards.num_classes, np.int64)
     for block in shards.blocks_of(number):
         key = ""
-        for kind, at, shape, dtype in _members(block, shards.image_shape):
+        members = [("images", block.image_offset, shards.image_shape, "|u1"), ("labels", block.label_offset, (), "<i8")]
+        if block.id_offset >= 0:
+            members.append(("ids", block.id_offset, (), "<i8"))
+        for kind, at, sample_shape, dtype in members:
+            shape = block.num_images, *sample_shape
             name, array, offset = _member(data, offset, at, shape, dtype)
             key = key or name.partition(".")[0]
             if name != f"{key}.{kind}.npy":
@@ -75,14 +73,6 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
         raise ValueError("it does not end where the index says")
     if (counts != shards.shard_class_counts[number]).any():
         raise ValueError("its labels do not have the class counts of the index")
-
-
-def _members(block: Blocks[int], image_shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
-    """(kind, offset, shape, dtype) of each member of a block."""
-    yield "images", block.image_offset, (block.num_images, *image_shape), "|u1"
-    yield "labels", block.label_offset, (block.num_images,), "<i8"
-    if block.id_offset >= 0:
-        yield "ids", block.id_offset, (block.num_images,), "<i8"
 
 
 def _member(data: np.ndarray, offset: int, at: int, shape: tuple[int, ...], dtype: str) -> tuple[str, np.ndarray, int]:

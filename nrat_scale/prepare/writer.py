@@ -5,10 +5,10 @@ The same images, sizes and seed give the same bytes. docs/data.md describes the 
 
 import hashlib
 import io
+import math
 import os
 import tarfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,13 +34,13 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
         options: see `write_into`.
 
     Raises:
-        UserError: the input is wrong, or `out` is not new, is being written or cannot be written.
+        UserError: the input, a size or an id is wrong, or `out` is not new, is being written or cannot be written.
     """
     with staged(out) as staging:
         try:
             given = read(staging.scratch)
         except OSError as error:
-            raise UserError(f"The input cannot be read, or not be unpacked beside {out} ({error}).") from error
+            raise UserError(f"The input cannot be read, or cannot be unpacked beside {out} ({error}).") from error
         sources = {"": given} if isinstance(given, LabelledArrays) else given
         for name, source in sources.items():
             write_into(staging.whole / name, source, **options)
@@ -48,23 +48,13 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
 
 
 def _summary(folder: Path, source: LabelledArrays) -> str:
-    shards = list(folder.glob("*.tar"))
-    size = sum(path.stat().st_size for path in shards) / 1e6
-    return (
-        f"{folder}: {source.images.shape[0]} images of {len(source.class_names)} classes ({source.dataset}) in "
-        f"{len(shards)} shard{'s'[: len(shards) != 1]}, {size:.1f} MB"
-    )
+    sizes = [path.stat().st_size for path in folder.glob("*.tar")]
+    what = f"{len(source.labels)} images of {len(source.class_names)} classes ({source.dataset})"
+    return f"{folder}: {what} in {len(sizes)} shard{'s'[: len(sizes) != 1]}, {sum(sizes) / 1e6:.1f} MB"
 
 
 def write_shards(source: LabelledArrays, folder: Path, **options: Any) -> Path:
-    """Write `source` as shards into the new folder `folder`, which is whole or absent; returns `folder`.
-
-    Args:
-        options: see `write_into`.
-
-    Raises:
-        UserError: bad sizes or ids, or `folder` is not new, is being written or cannot be written.
-    """
+    """Like `convert`, for `source` in memory or in memory maps; returns `folder`."""
     convert(lambda scratch: source, folder, **options)
     return folder
 
@@ -102,16 +92,19 @@ def write_into(
         num_ids = num_ids or int(ids.max(initial=-1)) + 1
         if len(ids) != num_images or ids.min() < 0 or ids.max() >= num_ids or len(np.unique(ids)) != num_images:
             raise UserError(f"The ids must be {num_images} different numbers in 0..{num_ids - 1}, one for each image.")
-    permutation = None if ids is not None else KeyedPermutation(num_images, seed, PERMUTATION)
-    blocks = _Blocks(source, block_size, permutation, ids)
-    per_shard = block_size * -(-shard_size // block_size)
+    rows_at = KeyedPermutation(num_images, seed, PERMUTATION) if ids is None else lambda positions: positions
+    num_blocks, per_shard = -(-num_images // block_size), -(-shard_size // block_size)
+    shards: list[dict[str, Any]] = []
     folder.mkdir(exist_ok=True)
     with tqdm(total=num_images, desc="writing shards", unit="img", disable=not progress) as bar:
-        shards = [
-            _write_shard(folder / f"shard-{start // per_shard:05d}.tar", blocks, start, start + per_shard, bar.update)
-            for start in range(0, num_images, per_shard)
-        ]
-    part = {"num_images": num_images, "first_id": 0, "num_ids": num_ids or num_images}
+        for first in range(0, num_blocks, per_shard):
+            blocks = (
+                (f"{block:08d}", rows_at(np.arange(block * block_size, min((block + 1) * block_size, num_images))))
+                for block in range(first, min(first + per_shard, num_blocks))
+            )
+            path = folder / f"shard-{len(shards):05d}.tar"
+            shards.append(_write_shard(path, source, blocks, ids, bar.update))
+    seed_in_index = seed if ids is None else None
     index = {
         "format": FORMAT,
         "version": VERSION,
@@ -120,7 +113,7 @@ def write_into(
         "image_shape": [int(n) for n in source.images.shape[1:]],
         "num_images": num_images,
         "class_counts": np.bincount(source.labels, minlength=len(source.class_names)).tolist(),
-        "parts": [{**part, "seed": seed if ids is None else None}],
+        "parts": [{"num_images": num_images, "first_id": 0, "num_ids": num_ids or num_images, "seed": seed_in_index}],
         "block_size": block_size,
         "source": list(source.files),
         "shards": shards,
@@ -131,26 +124,32 @@ def write_into(
 def _check_sizes(source: LabelledArrays, block_size: int, shard_size: int) -> None:
     if block_size < 1 or shard_size < 1:
         raise UserError(f"--block-size ({block_size}) and --shard-size ({shard_size}) must be at least 1.")
-    block_bytes = min(block_size, len(source.labels)) * int(np.prod(source.images.shape[1:], dtype=np.int64))
-    if block_bytes > _MAX_BLOCK_BYTES:
-        raise UserError(
-            f"A block of {block_size} images has {block_bytes} bytes, more than {_MAX_BLOCK_BYTES}. Lower --block-size."
-        )
+    num_bytes = min(block_size, len(source.labels)) * math.prod(source.images.shape[1:])
+    if num_bytes > _MAX_BLOCK_BYTES:
+        raise UserError(f"A block of {block_size} images has {num_bytes / 1e9:.1f} GB. Lower --block-size.")
 
 
 def _write_shard(
-    path: Path, blocks: "_Blocks", start: int, stop: int, progress: Callable[[int], object]
+    path: Path,
+    source: LabelledArrays,
+    blocks: Iterable[tuple[str, np.ndarray]],
+    ids: np.ndarray | None,
+    progress: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Write the blocks of positions `start`..`stop` - 1 (fewer at the end of the data); returns the index entry."""
-    stop = min(stop, len(blocks.source.labels))
-    offsets: list[list[int]] = []
-    class_counts = np.zeros(len(blocks.source.class_names), np.int64)
+    """Write the blocks (key, rows of `source`); returns the shard's entry in the index."""
+    entries = []
+    class_counts = np.zeros(len(source.class_names), np.int64)
     with open(path, "wb") as file:
         tar = HashingTar(file)
-        for first in range(start, stop, blocks.block_size):
-            positions = np.arange(first, min(first + blocks.block_size, stop))
-            offsets.append(blocks.write(tar, positions, class_counts))
-            progress(len(positions))
+        for key, rows in blocks:
+            order = np.argsort(rows)  # read in ascending order, which touches fewer pages of a memory map
+            images = np.empty((len(rows), *source.images.shape[1:]), np.uint8)
+            images[order] = source.images[rows[order]]
+            labels = source.labels[rows].astype("<i8")
+            class_counts += np.bincount(labels, minlength=len(class_counts))
+            entry = [tar.add(f"{key}.images.npy", images), tar.add(f"{key}.labels.npy", labels), len(rows)]
+            entries.append(entry if ids is None else [*entry, tar.add(f"{key}.ids.npy", ids[rows])])
+            progress(len(rows))
         tar.close()
         file.flush()
         os.fsync(file.fileno())
@@ -158,48 +157,17 @@ def _write_shard(
             # The next shard reuses these page-cache pages, far cheaper than new ones, and the input stays cached.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     facts = {"name": path.name, "bytes": tar.offset, "sha256": tar.sha256.hexdigest()}
-    return {**facts, "class_counts": class_counts.tolist(), "blocks": offsets}
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of one data set.
-
-    Attributes:
-        permutation: position -> row of `source`; None if rows are written in order.
-        ids: int64 [N] source ids to store; None if the permutation determines them.
-    """
-
-    source: LabelledArrays
-    block_size: int
-    permutation: KeyedPermutation | None
-    ids: np.ndarray | None
-
-    def write(self, tar: "HashingTar", positions: np.ndarray, class_counts: np.ndarray) -> list[int]:
-        """Write the samples at `positions` (int64 [n]) and count their classes; the block's entry in the index."""
-        rows = positions if self.permutation is None else self.permutation(positions)
-        key = f"{positions[0] // self.block_size:08d}"
-        labels = self.source.labels[rows]
-        class_counts += np.bincount(labels, minlength=len(class_counts))
-        order = np.argsort(rows)  # read in ascending order, which touches fewer pages of a memory map
-        images = np.empty((len(rows), *self.source.images.shape[1:]), np.uint8)
-        images[order] = self.source.images[rows[order]]
-        entry = [tar.add(f"{key}.images.npy", images), tar.add(f"{key}.labels.npy", labels.astype("<i8")), len(rows)]
-        return entry if self.ids is None else [*entry, tar.add(f"{key}.ids.npy", self.ids[rows])]
+    return {**facts, "class_counts": class_counts.tolist(), "blocks": entries}
 
 
 class HashingTar:
     """Writes a tar, byte for byte as `webdataset.TarWriter` does, but hashes it while writing and copies nothing.
 
-    Attributes:
-        offset: bytes written so far.
-        sha256: of these bytes.
+    `offset` is the number of bytes written so far, `sha256` their hash.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.offset = 0
-        self.sha256 = hashlib.sha256()
+        self._file, self.offset, self.sha256 = file, 0, hashlib.sha256()
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)

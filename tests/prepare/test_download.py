@@ -17,7 +17,7 @@ import pytest
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare.download import PUBLISHED, RemoteFile, download, fetch_file
+from nrat_scale.prepare.download import PUBLISHED, download, fetch_file
 from tests.support.http_server import HttpServer, Request, Response
 from tests.support.preparation import is_one_sentence
 
@@ -181,5 +181,5 @@ def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     """Without space for the file, nothing is fetched."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"not enough space for a\.npz"):
-        fetch_file(RemoteFile("hf://datasets/a/b/a.npz", 11, None), tmp_path / "a.npz")
+        fetch_file(tmp_path / "a.npz", "hf://datasets/a/b/a.npz", 11, None)
     assert list(tmp_path.iterdir()) == []

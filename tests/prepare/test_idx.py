@@ -38,14 +38,15 @@ MISTAKES = {
     "empty": (b"", LABELS, "begins with 0x0"),
     "swapped": (LABELS, GREY, "0x801, expected 0x803"),
     "images twice": (GREY, GREY, "0x803, expected 0x801"),
-    "too short": (GREY[:-1], LABELS, "only 1279"),
+    "too short": (GREY[:-1], LABELS, "there are 1279"),
     "too long": (GREY + b"x", LABELS, "there are more"),
     "header only": (GREY[:10], LABELS, "expected 0x803"),
-    "endless": (struct.pack(">4I", 0x803, *[2**32 - 1] * 3), LABELS, "only 0"),
+    "endless": (struct.pack(">4I", 0x803, *[2**32 - 1] * 3), LABELS, "there are 0"),
     "without images": (struct.pack(">4I", 0x803, 0, 8, 8), struct.pack(">2I", 0x801, 0), "damaged"),
-    "labels too short": (GREY, LABELS[:-1], "only 19"),
+    "labels too short": (GREY, LABELS[:-1], "there are 19"),
     "lengths differ": (GREY, struct.pack(">2I", 0x801, 2) + b"\0\1", "shape [2], expected [20]"),
     "gz cut short": (gzip.compress(GREY)[:-12], LABELS, "cut short"),
+    "gz longer than stated": (gzip.compress(GREY + bytes(1 << 20)), LABELS, "there are more"),
     "gz damaged": (gzip.compress(GREY)[:30] + b"?" * 600, LABELS, "damaged"),
     "gz header only": (b"\x1f\x8b", LABELS, "cut short"),
     "label out of range": (GREY, LABELS[:-1] + b"\x0a", "from 0 to 10"),
@@ -54,7 +55,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_sentence(tmp_path, cli, name):
-    """Wrong files are named, and memory grows with the file, not with what its header states."""
+    """Wrong files are named; no memory is reserved for what a header states."""
     *contents, words = MISTAKES[name]
     paths = [tmp_path / "images", tmp_path / "labels"]
     for path, content in zip(paths, contents, strict=True):

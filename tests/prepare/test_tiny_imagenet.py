@@ -67,9 +67,9 @@ def _append(path: Path, text: str) -> None:
 
 FIRST = "n01443537"
 TINY_MISTAKES = {
-    "nothing there": (lambda d: shutil.rmtree(d), "val", "wnids.txt"),
-    "another list": (lambda d: (d / "wnids.txt").write_text("n01443537\n"), "val", "does not list the 200 classes"),
-    "list cut": (lambda d: (d / "wnids.txt").write_bytes(b"\xff\xfe"), "val", "damaged"),
+    "nothing there": (lambda d: shutil.rmtree(d), "val", "There is no folder of validation images"),
+    "no classes": (lambda d: (d / "wnids.txt").unlink(), "val", "There is no list of classes"),
+    "list damaged": (lambda d: (d / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe"), "val", "damaged"),
     "class missing": (lambda d: shutil.rmtree(d / "train" / FIRST), "train", FIRST),
     "class too many": (lambda d: (d / "train" / "n00000000").mkdir(), "train", "n00000000"),
     "image lost": (lambda d: (d / "train" / FIRST / "images" / f"{FIRST}_0.JPEG").unlink(), "train", "0 images"),

@@ -110,9 +110,6 @@ def test_several_data_sets_become_subfolders(tmp_path):
     ]
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize(
     "error",

@@ -1,6 +1,10 @@
 """The input formats of `python -m nrat_scale.prepare`: adding a format is one entry in `READERS`.
 
-A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it.
+A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it. A missing,
+damaged or unexpected file raises a `UserError` that names it. Arguments that several readers have:
+
+    dataset    a key of `DATASETS`, or None: the classes are "0".."K-1"
+    scratch    an existing folder for decompressed or decoded images, deleted after the conversion
 """
 
 from argparse import Namespace
@@ -16,7 +20,7 @@ from nrat_scale.prepare.readers.idx import read_idx
 from nrat_scale.prepare.readers.npz import read_npz
 from nrat_scale.prepare.readers.svhn import read_svhn
 from nrat_scale.prepare.readers.tars import read_tars
-from nrat_scale.prepare.readers.tiny_imagenet import TINY_SPLITS, read_tiny_imagenet
+from nrat_scale.prepare.readers.tiny_imagenet import TINY_PER_CLASS, read_tiny_imagenet
 
 Argument = tuple[str, dict[str, Any]]  # name or flag, and options of `argparse.ArgumentParser.add_argument`
 
@@ -27,39 +31,33 @@ def argument(name: str, **options: Any) -> Argument:
 
 
 class Reader(NamedTuple):
-    """One input format.
-
-    Attributes:
-        read: (parsed arguments, scratch folder) -> the images; a mapping is written as one subfolder per entry.
-        summary: for --help.
-        arguments: of the command; --out, --seed and the sizes are added to each.
-        examples: what follows `python -m nrat_scale.prepare NAME`.
-    """
+    """One input format. `read` gets the parsed arguments and `scratch`; a mapping becomes one subfolder per entry."""
 
     read: Callable[[Namespace, Path], LabelledArrays | Mapping[str, LabelledArrays]]
     summary: str
-    arguments: tuple[Argument, ...] = ()
-    examples: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] = ()  # besides --out, --seed and the sizes
+    examples: tuple[str, ...] = ()  # arguments after `python -m nrat_scale.prepare NAME`
 
 
+_NAMES = ", ".join(DATASETS)
 _DATASET = argument(
-    "--dataset",
-    choices=list(DATASETS),
-    metavar="NAME",
-    help=f"sets the class names: {', '.join(DATASETS)} (default: 0, 1, 2, ...)",
+    "--dataset", choices=list(DATASETS), metavar="NAME", help=f"sets the class names: {_NAMES} (default: 0, 1, 2, ...)"
 )
 
 
-def _cifar(dataset: str, summary: str, stem: str, *examples: str) -> Reader:
+def _cifar(dataset: str, summary: str, binary: str) -> Reader:
     return Reader(
         lambda given, scratch: read_cifar(dataset, given.root, given.split, download=given.download),
         summary,
         (
-            argument("root", type=Path, metavar="ROOT", help=f"a folder {stem}-*, or the folder that contains it"),
+            argument("root", type=Path, metavar="ROOT", help=f"{binary}, its Python version, or the folder above it"),
             argument("--split", choices=SPLITS, required=True),
             argument("--download", action="store_true", help="download it into ROOT (170 MB) if it is not there"),
         ),
-        examples,
+        (
+            f"data --split train --out data/{dataset}/train --download",
+            f"data/{binary} --split test --out data/{dataset}/test",
+        ),
     )
 
 
@@ -77,19 +75,9 @@ READERS: dict[str, Reader] = {
             "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
         ),
     ),
-    "cifar10": _cifar(
-        "cifar10",
-        "CIFAR-10 as published (Python or binary version)",
-        "cifar-10-batches",
-        "data --split train --out data/cifar10/train --download",
-        "data/cifar-10-batches-bin --split test --out data/cifar10/test",
-    ),
+    "cifar10": _cifar("cifar10", "CIFAR-10 as published (Python or binary version)", "cifar-10-batches-bin"),
     "cifar100": _cifar(
-        "cifar100",
-        "CIFAR-100 as published (Python or binary version), with its 100 fine labels",
-        "cifar-100",
-        "data --split train --out data/cifar100/train --download",
-        "data/cifar-100-binary --split test --out data/cifar100/test",
+        "cifar100", "CIFAR-100 as published (Python or binary version), with its 100 fine labels", "cifar-100-binary"
     ),
     "svhn": Reader(
         lambda given, scratch: read_svhn(given.file),
@@ -102,7 +90,7 @@ READERS: dict[str, Reader] = {
         "Tiny ImageNet (tiny-imagenet-200.zip, unpacked); classes in the order of their WordNet ids, grey becomes RGB",
         (
             argument("root", type=Path, metavar="ROOT", help="tiny-imagenet-200, or the folder that contains it"),
-            argument("--split", choices=TINY_SPLITS, required=True),
+            argument("--split", choices=list(TINY_PER_CLASS), required=True),
         ),
         ("data --split train --out data/tiny_imagenet/train",),
     ),

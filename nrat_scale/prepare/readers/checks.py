@@ -1,4 +1,4 @@
-"""Checks shared by the readers: dtypes, shapes, labels, .npy headers; a damaged file ends in a sentence that names it.
+"""Checks shared by the readers: dtypes, shapes, labels, .npy headers. Every error names the file.
 
 No reader unpickles anything, except the published CIFAR batches (cifar.py).
 """
@@ -51,19 +51,16 @@ def file_facts(path: Path, what: str) -> dict[str, Any]:
 def as_images(array: np.ndarray, where: str) -> np.ndarray:
     """A view uint8 [N, H, W, C] of `array` ([N, H, W, C], [N, C, H, W] or [N, H, W])."""
     if array.dtype != np.uint8:
-        raise UserError(
-            f"{where} has dtype {array.dtype}, expected uint8 (0..255). Convert it and save it again; multiply pixels in "
-            "[0, 1] by 255 and round them."
-        )
+        way_out = "Save it again as uint8; multiply pixels in [0, 1] by 255 and round them."
+        raise UserError(f"{where} has dtype {array.dtype}, expected uint8 (0..255). {way_out}")
     if array.ndim == 3:
         return array[..., None]
     if array.ndim == 4 and array.shape[3] in (1, 3):
         return array
     if array.ndim == 4 and array.shape[1] in (1, 3):
         return array.transpose(0, 2, 3, 1)
-    raise UserError(
-        f"{where} has shape {list(array.shape)}, expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, or [N, H, W]."
-    )
+    expected = "[N, H, W, C] or [N, C, H, W] with 1 or 3 channels, or [N, H, W]"
+    raise UserError(f"{where} has shape {list(array.shape)}, expected {expected}.")
 
 
 def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
@@ -73,14 +70,10 @@ def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
     if array.dtype.kind not in "iu":
         raise UserError(f"{where} has dtype {array.dtype}, expected integers (class numbers 0, 1, 2, ...).")
     if array.shape != (num_images,):
-        raise UserError(
-            f"{where} has shape {list(array.shape)}, expected [{num_images}]: one label for each of the {num_images} images."
-        )
+        raise UserError(f"{where} has shape {list(array.shape)}, expected [{num_images}]: one label for each image.")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= MAX_CLASSES:
-        raise UserError(
-            f"{where} has values from {low} to {high}, expected class numbers 0, 1, 2, ... (at most {MAX_CLASSES - 1})."
-        )
+        raise UserError(f"{where} has values from {low} to {high}, expected class numbers in 0..{MAX_CLASSES - 1}.")
     return array.astype(np.int64)
 
 
@@ -90,10 +83,8 @@ def _from_one_hot(array: np.ndarray, where: str) -> np.ndarray:
         rows = array[first : first + _ONE_HOT_ROWS]
         wrong = np.flatnonzero(((rows != 0) & (rows != 1)).any(axis=1) | (np.count_nonzero(rows, axis=1) != 1))
         if len(wrong):
-            raise UserError(
-                f"{where} has shape {list(array.shape)}, but row {first + wrong[0]} is not one-hot (zeros and one 1). "
-                f"Expected [{len(array)}], one class number for each image, or one-hot rows."
-            )
+            found = f"shape {list(array.shape)}, but row {first + wrong[0]} is not one-hot"
+            raise UserError(f"{where} has {found}. Expected one class number for each image, or one-hot rows.")
         labels[first : first + _ONE_HOT_ROWS] = rows.argmax(axis=1)
     return labels
 
@@ -102,21 +93,16 @@ def npy_array(data: np.ndarray, where: str) -> np.ndarray:
     """The array in the bytes `data` (uint8 [m]) of an .npy file, as a view; nothing is unpickled."""
     stream = io.BytesIO(data[: 1 << 14].tobytes())  # numpy refuses headers above 10,000 bytes
     try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:  # version 3 is for structured arrays, which are refused either way
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        is_first = np.lib.format.read_magic(stream) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)  # version 3 is for structured arrays, which are refused either way
     except (ValueError, TypeError, LookupError, SyntaxError, RecursionError) as error:
-        raise UserError(
-            f"{where} has no readable .npy header ({first_line(error)}). Save it again with numpy.savez."
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"{where} has no readable .npy header ({reason}). Save it again with numpy.savez.") from error
     if dtype.hasobject:
         raise UserError(f"{where} holds Python objects, and nothing is ever unpickled. Save it as an array of numbers.")
     needed, given = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if any(size < 1 for size in shape) or needed != given:
-        raise UserError(
-            f"{where} is empty, damaged or cut short: shape {list(shape)} of {dtype} needs {needed} bytes, but there are "
-            f"{given}. {COPY_AGAIN}"
-        )
+        wrong = f"shape {list(shape)} of {dtype} needs {needed} bytes, found {given}"
+        raise UserError(f"{where} is empty, damaged or cut short: {wrong}. {COPY_AGAIN}")
     return np.ndarray(shape, dtype, buffer=data.data, offset=stream.tell(), order="F" if fortran_order else "C")

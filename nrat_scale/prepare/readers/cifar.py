@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: pickles (Python version) or records (binary version).
 
-These pickles are the only ones that data preparation opens: only with the published md5, and with an unpickler that
-rebuilds nothing but uint8 arrays. tests/system/test_layers.py checks both.
+These are the only pickles that data preparation opens. Their md5 must be the published one, and the unpickler rebuilds
+nothing but uint8 arrays. tests/system/test_layers.py checks both.
 """
 
 import hashlib
@@ -11,9 +11,8 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,47 +35,23 @@ SPLITS = ("train", "test")
 _PIXELS = 3 * 32 * 32
 
 
-@dataclass(frozen=True)
-class _Version:
-    """What differs between the two data sets.
+class _Version(NamedTuple):
+    """What differs between the two data sets."""
 
-    Attributes:
-        title: in messages; without its hyphen, the name of torchvision's class.
-        python, binary: the folders of the two versions.
-        batches: split -> its files, in order; the binary version adds ".bin".
-        md5: of the pickles.
-        key: of the labels in a pickle.
-        label_bytes: before the pixels of a record; the last one is the label (CIFAR-100: coarse label, fine label).
-    """
+    title: str  # without its hyphen, the name of torchvision's class
+    python: str  # folder of the Python version
+    binary: str  # folder of the binary version, whose batches end in ".bin"
+    md5: Mapping[str, str]  # batch -> md5 of its pickle
+    label_key: bytes  # in a pickle
+    label_bytes: int  # before the pixels of a record; the last one is the label (CIFAR-100: coarse label, fine label)
 
-    title: str
-    python: str
-    binary: str
-    batches: Mapping[str, list[str]]
-    md5: Mapping[str, str]
-    key: bytes
-    label_bytes: int
+    def batches(self, split: str) -> list[str]:
+        return [name for name in self.md5 if name.startswith("test") == (split == "test")]
 
 
 _VERSIONS = {
-    "cifar10": _Version(
-        "CIFAR-10",
-        "cifar-10-batches-py",
-        "cifar-10-batches-bin",
-        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
-        CIFAR10_MD5,
-        b"labels",
-        1,
-    ),
-    "cifar100": _Version(
-        "CIFAR-100",
-        "cifar-100-python",
-        "cifar-100-binary",
-        {"train": ["train"], "test": ["test"]},
-        CIFAR100_MD5,
-        b"fine_labels",
-        2,
-    ),
+    "cifar10": _Version("CIFAR-10", "cifar-10-batches-py", "cifar-10-batches-bin", CIFAR10_MD5, b"labels", 1),
+    "cifar100": _Version("CIFAR-100", "cifar-100-python", "cifar-100-binary", CIFAR100_MD5, b"fine_labels", 2),
 }
 
 
@@ -84,27 +59,20 @@ def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) 
     """One split of CIFAR-10 or CIFAR-100 (with its 100 fine labels).
 
     Args:
-        dataset: "cifar10" or "cifar100".
         root: the folder of the Python or the binary version, or the folder that contains it.
-        split: "train" or "test".
         download: download the Python version into `root` if neither version is present.
-
-    Raises:
-        UserError: no data at `root`, a missing or damaged batch, or a pickle that is not the published one.
     """
     version = _VERSIONS[dataset]
-    folder = _folder(version, root, split)
-    if folder is None and download:
+    if download and _folder(version, root, split) is None:
         _download(version, root)
-        folder = _folder(version, root, split)
-    if folder is None:
+    if (folder := _folder(version, root, split)) is None:
         raise UserError(
-            f"There is no {version.title} at {root}: no batches of the split '{split}' in it, nor in {version.python} or "
-            f"{version.binary} below it. Give the folder that contains one of these, or add --download."
+            f"There is no {version.title} at {root}: no batches of the split '{split}' there, in {version.python} or in "
+            f"{version.binary}. Give the folder that contains one of these, or add --download."
         )
     what = f"{version.title} batch"
     images, labels, files = [], [], []
-    for name in version.batches[split]:
+    for name in version.batches(split):
         binary = folder / f"{name}.bin"
         path, read = (binary, _read_records) if binary.is_file() else (folder / name, _read_pickle)
         with reading(path, what):
@@ -116,20 +84,16 @@ def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) 
 
 
 def _folder(version: _Version, root: Path, split: str) -> Path | None:
-    for folder in (root / version.python, root / version.binary, root):
-        if any((folder / f"{name}{suffix}").is_file() for name in version.batches[split] for suffix in ("", ".bin")):
-            return folder
-    return None
+    names = {f"{name}{suffix}" for name in version.batches(split) for suffix in ("", ".bin")}
+    folders = (root / version.python, root / version.binary, root)
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 
 
 def _read_records(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [n, 3072], uint8 [n]) of a binary batch: records of label bytes and three colour planes."""
     size, record = path.stat().st_size, version.label_bytes + _PIXELS
     if size < record or size % record:
-        raise UserError(
-            f"The {version.title} batch {path} has {size} bytes, expected a multiple of {record}: {version.label_bytes} "
-            f"for the labels of an image and {_PIXELS} for its pixels. {COPY_AGAIN}"
-        )
+        raise UserError(f"{path} has {size} bytes, expected a multiple of {record}, the size of a record. {COPY_AGAIN}")
     records = np.asarray(np.memmap(path, np.uint8, mode="r")).reshape(-1, record)
     return records[:, version.label_bytes :], records[:, version.label_bytes - 1]
 
@@ -139,18 +103,16 @@ def _read_pickle(version: _Version, path: Path) -> tuple[np.ndarray, np.ndarray]
     data = path.read_bytes()
     md5, published = hashlib.md5(data, usedforsecurity=False).hexdigest(), version.md5[path.name]
     if md5 != published:
-        raise UserError(
-            f"The {version.title} batch {path} has md5 {md5}, expected {published} as published. It is a pickle and was "
-            "not opened. Remove it and download it again (--download)."
-        )
+        found = f"{path} has md5 {md5}, expected {published} as published"
+        raise UserError(f"{found}. It is a pickle and was not opened. Remove it and download it again (--download).")
     try:
         batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = batch[b"data"], np.asarray(batch[version.key])
+        pixels, labels = batch[b"data"], np.asarray(batch[version.label_key])
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path} is not a batch of {version.title} ({first_line(error)}). {COPY_AGAIN}") from error
     is_bytes = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8
-    if not is_bytes or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or pixels.size < 1:
-        raise UserError(f"The {version.title} batch {path} has no uint8 data of shape [n, {_PIXELS}]. {COPY_AGAIN}")
+    if not is_bytes or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or not len(pixels):
+        raise UserError(f"{path} has no uint8 data of shape [n, {_PIXELS}]. {COPY_AGAIN}")
     return pixels, labels
 
 
@@ -191,9 +153,7 @@ def _download(version: _Version, root: Path) -> None:
         download_and_extract_archive(published.url, str(temporary), filename=published.filename, md5=published.tgz_md5)
         os.replace(temporary / version.python, root / version.python)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong md5
-        raise UserError(
-            f"{version.title} cannot be downloaded from {published.url} into {root} ({first_line(error)}). Check the "
-            f"network, or copy {version.python} there from another machine."
-        ) from error
+        what = f"{version.title} cannot be downloaded from {published.url} into {root} ({first_line(error)})"
+        raise UserError(f"{what}. Check the network, or copy {version.python} there yourself.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

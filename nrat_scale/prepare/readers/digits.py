@@ -1,14 +1,13 @@
 """Read scikit-learn's handwritten digits, split into training and test images and enlarged."""
 
-import hashlib
-
 import numpy as np
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.files import manifest_entry
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.prepare.input import LabelledArrays
 
-NUM_DIGITS_TEST = 500
+_NUM_TEST = 500
 
 
 def read_digits(split: str, seed: int) -> LabelledArrays:
@@ -17,9 +16,6 @@ def read_digits(split: str, seed: int) -> LabelledArrays:
     Args:
         split: "train" (1,297) or "test" (500), stratified by class, in scikit-learn's order.
         seed: of the split.
-
-    Raises:
-        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -28,21 +24,19 @@ def read_digits(split: str, seed: int) -> LabelledArrays:
     grey, labels = load_digits(return_X_y=True)
     grey = np.ascontiguousarray(grey.reshape(-1, 8, 8), dtype="<f8")
     labels = np.ascontiguousarray(labels, dtype="<i8")
-    data = grey.tobytes() + labels.tobytes()
-    facts = {"name": "sklearn.datasets.load_digits", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    is_test = _stratified_choice(labels, NUM_DIGITS_TEST, seed)
-    rows = np.flatnonzero(is_test if split == "test" else ~is_test)
+    facts = {"name": "sklearn.datasets.load_digits", **manifest_entry(grey.tobytes() + labels.tobytes())}
+    rows = np.flatnonzero(_is_test(labels, seed) == (split == "test"))
     # Each pixel becomes 2 x 2 equal ones, which is exact and keeps the contrast that interpolation would lower.
     images = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
     return LabelledArrays.of(images[..., None], labels[rows], "digits", [facts])
 
 
-def _stratified_choice(labels: np.ndarray, num_chosen: int, seed: int) -> np.ndarray:
-    """bool [N]: `num_chosen` samples, each class in proportion; the largest remainders are rounded up."""
+def _is_test(labels: np.ndarray, seed: int) -> np.ndarray:
+    """bool [N], `_NUM_TEST` of them True: each class in proportion; the largest remainders are rounded up."""
     rank = hash64(derive(seed, "digits test split"), np.arange(len(labels)))
-    share = np.bincount(labels) * num_chosen / len(labels)
+    share = np.bincount(labels) * _NUM_TEST / len(labels)
     take = np.floor(share).astype(np.int64)
-    take[np.argsort(take - share, kind="stable")[: num_chosen - take.sum()]] += 1
+    take[np.argsort(take - share, kind="stable")[: _NUM_TEST - take.sum()]] += 1
     chosen = np.zeros(len(labels), bool)
     for label, count in enumerate(take):
         members = np.flatnonzero(labels == label)

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -19,11 +18,8 @@ from tqdm import tqdm
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.prepare.readers.checks import COPY_AGAIN
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 MAX_SIDE = 1024  # pixels
-_CHANNELS = {"L": 1, "RGB": 3}  # Pillow's modes of 8 bits without transparency
+_MODES = ("L", "RGB")  # Pillow's modes of 8 bits without transparency
 
 
 def decode(data: bytes, kind: str, channels: int | None, where: str) -> np.ndarray:
@@ -49,7 +45,11 @@ def decode(data: bytes, kind: str, channels: int | None, where: str) -> np.ndarr
                 check_side(image.size, where)
                 image.verify()  # the checksums of a PNG, which decoding ignores
             with Image.open(io.BytesIO(data), formats=[kind]) as image:
-                _check_mode(image, channels, where)
+                if image.mode not in _MODES or "transparency" in image.info or getattr(image, "n_frames", 1) != 1:
+                    found = "transparency or several frames" if image.mode in _MODES else f"mode {image.mode}"
+                    raise UserError(f"{where} has {found}, expected 8 bits grey or RGB (L or RGB). Convert it first.")
+                if channels == 1 and image.mode != "L":
+                    raise UserError(f"{where} is RGB among grey images. Convert all images to one mode first.")
                 grey_or_rgb = image.convert("RGB") if channels == 3 else image
                 return np.asarray(grey_or_rgb).reshape(image.height, image.width, -1)
     except UserError:
@@ -61,20 +61,9 @@ def decode(data: bytes, kind: str, channels: int | None, where: str) -> np.ndarr
 
 def check_side(size: tuple[int, int], where: str) -> None:
     """Refuse a (width, height) above `MAX_SIDE`, or without pixels."""
-    width, height = size
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise UserError(
-            f"{where} is {width} x {height}, expected at most {MAX_SIDE} x {MAX_SIDE}. Images are stored uncompressed: "
-            "scale them to the training size first."
-        )
-
-
-def _check_mode(image: "Image.Image", channels: int | None, where: str) -> None:
-    if image.mode not in _CHANNELS or "transparency" in image.info or getattr(image, "n_frames", 1) != 1:
-        what = f"mode {image.mode}" if image.mode not in _CHANNELS else "transparency or several frames"
-        raise UserError(f"{where} has {what}, expected 8 bits grey or RGB (Pillow's L or RGB). Convert it first.")
-    if channels == 1 and image.mode != "L":
-        raise UserError(f"{where} is RGB among grey images. Convert all images to one mode first.")
+    if not all(1 <= side <= MAX_SIDE for side in size):
+        expected = f"expected at most {MAX_SIDE} x {MAX_SIDE}"
+        raise UserError(f"{where} is {size[0]} x {size[1]}, {expected}. Scale the images to the training size first.")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -94,29 +83,18 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int) -> np.ndarray:
-    """Write images to a file in `scratch` one by one, so that memory stays small, and map it: uint8 [N, H, W, C].
+    """Write images of one shape to a file in `scratch` one by one, and map it: uint8 [N, H, W, C].
 
     Args:
         images: (uint8 [H, W, C], name for messages) each.
-        total: for the progress bar, shown on a terminal only.
-
-    Raises:
-        UserError: an image does not have the shape of the first one.
+        total: for the progress bar.
     """
-    path, shape, count = scratch / "images", None, 0
-    with (
-        open(path, "wb") as file,
-        tqdm(total=total, desc="decoding", unit="img", disable=not sys.stderr.isatty()) as bar,
-    ):
-        for image, where in images:
+    path, shape = scratch / "images", None
+    with open(path, "wb") as file:
+        for image, where in tqdm(images, total=total, desc="decoding", unit="img", disable=not sys.stderr.isatty()):
             shape = shape or image.shape
             if image.shape != shape:
-                raise UserError(
-                    f"{where} has shape {list(image.shape)}, but the first image has {list(shape)}. All images of a data "
-                    "set must have the same shape."
-                )
+                raise UserError(f"{where} has shape {list(image.shape)}, but the first image has {list(shape)}.")
             file.write(np.ascontiguousarray(image).data)  # with a memory map, a full disk would end in SIGBUS
-            count += 1
-            bar.update()
     assert shape is not None
-    return np.memmap(path, np.uint8, mode="r", shape=(count, *shape))
+    return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)

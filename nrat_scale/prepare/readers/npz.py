@@ -1,4 +1,4 @@
-"""Read npz files with the members `image` and `label`, memory-mapped: 150 GB need no more memory than a small file."""
+"""Read npz files with the members `image` and `label` as memory maps: memory does not grow with the file."""
 
 import struct
 import zipfile
@@ -21,28 +21,20 @@ def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> Labell
 
     Args:
         names: paths, or `hf://datasets/USER/REPO/FILE`.
-        dataset: a key of `DATASETS`, or None.
-        scratch: an existing folder; compressed members are decompressed into it and mapped, stored ones are mapped in place.
-
-    Raises:
-        UserError: a file is missing, damaged, or holds anything but uint8 images and matching integer labels.
+        scratch: for compressed members; stored ones are mapped in place.
     """
     images: list[np.ndarray] = []
     labels, files = [], []
     for number, name in enumerate(names):
         path = _local_path(name)
         with reading(path, "npz file"), zipfile.ZipFile(path) as archive:
-            part = as_images(_member(archive, path, "image", scratch / f"{number}.image"), f"`image` in {path}")
-            label = as_labels(
-                _member(archive, path, "label", scratch / f"{number}.label"), len(part), f"`label` in {path}"
-            )
-        if images and part.shape[1:] != images[0].shape[1:]:
-            raise UserError(
-                f"The images in {path} have shape {list(part.shape[1:])}, but those in {names[0]} have "
-                f"{list(images[0].shape[1:])}. All files of a data set must have the same image shape."
-            )
-        images.append(part)
-        labels.append(label)
+            pixels = _member(archive, path, "image", scratch / f"{number}.image")
+            images.append(as_images(pixels, f"`image` in {path}"))
+            targets = _member(archive, path, "label", scratch / f"{number}.label")
+            labels.append(as_labels(targets, len(pixels), f"`label` in {path}"))
+        shape, first_shape = list(images[-1].shape[1:]), list(images[0].shape[1:])
+        if shape != first_shape:
+            raise UserError(f"The images in {path} have shape {shape}, but those in {names[0]} have {first_shape}.")
         files.append(file_facts(path, "npz file"))
     return LabelledArrays.of(Concatenated(images), np.concatenate(labels), dataset, files)
 
@@ -51,34 +43,24 @@ def _local_path(name: str) -> Path:
     """The path of `name`; a file on the Hugging Face Hub is downloaded into the Hub's cache first."""
     if not is_remote(name):
         return Path(name)
-    address = hub_file(name)
+    repo, revision, path = hub_file(name)
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.hf_hub_download(address.repo, address.path, repo_type="dataset", revision=address.revision)
-        )
-    except Exception as error:  # the Hub's client raises errors of several HTTP libraries, which share no base class
-        raise UserError(
-            f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network; private data needs "
-            "`hf auth login`."
-        ) from error
+        return Path(huggingface_hub.hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+    except Exception as error:  # the Hub's client raises errors of several HTTP libraries
+        raise UserError(f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network.") from error
 
 
 def _member(archive: zipfile.ZipFile, path: Path, member: str, unpacked: Path) -> np.ndarray:
-    """The array `member` of an npz file as a read-only memory map, after its checksum was verified.
-
-    Args:
-        unpacked: the file to decompress a compressed member into.
-    """
+    """The array `member` of an npz file as a read-only memory map, after its checksum was verified."""
     where = f"`{member}` in {path}"
     try:
         info = archive.getinfo(f"{member}.npy")
     except KeyError:
         names = ", ".join(quoted(name.removesuffix(".npy")) for name in archive.namelist()[:10]) or "nothing"
         raise UserError(
-            f"{path} has no member `{member}`. It has: {names}. Expected `image` (uint8) and `label` (integers); "
-            "save it again with these names."
+            f"{path} has no member `{member}`. It has: {names}. Expected `image` (uint8) and `label` (integers)."
         ) from None
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{where} is encrypted, or its compression is not supported. Save it with numpy.savez.")
@@ -94,10 +76,8 @@ def _mapped(archive: zipfile.ZipFile, path: Path, info: zipfile.ZipInfo, unpacke
                 if output is not None:
                     output.write(chunk)
     except OSError as error:
-        raise UserError(
-            f"`{info.filename}` in {path} cannot be read, or decompressed beside --out ({error.strerror or error}), which "
-            f"temporarily needs {info.file_size / 1e6:.1f} MB. Free some space, or choose another --out."
-        ) from error
+        what = f"`{info.filename}` in {path} cannot be read, or decompressed beside --out ({error.strerror or error})"
+        raise UserError(f"{what}. It needs {info.file_size / 1e6:.1f} MB there. Free some space.") from error
     if is_stored:
         with open(path, "rb") as file:  # the name and extra field of the local header may differ from the zip directory
             file.seek(info.header_offset + 26)

@@ -17,11 +17,7 @@ SVHN_MD5 = {
 
 
 def read_svhn(path: Path) -> LabelledArrays:
-    """One of SVHN's published files of cropped digits, RGB 32 x 32.
-
-    Raises:
-        UserError: the file is missing or not a published one, or SciPy is not installed.
-    """
+    """One of SVHN's published files of cropped digits, RGB 32 x 32."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -29,10 +25,8 @@ def read_svhn(path: Path) -> LabelledArrays:
     with reading(path, "SVHN file"), open(path, "rb") as file:
         md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if md5 not in SVHN_MD5.values():
-            raise UserError(
-                f"The SVHN file {path} has md5 {md5}, expected that of {', '.join(SVHN_MD5)} as published. Download it "
-                "again from http://ufldl.stanford.edu/housenumbers."
-            )
+            found = f"The SVHN file {path} has md5 {md5}, expected that of {', '.join(SVHN_MD5)} as published"
+            raise UserError(f"{found}. Download it again from http://ufldl.stanford.edu/housenumbers.")
         file.seek(0)
         arrays = loadmat(file)
     images = arrays["X"].transpose(3, 0, 1, 2)  # from [32, 32, 3, N]

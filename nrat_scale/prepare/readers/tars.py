@@ -1,16 +1,17 @@
 """Read WebDataset shards of single images: tars of `KEY.png` and `KEY.cls`.
 
 webdataset itself is lenient: it loses the rest of a damaged tar silently, skips links and hidden files, and splits a sample
-whose members are not adjacent. Here every header is checked before any image is decoded, and a tar that is not complete
-and plain is refused.
+whose members are not adjacent. This reader checks every header before it decodes an image, and refuses such tars.
 """
 
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,15 +44,8 @@ def read_tars(names: Sequence[str], dataset: str | None, scratch: Path) -> Label
 
     Images: 8 bits, grey or RGB (grey becomes RGB if the data set, or the first image, has 3 channels), at most 1024 x
     1024; `npy` uint8 [H, W] or [H, W, C]. Labels: `cls`, a decimal integer; `json`, an integer or an object with
-    `label` or `cls`. A sample may have both kinds of label if they agree.
-
-    Args:
-        names: paths of tars, with braces for ranges ('data/{0000..0010}.tar').
-        dataset: a key of `DATASETS`, or None.
-        scratch: an existing folder; decoded images are written there, so that memory stays small.
-
-    Raises:
-        UserError: names the tar and the member that cannot be used.
+    `label` or `cls`. A sample may have both kinds of label if they agree. `names` may have braces for ranges:
+    'data/{0000..0010}.tar'.
     """
     paths = _expanded(names)
     total = sum(count_samples(path) for path in paths)  # checks every header before the first image is decoded
@@ -61,10 +55,10 @@ def read_tars(names: Sequence[str], dataset: str | None, scratch: Path) -> Label
     def decoded() -> Iterator[tuple[np.ndarray, str]]:
         channels = len(DATASETS[dataset].mean) if dataset else None
         for path in paths:
-            for sample in _samples(path, load=True):
-                where = f"{quoted(sample.key, 120)} in the tar {path}"
-                labels.append(_label(sample.members, num_classes, where))
-                image = _image(sample.members, channels, where)
+            for key, members in _samples(path, load=True):
+                where = f"{quoted(key, 120)} in the tar {path}"
+                labels.append(_label(members, num_classes, where))
+                image = _image(members, channels, where)
                 channels = channels or image.shape[2]
                 yield image, f"The image of {where}"
 
@@ -79,22 +73,10 @@ def _expanded(names: Sequence[str]) -> list[Path]:
             raise UserError(f"{name} is an address. Download the tars first.")
         folder, found = expand(name)
         paths += [Path(folder, each) for each in found] if found is not None else [Path(name)]
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise UserError(f"The tar {path} is given twice.")
-        seen.add(path.resolve())
+    path, count = Counter(path.resolve() for path in paths).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"The tar {path} is given twice.")
     return paths
-
-
-# ---- the tar --------------------------------------------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    """The members of one key: extension in lower case -> content (empty unless loaded)."""
-
-    key: str
-    members: dict[str, bytes]
 
 
 class _Refused(Exception):
@@ -106,15 +88,12 @@ class _Refused(Exception):
 
 
 def count_samples(path: Path) -> int:
-    """The number of samples in a tar, after all its headers were checked.
-
-    Raises:
-        UserError: the tar is damaged, cut short, compressed, or has anything in it but complete samples.
-    """
+    """The number of samples in a tar, after a check of all its headers. A tar with other members raises a UserError."""
     return sum(1 for _ in _samples(path, load=False))
 
 
-def _samples(path: Path, *, load: bool) -> Iterator[Sample]:
+def _samples(path: Path, *, load: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, extension in lower case -> content) of each sample; contents are empty unless `load`."""
     with reading(path, "tar"), open(path, "rb") as file:
         try:
             yield from _grouped(file, path.stat().st_size, load)
@@ -125,36 +104,28 @@ def _samples(path: Path, *, load: bool) -> Iterator[Sample]:
             raise UserError(f"The tar {path} cannot be used: at {at}: {error}.") from error
 
 
-def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[Sample]:
-    """Members -> complete samples."""
+def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Group the members into complete samples."""
     keys: set[str] = set()
-    sample: Sample | None = None
-    for name, start, num_bytes in _members(file, size):
-        key, extension = _split(name)
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield _complete(sample)
+    members = ((*_split(name), name, start, num_bytes) for name, start, num_bytes in _members(file, size))
+    for key, group in groupby(members, lambda member: member[0]):
+        sample: dict[str, bytes] = {}
+        for _, extension, name, start, num_bytes in group:
             if key in keys:
                 raise _Refused("the members of its sample are not adjacent; sort the tar by name", name)
-            sample = Sample(key, {})
-            keys.add(key)
-        if extension in sample.members:
-            raise _Refused("the tar has this member twice (upper and lower case are the same)", name)
-        if num_bytes > (_MAX_LABEL_BYTES if extension in _LABELS else _MAX_IMAGE_BYTES):
-            raise _Refused(f"it has {num_bytes} bytes, too many for {_EXPECTED}", name)
-        file.seek(start)
-        sample.members[extension] = file.read(num_bytes) if load else b""
-    if sample is None:
+            if extension in sample:
+                raise _Refused("the tar has this member twice (upper and lower case are the same)", name)
+            if num_bytes > (_MAX_LABEL_BYTES if extension in _LABELS else _MAX_IMAGE_BYTES):
+                raise _Refused(f"it has {num_bytes} bytes, too many for {_EXPECTED}", name)
+            file.seek(start)
+            sample[extension] = file.read(num_bytes) if load else b""
+        if len(_FORMATS.keys() & sample) != 1 or len(sample) == 1:
+            found = ", ".join(f".{extension}" for extension in sample)
+            raise _Refused(f"the sample has {found}, expected {_EXPECTED}", key)
+        keys.add(key)
+        yield key, sample
+    if not keys:
         raise _Refused("it is empty")
-    yield _complete(sample)
-
-
-def _complete(sample: Sample) -> Sample:
-    images = [extension for extension in sample.members if extension in _FORMATS]
-    if len(images) != 1 or len(images) == len(sample.members):
-        found = ", ".join(f".{extension}" for extension in sample.members)
-        raise _Refused(f"the sample has {found}, expected {_EXPECTED}", sample.key)
-    return sample
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -171,7 +142,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, bytes) of every member; the archive must end where the file ends."""
+    """(name, offset, bytes) of every member; two blocks of zeros must follow, and nothing else up to the end."""
     _check_beginning(file.read(TAR_BLOCK))
     file.seek(0)
     long_name: str | None = None
@@ -180,9 +151,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
             raise _Refused("the tar is cut short: its end is missing")
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # verifies the header's checksum
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, *_EXTENDED):
-            raise _Refused(
-                f"it is not a plain file (tar type {info.type!r}); links, folders and devices are refused", info.name
-            )
+            raise _Refused(f"it is not a plain file (tar type {info.type!r})", info.name)
         start, padded = file.tell(), -(-info.size // TAR_BLOCK) * TAR_BLOCK
         if info.size < 0 or padded > size - start:
             raise _Refused(f"the tar is cut short: {info.size} bytes should follow", info.name)
@@ -196,7 +165,11 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
         file.seek(start + padded)
     if long_name is not None:
         raise _Refused("an extended header has no member after it")
-    _check_end(file)
+    if file.read(TAR_BLOCK) != _ZEROS:
+        raise _Refused("the tar is cut short: its end-of-archive marker is missing")
+    while chunk := file.read(CHUNK):
+        if chunk.count(0) != len(chunk):
+            raise _Refused("there are data after the end of the archive, which webdataset would not read")
 
 
 def _check_beginning(block: bytes) -> None:
@@ -206,24 +179,14 @@ def _check_beginning(block: bytes) -> None:
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        for magic, kind in _COMPRESSED.items():
-            if block.startswith(magic):
-                raise _Refused(f"it is compressed ({kind}); decompress it first") from None
+        if kind := [kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)]:
+            raise _Refused(f"it is compressed ({kind[0]}); decompress it first") from None
         if block.lstrip()[:1] in (b"<", b"{"):
             raise _Refused("it is a web page or an error message of a server, not a tar; download it again") from None
 
 
-def _check_end(file: BinaryIO) -> None:
-    """The first block of zeros must be followed by a second one, and by nothing but zeros."""
-    if file.read(TAR_BLOCK) != _ZEROS:
-        raise _Refused("the tar is cut short: its end-of-archive marker is missing")
-    while chunk := file.read(CHUNK):
-        if chunk.count(0) != len(chunk):
-            raise _Refused("there are data after the end of the archive, which webdataset would not read")
-
-
 def _extended_name(info: tarfile.TarInfo, content: bytes) -> str:
-    """The name that an extended header gives to the next member; "" if it sets none."""
+    """The name that an extended header gives to the next member, or ""."""
     if len(content) > _MAX_PAX_BYTES or not content:
         raise _Refused(f"an extended header has {info.size} bytes")
     if info.type == tarfile.GNUTYPE_LONGNAME:
@@ -243,9 +206,6 @@ def _extended_name(info: tarfile.TarInfo, content: bytes) -> str:
     return name
 
 
-# ---- the members of a sample ----------------------------------------------------------------------------------------
-
-
 def _image(members: dict[str, bytes], channels: int | None, where: str) -> np.ndarray:
     """uint8 [H, W, C]."""
     (extension,) = [name for name in members if name in _FORMATS]
@@ -261,44 +221,33 @@ def _image(members: dict[str, bytes], channels: int | None, where: str) -> np.nd
 
 
 def _label(members: dict[str, bytes], num_classes: int, where: str) -> int:
-    """The class number of a sample."""
     labels: set[int] = set()
     if "cls" in members:
-        labels.add(_from_text(members["cls"], f"The .cls of {where}"))
+        text = members["cls"].strip()
+        if not re.fullmatch(rb"-?\d{1,30}", text):
+            raise UserError(f"The .cls of {where} is {text[:40]!r}, expected a class number such as 7.")
+        labels.add(int(text))
     if "json" in members:
-        stated = _from_json(members["json"], f"The .json of {where}", optional="cls" in members)
-        labels |= set() if stated is None else {stated}
+        labels |= _from_json(members["json"], f"The .json of {where}")
     if len(labels) != 1:
-        raise UserError(f"The labels of {where} contradict each other: {sorted(labels)}.")
+        wrong = f"contradict each other: {sorted(labels)}" if labels else "have no class number"
+        raise UserError(f"The labels of {where} {wrong}. Expected one, in .cls or as `label` or `cls` in .json.")
     (label,) = labels
     if not 0 <= label < num_classes:
         raise UserError(f"The label of {where} is {str(label)[:30]}, expected a class number in 0..{num_classes - 1}.")
     return label
 
 
-def _from_text(content: bytes, where: str) -> int:
-    text = content.strip()
-    if not re.fullmatch(rb"-?\d{1,30}", text):
-        raise UserError(f"{where} is {content[:40]!r}, expected a class number such as 7.")
-    return int(text)
-
-
-def _from_json(content: bytes, where: str, *, optional: bool) -> int | None:
-    """The integer itself, or the `label` or `cls` of an object; None if it has neither and is `optional`."""
+def _from_json(content: bytes, where: str) -> set[int]:
+    """The integer itself, or `label` and `cls` of an object if it has them."""
     try:
         value: Any = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({first_line(error)}).") from error
-    if isinstance(value, dict):
-        found = [value[key] for key in ("label", "cls") if key in value]
-        if not found and optional:
-            return None
-        value = found[0] if found and all(each == found[0] for each in found) else None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(
-            f"{where} has no class number: expected an integer, or an object with an integer `label` or `cls`."
-        )
-    return int(value)
+    labels = [value[key] for key in ("label", "cls") if key in value] if isinstance(value, dict) else [value]
+    if any(type(label) is not int for label in labels):  # True is an int, too
+        raise UserError(f"{where} has no class number: expected an integer, or an object with `label` or `cls`.")
+    return set(labels)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers.checks import file_facts, reading
 from nrat_scale.prepare.readers.images import decode, gather
 
-TINY_SPLITS = ("train", "val")
 TINY_PER_CLASS = {"train": 500, "val": 50}  # as published, to detect lost files
 _SIDE = 64
-_MAX_TEXT_BYTES = 1 << 24  # wnids.txt has 2 KB, val_annotations.txt 270 KB
 _UNPACK_AGAIN = "Unpack tiny-imagenet-200.zip again."
 
 
@@ -28,46 +26,22 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     Args:
         root: the folder tiny-imagenet-200, or the folder that contains it.
         split: "train" or "val" (the labels of `test` were never published).
-        scratch: an existing folder; the decoded images are written there.
-
-    Raises:
-        UserError: a file or class is missing, unexpected, damaged, or not as published.
     """
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     names = DATASETS["tiny_imagenet"].class_names
-    _check_wnids(folder / "wnids.txt", names)
     listed = _train_images(folder, names) if split == "train" else _val_images(folder, names)
     labels = np.array([label for _, label in listed], np.int64)
     counts = np.bincount(labels, minlength=len(names))
     if (counts != TINY_PER_CLASS[split]).any():
         label = int(np.flatnonzero(counts != TINY_PER_CLASS[split])[0])
-        raise UserError(
-            f"The class {names[label]} has {counts[label]} images in the split '{split}' of {folder}, expected "
-            f"{TINY_PER_CLASS[split]} as published. {_UNPACK_AGAIN}"
-        )
+        found = f"{counts[label]} images in the split '{split}' of {folder}"
+        expected = f"{TINY_PER_CLASS[split]} as published"
+        raise UserError(f"The class {names[label]} has {found}, expected {expected}. {_UNPACK_AGAIN}")
     images, facts = _decoded_files(folder, split, [path for path, _ in listed], scratch)
     files = [file_facts(folder / "wnids.txt", "list of classes"), facts]
     if split == "val":
         files.append(file_facts(folder / "val" / "val_annotations.txt", "list of labels"))
     return LabelledArrays.of(images, labels, "tiny_imagenet", files)
-
-
-def _lines(path: Path, what: str) -> list[str]:
-    with reading(path, what), open(path, "rb") as file:
-        content = file.read(_MAX_TEXT_BYTES + 1)
-        if len(content) > _MAX_TEXT_BYTES:
-            raise UserError(f"The {what} {path} has more than {_MAX_TEXT_BYTES} bytes. {_UNPACK_AGAIN}")
-        return content.decode("ascii").splitlines()
-
-
-def _check_wnids(path: Path, names: Sequence[str]) -> None:
-    wnids = [line.strip() for line in _lines(path, "list of classes (wnids.txt of tiny-imagenet-200)") if line.strip()]
-    if sorted(wnids) != list(names):
-        odd = sorted(set(wnids) ^ set(names))
-        raise UserError(
-            f"{path} does not list the {len(names)} classes of Tiny ImageNet: {len(wnids)} lines"
-            f"{f'; missing or unexpected is {quoted(odd[0])}' if odd else ''}. {_UNPACK_AGAIN}"
-        )
 
 
 def _files_in(folder: Path, what: str) -> list[str]:
@@ -82,33 +56,30 @@ def _files_in(folder: Path, what: str) -> list[str]:
 
 def _train_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     """(path, label) of every image, by class and then by file name."""
-    train = folder / "train"
-    with reading(train, "folder of training images"):
+    train, what = folder / "train", "folder of training images"
+    with reading(train, what):
         odd = sorted({entry.name for entry in train.iterdir()} ^ set(names))
     if odd:
         raise UserError(f"{train} must have one folder for each class; {quoted(odd[0])} is missing or unexpected.")
-    return [
-        (train / name / "images" / file, label)
-        for label, name in enumerate(names)
-        for file in _files_in(train / name / "images", "folder of training images")
-    ]
+    folders = [train / name / "images" for name in names]
+    return [(folder / file, label) for label, folder in enumerate(folders) for file in _files_in(folder, what)]
 
 
 def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     """(path, label) of every image, in the order of val_annotations.txt."""
     path, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
-    label_of = {name: label for label, name in enumerate(names)}
     existing = set(_files_in(images, "folder of validation images"))
     listed: dict[str, int] = {}
-    for number, line in enumerate(_lines(path, "list of labels"), 1):
+    with reading(path, "list of labels"):
+        lines = path.read_text("ascii").splitlines()
+    for number, line in enumerate(lines, 1):
         file, wnid = [*line.split("\t"), "", ""][:2]
-        if wnid not in label_of:
+        if wnid not in names:
             raise UserError(f"Line {number} of {path} names an unknown class {quoted(wnid)}. {_UNPACK_AGAIN}")
         if file not in existing or file in listed:
-            raise UserError(
-                f"Line {number} of {path} names {quoted(file)}, which is missing or listed twice. {_UNPACK_AGAIN}"
-            )
-        listed[file] = label_of[wnid]
+            wrong = f"names {quoted(file)}, which is missing or listed twice"
+            raise UserError(f"Line {number} of {path} {wrong}. {_UNPACK_AGAIN}")
+        listed[file] = names.index(wnid)
     if unlisted := sorted(existing - set(listed)):
         raise UserError(f"{images / unlisted[0]} has no line in {path}. {_UNPACK_AGAIN}")
     return [(images / file, label) for file, label in listed.items()]
@@ -116,20 +87,19 @@ def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
 
 def _decoded_files(folder: Path, split: str, paths: Sequence[Path], scratch: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """(uint8 [N, 64, 64, 3], one entry for the index: a hash over all names and contents, instead of 100,000 entries)."""
-    total, hashes = 0, hashlib.sha256()
+    hashes = hashlib.sha256()
 
     def decoded() -> Iterator[tuple[np.ndarray, str]]:
-        nonlocal total
         for path in paths:
             with reading(path, "image"):
                 data = path.read_bytes()
             image = decode(data, "JPEG", 3, str(path))
             if image.shape != (_SIDE, _SIDE, 3):
                 raise UserError(f"{path} is {image.shape[1]} x {image.shape[0]}, expected {_SIDE} x {_SIDE}.")
-            total += len(data)
             hashes.update(f"{hashlib.sha256(data).hexdigest()}  {path.relative_to(folder).as_posix()}\n".encode())
             yield image, str(path)
 
     images = gather(decoded(), scratch, len(paths))
     name = f"tiny-imagenet-200/{split} ({len(paths)} files; sha256 of their sha256sum lines)"
+    total = sum(path.stat().st_size for path in paths)
     return images, {"name": name, "bytes": total, "sha256": hashes.hexdigest()}
