@@ -1,6 +1,6 @@
 """nrat_scale: adversarially robust image classifiers from generated data and noisy labels, at scale.
 
-Importing the package is cheap: it imports torch and timm only when an attribute or a submodule that needs them is used.
+Importing the package is cheap: torch and timm are imported when an attribute or a submodule first needs them.
 `import nrat_scale.models` registers our architectures with timm.
 """
 

@@ -2,8 +2,7 @@
 
 # CIFAR-100: one superclass per line, in the order of the coarse labels; the five classes of a line in the order of their
 # fine labels, which number all hundred names alphabetically. Source: the class table of
-# https://www.cs.toronto.edu/~kriz/cifar.html, spelled as `fine_label_names` in the data set's file `meta`; compared with
-# the array fine label -> coarse label of continual-learning libraries.
+# https://www.cs.toronto.edu/~kriz/cifar.html, spelled as `fine_label_names` in the data set's file `meta`.
 _CIFAR100 = """
 beaver dolphin otter seal whale
 aquarium_fish flatfish ray shark trout
@@ -26,10 +25,8 @@ maple_tree oak_tree palm_tree pine_tree willow_tree
 bicycle bus motorcycle pickup_truck train
 lawn_mower rocket streetcar tank tractor
 """
-CIFAR100_SUPERCLASSES: tuple[tuple[str, ...], ...] = tuple(
-    tuple(line.split()) for line in _CIFAR100.strip().splitlines()
-)
-CIFAR100: tuple[str, ...] = tuple(sorted(name for names in CIFAR100_SUPERCLASSES for name in names))
+CIFAR100_SUPERCLASSES = tuple(tuple(line.split()) for line in _CIFAR100.strip().splitlines())
+CIFAR100 = tuple(sorted(name for names in CIFAR100_SUPERCLASSES for name in names))
 
 # Tiny ImageNet: WordNet ids in ascending order, the label order of readers that sort the folders by name. Source: the
 # listing of http://cs231n.stanford.edu/tiny-imagenet-200.zip; its wnids.txt has the same 200 ids in another order.
@@ -55,4 +52,4 @@ n06596364 n07579787 n07583066 n07614500 n07615774 n07695742 n07711569 n07715103 
 n07749582 n07753592 n07768694 n07871810 n07873807 n07875152 n07920052 n09193705 n09246464 n09256479 n09332890
 n09428293 n12267677
 """
-TINY_IMAGENET: tuple[str, ...] = tuple(_TINY_IMAGENET.split())
+TINY_IMAGENET = tuple(_TINY_IMAGENET.split())

@@ -1,7 +1,7 @@
-"""The threat model, the one PGD loop that training, validation and evaluation share, and how a radius is written.
+"""The threat model, the PGD loop of training, validation and evaluation, and the notation of a radius, such as 8/255.
 
-Pixels are in [0, 1]; the model normalises them itself. `threat.space: released_code` reproduces the paper's released code,
-which applies eps and the clamp to [0, 1] in *normalised* units. It exists for comparison and is never a default.
+Pixels are in [0, 1]; the model normalises them. `threat.space: released_code` reproduces the paper's released code, which
+applies eps and the clamp to [0, 1] in *normalised* units. It exists for comparison and is never a default.
 """
 
 import math
@@ -11,22 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.core.modes import BN_MODES, attack_mode, frozen
 
-Model = Callable[[Tensor], Tensor]
-Inner = Callable[[Tensor], Tensor]
+Map = Callable[[Tensor], Tensor]
 
 NORMS = {"linf": "l_inf", "l2": "l_2"}  # name in recipes -> in text
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack and RobustBench write them
 INITS = ("zero", "normal", "uniform", "normal01")
 SPACES = ("pixel", "released_code")
-RELEASED_CODE_WARNING = (  # the one wording for reports, cards and results
+RELEASED_CODE_WARNING = (  # of reports, model cards and results
     "threat.space is 'released_code': eps and the clamp to [0, 1] apply to normalised pixels, which is a different threat "
     "model. These numbers are not comparable with RobustBench."
 )
-# Float32 rounding of x + eps, and of the difference that is compared with eps; pixels are at most 1.
-_BALL_TOLERANCE = 2.0**-23
+_BALL_TOLERANCE = 2.0**-23  # float32 rounding of x + eps and of x_adv - x; pixels are at most 1
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,14 @@ class ThreatSpec:
 
     def __post_init__(self) -> None:
         for name, value in (("eps", self.eps), ("step", self.step)):
-            if self.norm == "l2" and 0.0 <= value < math.inf:
-                continue
-            if not 0.0 <= value < 1.0:
+            if not 0.0 <= value < (math.inf if self.norm == "l2" else 1.0):
                 hint = f" Write {value:g}/255 if you mean {value:g} grey levels." if value >= 1.0 else ""
                 raise UserError(f"threat.{name} is {value:g}; it is a fraction of the pixel range, in [0, 1).{hint}")
-        if self.num_steps < 0:
-            raise UserError(f"threat.num_steps is {self.num_steps}; it must be 0 or more.")
-        for name, choice, known in (
-            ("init", self.init, INITS),
-            ("bn", self.bn, BN_MODES),
-            ("space", self.space, SPACES),
-            ("norm", self.norm, NORMS),
-        ):
-            if choice not in known:
-                raise UserError(f"threat.{name} is '{choice}'. {did_you_mean(choice, known)}")
+        check_value("threat.num_steps", self.num_steps, self.num_steps >= 0, "0 or more")
+        check_choice("threat.init", self.init, INITS)
+        check_choice("threat.bn", self.bn, BN_MODES)
+        check_choice("threat.space", self.space, SPACES)
+        check_choice("threat.norm", self.norm, NORMS)
         if self.norm == "l2" and self.space != "pixel":
             raise UserError(f"threat.space '{self.space}' is defined for threat.norm 'linf' only.")
 
@@ -79,7 +70,7 @@ class ThreatSpec:
 def pgd(
     model: nn.Module,
     x: Tensor,
-    inner: Inner,
+    inner: Map,
     threat: ThreatSpec,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -105,7 +96,8 @@ def pgd(
     with attack_mode(model, threat.bn), frozen(model):
         space_model, encode, decode = in_space(model, threat.space)
         x = encode(x.detach())
-        start = start if start is not None else initial_point(x, threat, generator)
+        if start is None:
+            start = apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
         found = search(space_model, x, inner, threat, start)
     if not found.finite:
         raise FloatingPointError(
@@ -118,37 +110,31 @@ def pgd(
 
 @dataclass(frozen=True)
 class Found:
-    """The result of `search`, as tensors on the device.
+    """The result of `search`, as tensors on the device; `finite` and `inside` are bool scalars."""
 
-    Attributes:
-        x_adv: shaped like the images, detached.
-        finite: bool scalar: every loss and gradient was finite.
-        inside: bool scalar: `x_adv` is finite, in [0, 1] and within eps of the images. If `finite` holds, only a bug can
-            make it false.
-    """
-
-    x_adv: Tensor
-    finite: Tensor
-    inside: Tensor
+    x_adv: Tensor  # shaped like the images, detached
+    finite: Tensor  # every loss and gradient was finite
+    inside: Tensor  # see `inside_ball`; if `finite` holds, only a bug can make it false
 
 
 def search(
-    model: Model, x: Tensor, inner: Inner, threat: ThreatSpec, start: Tensor, first_model: Model | None = None
+    model: Map, x: Tensor, inner: Map, threat: ThreatSpec, start: Tensor, first_model: Map | None = None
 ) -> Found:
     """The PGD loop from `start`, without a CPU-GPU sync point.
 
     Args:
         model: maps images to logits; the caller has frozen its parameters and set its mode.
         x, inner, threat, start: see `pgd`.
-        first_model: computes the first step in higher precision. Close to `x` the gradient of a divergence is a difference
-            of two almost equal outputs: in bf16 that is rounding noise.
+        first_model: the model in higher precision, for the first step. Close to `x` the gradient of a divergence is the
+            difference of two almost equal outputs, in bf16 mere rounding noise.
     """
     x_adv = start.detach().clone()
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     for number in range(threat.num_steps):
         x_adv.requires_grad_(True)
         with torch.enable_grad():
-            objective = inner((first_model if first_model is not None and number == 0 else model)(x_adv))
+            attacked = first_model if first_model is not None and number == 0 else model
+            objective = inner(attacked(x_adv))
             # Sum, not mean: the direction is the same and does not underflow in half precision.
             (gradient,) = torch.autograd.grad(objective.sum(), x_adv)
         finite &= gradient.isfinite().all() & objective.isfinite().all()
@@ -157,11 +143,6 @@ def search(
         x_adv = project(x_adv, x, threat.eps, threat.norm)
     inside = inside_ball(x_adv, x, threat.eps, around=threat.space == "pixel", norm=threat.norm)
     return Found(x_adv, finite, inside)
-
-
-def initial_point(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
-    """The starting point named by `threat.init`, shaped like `x`."""
-    return apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
 
 
 def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -201,42 +182,36 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
 
 
 def _lengths(delta: Tensor) -> Tensor:
-    """The l_2 norm of each image [B, 1, 1, 1], or of one image [C, H, W]; at least the smallest normal number, not 0."""
+    """The l_2 norm of each image [B, 1, 1, 1] or of one image [1, 1, 1], at least the smallest normal number."""
     return torch.linalg.vector_norm(delta, dim=(-3, -2, -1), keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
 
 
 def inside_ball(x_adv: Tensor, x: Tensor, eps: float, *, around: bool, norm: str = "linf") -> Tensor:
-    """Whether `x_adv` is finite, in [0, 1] and (if `around`) within `eps` of `x`; compared in float32 or float64: bool scalar."""
+    """Bool scalar: `x_adv` is finite, in [0, 1] and (if `around`) within `eps` of `x`, compared in float32 or float64."""
     x_adv, x = (images if images.dtype == torch.float64 else images.float() for images in (x_adv, x))
     inside = ((x_adv >= 0) & (x_adv <= 1)).all()  # false for NaN
     if not around:
         return inside
     if norm == "linf":
         return inside & ((x_adv - x).abs() <= eps + _BALL_TOLERANCE).all()
-    # Each of the coordinates is off by at most one rounding, so the norm by at most sqrt(coordinates) roundings.
+    # Each coordinate is off by at most one rounding error, so the norm by at most sqrt(coordinates) of them.
     slack = eps * 2.0**-20 + _BALL_TOLERANCE * math.sqrt(x[0].numel())
     return inside & (_lengths(x_adv - x) <= eps + slack).all()
 
 
-def in_space(
-    model: nn.Module, space: str, forward: Model | None = None
-) -> tuple[Model, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def in_space(model: nn.Module, space: str, forward: Map | None = None) -> tuple[Map, Map, Map]:
     """The model in the coordinates of a threat space, with the maps from pixels to these coordinates and back.
 
     `pixel`: identities. `released_code`: coordinates are (x - mean) / std with the model's constants, so that eps and the
-    clamp to [0, 1] act as in that code; the returned model maps back to pixels first.
-
-    Args:
-        forward: called instead of `model`, for instance under autocast.
+    clamp to [0, 1] act as in that code; the returned model maps back to pixels first. It calls `forward` instead of
+    `model` if given, for instance under autocast.
     """
     forward = forward if forward is not None else model
     if space == "pixel":
         return forward, lambda x: x, lambda x: x
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
-        raise UserError(
-            "threat.space 'released_code' needs a model with `mean` and `std` buffers (all of ours have them)."
-        )
+        raise UserError("threat.space 'released_code' needs a model with `mean` and `std` buffers, like all of ours.")
 
     def encode(pixels: Tensor) -> Tensor:
         return (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
@@ -247,15 +222,8 @@ def in_space(
     return lambda normalised: forward(decode(normalised)), encode, decode
 
 
-# ---- how a radius is written ----------------------------------------------------------------------------------------
-
-
 def parse_fraction(text: str) -> float:
-    """The number that `8/255` or `0.03` writes.
-
-    Raises:
-        ValueError: anything else, or not finite.
-    """
+    """The value of a fraction or decimal such as `8/255` or `0.03`; raises `ValueError` if it is not a finite number."""
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)

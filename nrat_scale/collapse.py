@@ -1,8 +1,8 @@
 """The collapse guard: noise-robust losses can collapse to one class if the learning rate is too large.
 
-The NRAT paper (section 4) reports vanishing gradients and single-class predictions, and lowers the learning rate from 0.1 to 0.05
-or 0.01. The guard measures windows of training steps: the share of the most frequent prediction, accuracy on the labels
-trained on, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
+The NRAT paper (section 4) reports vanishing gradients and single-class predictions, and lowers the learning rate from 0.1
+to 0.05 or 0.01. Over windows of training steps the guard measures the share of the most frequent prediction, accuracy on
+the training labels, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
 """
 
 from dataclasses import dataclass
@@ -11,49 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError, did_you_mean, quoted
+from nrat_scale.core.errors import UserError, check_choice, check_value, quoted
 
-ACTIONS = ("warn", "stop", "rewind", "none")
 ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
-
-
 _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints
 
 
 @dataclass(frozen=True)
 class GuardSpec:
-    """What to do when training collapses.
+    """When training counts as collapsed (`patience` windows of steps in a row cross a limit), and what to do then."""
 
-    Attributes:
-        action: `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse and reduce the learning
-            rate; `none`.
-        window: steps per window.
-        patience: consecutive bad windows before the action; an untrained network predicts one class, too.
-        top_share: a window is bad if this share of the predictions is one class and accuracy is at most twice chance.
-        min_grad_norm: it is also bad if the mean gradient norm is smaller than this.
-        max_logit_scale: it is also bad if the logits spread wider (standard deviation per image, mean over images).
-        lr_factor: `rewind` multiplies the learning rate by it.
-        max_rewinds: rewinds before the run stops.
-    """
-
+    # `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse, at a lower learning rate; `none`.
     action: str = "warn"
-    window: int = 100
-    patience: int = 3
-    top_share: float = 0.9
-    min_grad_norm: float = 1e-8
-    max_logit_scale: float = 1e4
-    lr_factor: float = 0.5
-    max_rewinds: int = 3
+    window: int = 100  # steps
+    patience: int = 3  # more than 1, because an untrained network predicts one class, too
+    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is at most twice chance
+    min_grad_norm: float = 1e-8  # limit: gradient norm, mean over the steps
+    max_logit_scale: float = 1e4  # limit: standard deviation of an image's logits, mean over the images
+    lr_factor: float = 0.5  # `rewind` multiplies the learning rate by it
+    max_rewinds: int = 3  # before the run stops
 
     def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise UserError(f"guard.action is '{self.action}'. {did_you_mean(self.action, ACTIONS)}")
+        check_choice("guard.action", self.action, ("warn", "stop", "rewind", "none"))
         for name in ("window", "patience", "max_rewinds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"guard.{name} is {getattr(self, name)}; it must be at least 1.")
+            check_value(f"guard.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("top_share", "lr_factor"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise UserError(f"guard.{name} is {getattr(self, name)}; it must be between 0 and 1.")
+            check_value(f"guard.{name}", getattr(self, name), 0.0 < getattr(self, name) < 1.0, "in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -65,38 +48,23 @@ class WindowStats:
     grad_norm: float
     logit_scale: float
 
-    def bad(self, spec: GuardSpec, num_classes: int) -> bool:
-        """Whether training looks collapsed."""
-        one_class = self.top_share >= spec.top_share and self.accuracy <= 2.0 / num_classes
-        return one_class or self.grad_norm < spec.min_grad_norm or self.logit_scale > spec.max_logit_scale
 
-
-@dataclass
 class Guard:
     """The sums of the current window, and the count of consecutive bad windows.
 
     Attributes:
-        sums: float64 [K + 4] on the device: predictions by class, correct ones, spread of logits, gradient norms, steps.
+        sums: float64 [K + 4], on the device: predictions by class, hits, spread of the logits, gradient norms, steps.
         bad_windows: consecutive bad windows.
         healthy_step: the last step of the last good window; checkpoints up to it are good.
-        rewinds: rewinds so far.
         lr_scale: factor of the learning rate, from the rewinds so far.
         warned: this collapse was already reported.
     """
 
-    spec: GuardSpec
-    num_classes: int
-    sums: Tensor
-    bad_windows: int = 0
-    healthy_step: int = 0
-    rewinds: int = 0
-    lr_scale: float = 1.0
-    warned: bool = False
-
-    @classmethod
-    def build(cls, spec: GuardSpec, num_classes: int, device: torch.device) -> "Guard":
-        """An empty guard on `device`."""
-        return cls(spec, num_classes, torch.zeros(num_classes + 4, dtype=torch.float64, device=device))
+    def __init__(self, spec: GuardSpec, num_classes: int, device: torch.device) -> None:
+        self.spec, self.num_classes = spec, num_classes
+        self.sums = torch.zeros(num_classes + 4, dtype=torch.float64, device=device)
+        self.bad_windows, self.healthy_step, self.rewinds = 0, 0, 0
+        self.lr_scale, self.warned = 1.0, False
 
     @torch.no_grad()
     def record(self, logits: Tensor, y: Tensor) -> None:
@@ -120,7 +88,9 @@ class Guard:
         n = max(float(counts.sum()), 1.0)
         window = WindowStats(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
         self.sums.zero_()
-        if window.bad(self.spec, self.num_classes):
+        one_class = window.top_share >= self.spec.top_share and window.accuracy <= 2.0 / self.num_classes
+        degenerate = window.grad_norm < self.spec.min_grad_norm or window.logit_scale > self.spec.max_logit_scale
+        if one_class or degenerate:
             self.bad_windows += 1
         else:
             self.bad_windows, self.healthy_step, self.warned = 0, step, False

@@ -1,24 +1,18 @@
-"""Facts about each data set: class names, normalisation, and the asymmetric noise map of its literature."""
+"""Class names, normalisation and published asymmetric noise map of each data set."""
 
 from dataclasses import dataclass, field
 
-from nrat_scale import _class_names
+from nrat_scale._class_names import CIFAR100, CIFAR100_SUPERCLASSES, TINY_IMAGENET
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Facts about one data set.
+    """Facts about one data set."""
 
-    Attributes:
-        class_names: in label order.
-        mean, std: per channel, of [0, 1] pixels.
-        asymmetric_map: label -> the label it is confused with; empty if no map is published.
-    """
-
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
+    class_names: tuple[str, ...]  # in label order
+    mean: tuple[float, ...]  # per channel, of the training images in [0, 1], rounded as in the literature
     std: tuple[float, ...]
-    asymmetric_map: dict[int, int] = field(default_factory=dict)
+    asymmetric_map: dict[int, int] = field(default_factory=dict)  # empty if no map is published
 
 
 _DIGITS = tuple("0123456789")
@@ -28,17 +22,9 @@ _DIGITS = tuple("0123456789")
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 MNIST_MAP = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
 
-
-def _next_in_superclass() -> dict[int, int]:
-    """CIFAR-100's map (Patrini et al. 2017): each class to the next of its superclass, the last to the first."""
-    label = {name: number for number, name in enumerate(_class_names.CIFAR100)}
-    pairs = [
-        pair for names in _class_names.CIFAR100_SUPERCLASSES for pair in zip(names, names[1:] + names[:1], strict=True)
-    ]
-    return {label[name]: label[following] for name, following in sorted(pairs)}
-
-
-CIFAR100_MAP = _next_in_superclass()
+# CIFAR-100's map (Patrini et al. 2017): each class to the next of its superclass, the last to the first.
+_FOLLOWING = {names[i - 1]: names[i] for names in CIFAR100_SUPERCLASSES for i in range(len(names))}
+CIFAR100_MAP = {label: CIFAR100.index(_FOLLOWING[name]) for label, name in enumerate(CIFAR100)}
 
 DATASETS: dict[str, Dataset] = {
     "cifar10": Dataset(
@@ -47,11 +33,10 @@ DATASETS: dict[str, Dataset] = {
         (0.2471, 0.2435, 0.2616),
         CIFAR10_MAP,
     ),
-    "cifar100": Dataset(_class_names.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
-    # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST. mean and std are of the training images, rounded
-    # as in the literature.
+    "cifar100": Dataset(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
+    # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST.
     "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "tiny_imagenet": Dataset(_class_names.TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+    "tiny_imagenet": Dataset(TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP),
     "fashion_mnist": Dataset(
         ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),

@@ -1,27 +1,27 @@
 """Label noise: a pure function of (clean labels, kind, rate, seed). `NOISES` lists the kinds.
 
 Noise is drawn over a whole data set in *source order*, before any split, so that it depends neither on the permutation of
-the shards nor on the held-out images. Every draw is a hash of (seed, image number), independent of generator state and of
-library versions; `instance_dependent` is the exception, because it needs normal variates from NumPy.
+the shards nor on the held-out images. Every draw is a hash of (seed, image number), independent of generator state and
+library versions, except that `instance_dependent` takes normal variates from NumPy.
 """
 
 import hashlib
 import math
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError, did_you_mean, first_line
+from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP
 
-# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image; `aggre`
-# is their majority, `worse` a wrong one of their labels if there is any.
+# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
+# is the majority of their labels, `worse` a wrong one, if any.
 HUMAN_SETS = {
     "aggre": "aggre_label",
     "worse": "worse_label",
@@ -30,8 +30,8 @@ HUMAN_SETS = {
     "random3": "random_label3",
 }
 _NO_HUMAN_LABELS = (
-    "Label noise 'cifar10n' needs the human labels: give data.real.noise.human_labels, the .npz that "
-    "tools/shard_dataset.py cifar10n writes, or an .npy file."
+    "Label noise 'cifar10n' needs data.real.noise.human_labels: the .npz that tools/shard_dataset.py cifar10n writes, "
+    "or an .npy file."
 )
 
 
@@ -39,39 +39,26 @@ _NO_HUMAN_LABELS = (
 class NoiseSpec:
     """Label noise of the real training data.
 
-    Attributes:
-        kind: key of `NOISES`.
-        rate: fraction of labels to corrupt, in [0, 1] (not used by `cifar10n`).
-        seed: of the noise alone; runs with different training seeds can share one noise.
-        class_map: label -> label for the asymmetric kinds; by default the published map of the data set.
-        human_labels: for `cifar10n`, the .npz that `shard_dataset.py cifar10n` writes, or an .npy file of int64 [n] in
-            source order.
-        human_set: the labels of the .npz to use, key of `HUMAN_SETS`; an .npy file has only one set.
-
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
     """
 
-    kind: str = "none"
-    rate: float = 0.0
-    seed: int = 0
-    class_map: dict[int, int] | None = None
-    human_labels: str | None = None
-    human_set: str = "worse"
+    kind: str = "none"  # key of `NOISES`
+    rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
+    seed: int = 0  # of the noise alone, so that runs with different training seeds can share one noise
+    class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
+    human_labels: str | None = None  # of `cifar10n`: the .npz of `shard_dataset.py cifar10n`, or an .npy of int64 [n]
+    human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
 
     def __post_init__(self) -> None:
-        _check_kind_and_rate(self.kind, self.rate)
+        key = "data.real.noise"
+        check_choice(f"{key}.kind", self.kind, NOISES)
+        check_choice(f"{key}.human_set", self.human_set, HUMAN_SETS)
+        check_value(f"{key}.rate", self.rate, 0.0 <= self.rate <= 1.0, "a fraction of the labels, in [0, 1]")
         if self.kind == "none" and self.rate:
-            raise UserError(
-                f"data.real.noise.rate is {self.rate} but data.real.noise.kind is 'none'. "
-                "Name a kind, such as symmetric."
-            )
+            raise UserError(f"{key}.rate is {self.rate} but {key}.kind is 'none'. Name a kind, such as symmetric.")
         if self.kind == "cifar10n" and self.human_labels is None:
             raise UserError(_NO_HUMAN_LABELS)
-        if self.human_set not in HUMAN_SETS:
-            raise UserError(
-                f"data.real.noise.human_set is '{self.human_set}'. {did_you_mean(self.human_set, HUMAN_SETS)}"
-            )
 
 
 def corrupt(
@@ -104,37 +91,26 @@ def corrupt(
         UserError: unknown kind, rate outside [0, 1], labels out of range, a missing or unusable extra argument.
     """
     labels = _checked(labels, num_classes, "labels")
-    _check_kind_and_rate(kind, rate)
-    noise = NOISES[kind]
+    check_choice("The kind of label noise", kind, NOISES)
+    check_value("The label noise rate", rate, 0.0 <= rate <= 1.0, "a fraction of the labels, in [0, 1]")
     # At rate 0 the truncated normal of instance_dependent would still flip labels.
-    if rate == 0.0 and noise is not _human:
-        return labels.copy()
+    if rate == 0.0 and kind != "cifar10n":
+        return labels
     if num_classes < 2:
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
     extra = {"class_map": class_map, "images": images, "human_labels": human_labels}
-    return noise(labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
-
-
-def _check_kind_and_rate(kind: str, rate: float) -> None:
-    if kind not in NOISES:
-        raise UserError(f"Unknown label noise '{kind}'. {did_you_mean(kind, NOISES)}")
-    if not 0.0 <= rate <= 1.0:
-        raise UserError(f"The label noise rate is {rate}; it is a fraction of the labels and must be in [0, 1].")
+    return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
 
 
 def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
+    """A copy as int64, if the labels are integers [n] in [0, num_classes)."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"The {what} must be integers of shape [n], not {labels.dtype} of shape {list(labels.shape)}.")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-        raise UserError(
-            f"The {what} range from {labels.min()} to {labels.max()}, but with {num_classes} classes they must be "
-            f"in 0..{num_classes - 1}."
-        )
+        found = f"The {what} range from {labels.min()} to {labels.max()}"
+        raise UserError(f"{found}, but with {num_classes} classes they must be in 0..{num_classes - 1}.")
     return labels.astype(np.int64)
-
-
-# ---- the kinds ------------------------------------------------------------------------------------------------------
 
 
 def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
@@ -163,28 +139,23 @@ def _asymmetric(
     **_: Any,
 ) -> np.ndarray:
     """Flip `rate` of each source class to its target: of the clean labels, or (`from_noisy`) of those flipped so far."""
-    if class_map is None:
-        if num_classes != 10:
-            raise UserError(
-                f"Asymmetric noise has no default map for {num_classes} classes. "
-                "Give data.real.noise.class_map, for instance {0: 1, 1: 0}."
-            )
-        class_map = CIFAR10_MAP
+    if class_map is None and num_classes != 10:
+        unknown = f"Asymmetric noise has no default map for {num_classes} classes"
+        raise UserError(f"{unknown}. Give data.real.noise.class_map, for instance {{0: 1, 1: 0}}.")
+    class_map = CIFAR10_MAP if class_map is None else class_map
     pairs = [(int(source), int(target)) for source, target in class_map.items()]
     for source, target in pairs:
         if not (0 <= source < num_classes and 0 <= target < num_classes) or source == target:
-            raise UserError(
-                f"The asymmetric map entry {source} -> {target} must name two different classes in 0..{num_classes - 1}."
-            )
+            entry = f"The asymmetric map entry {source} -> {target}"
+            raise UserError(f"{entry} must name two different classes in 0..{num_classes - 1}.")
     if both_ways:
         pairs = sorted({pair for source, target in pairs for pair in ((source, target), (target, source))})
         if len({source for source, _ in pairs}) != len(pairs):
             raise UserError("A bidirectional asymmetric map may name each class in one pair only.")
     noisy = labels.copy()
     for source, target in pairs:
-        seen = noisy if from_noisy else labels
-        chosen = _pick(np.flatnonzero(seen == source), rate, derive(seed, "asymmetric", source))
-        noisy[chosen] = target
+        members = np.flatnonzero((noisy if from_noisy else labels) == source)
+        noisy[_pick(members, rate, derive(seed, "asymmetric", source))] = target
     return noisy
 
 
@@ -204,16 +175,16 @@ def _instance_dependent(
     if images is None or len(images) != len(labels):
         raise UserError("Label noise 'instance_dependent' needs one image for each label.")
     generator = np.random.Generator(np.random.Philox(derive(seed, "instance_dependent")))
-    ids = np.arange(len(labels))
     flip_rate = generator.normal(rate, 0.1, len(labels))
     while (outside := (flip_rate < 0) | (flip_rate > 1)).any():
         flip_rate[outside] = generator.normal(rate, 0.1, int(outside.sum()))
     pixels = int(np.prod(images.shape[1:]))
     projection = generator.standard_normal((num_classes, pixels, num_classes)).astype(np.float32)
-    draws = uniform01(derive(seed, "instance_dependent", "draw"), ids)
+    draws = uniform01(derive(seed, "instance_dependent", "draw"), np.arange(len(labels)))
     noisy = labels.copy()
     for label in range(num_classes):
-        for members in np.array_split(np.flatnonzero(labels == label), max(1, int((labels == label).sum()) // 4096)):
+        of_class = np.flatnonzero(labels == label)
+        for members in np.array_split(of_class, max(1, len(of_class) // 4096)):  # bounds the memory of float images
             scores = (images[members].reshape(len(members), pixels).astype(np.float32) / 255.0) @ projection[label]
             scores[:, label] = -np.inf
             direction = np.exp(scores - scores.max(axis=1, keepdims=True)).astype(np.float64)
@@ -227,7 +198,7 @@ def _instance_dependent(
 
 
 NOISES: dict[str, Callable[..., np.ndarray]] = {
-    "none": lambda labels, **_: labels.copy(),
+    "none": lambda labels, **_: labels,
     "symmetric": _symmetric,
     "asymmetric": _asymmetric,
     "asymmetric_released": partial(_asymmetric, from_noisy=True),  # the released code: some flipped labels flip back
@@ -237,10 +208,9 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-# ---- files of human labels ------------------------------------------------------------------------------------------
-
 _MAX_LABEL_BYTES = 1 << 30
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, NotImplementedError, RuntimeError)
+# Errors of NumPy and zipfile on a damaged file.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, BadZipFile, zlib.error)
 
 
 def load_human_labels(path: str, which: str) -> np.ndarray:
@@ -252,18 +222,16 @@ def load_human_labels(path: str, which: str) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"PK\x03\x04":
-                with zipfile.ZipFile(file) as archive, archive.open(f"{HUMAN_SETS[which]}.npy") as member:
+                with ZipFile(file) as archive, archive.open(f"{HUMAN_SETS[which]}.npy") as member:
                     return _npy_labels(member, archive.getinfo(member.name).file_size)
             size = file.seek(0, 2)
             file.seek(0)
             return _npy_labels(file, size)
     except FileNotFoundError:
         raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
-    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"The human labels {path} cannot be read as an .npy array of integers, nor as the .npz that "
-            f"tools/shard_dataset.py cifar10n writes ({first_line(error)})."
-        ) from error
+    except _UNREADABLE as error:
+        formats = "an .npy array of integers, nor as the .npz that tools/shard_dataset.py cifar10n writes"
+        raise UserError(f"The human labels {path} cannot be read as {formats} ({first_line(error)}).") from error
 
 
 def _npy_labels(stream: Any, size: int) -> np.ndarray:

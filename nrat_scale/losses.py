@@ -1,7 +1,7 @@
 """Classification losses C and divergences D, each formula once. To add one, add an entry to `LOSSES` or `DIVERGENCES`.
 
-Everything is computed in float32, or in float64 if the logits are, whatever the autocast type: in bf16 MART's 1.0001
-rounds to 1 and its logarithm explodes.
+Losses are computed in float32, or in float64 if the logits are, under any autocast type: in bf16, MART's 1.0001 would
+round to 1 and its logarithm diverge.
 """
 
 import math
@@ -11,18 +11,14 @@ import torch
 from torch import Tensor, nn
 
 Loss = Callable[..., Tensor]
-Divergence = Callable[..., Tensor]
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """`logits` in float32, or in float64 if they are."""
+    """`logits` in float32; float64 stays float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-# ---- classification losses ------------------------------------------------------------------------------------------
-# Each term is a matrix [B, K] whose entry (i, j) is the loss of logits i under label j.
-
-_LOG_ZERO = math.log(1e-4)  # RCE clamps the one-hot label at 1e-4 before its logarithm (Wang et al. 2019)
+# The terms of classification losses are matrices [B, K]: entry (i, j) is the loss of logits i under label j.
 
 
 def _ce(logits: Tensor) -> Tensor:
@@ -39,7 +35,7 @@ def _nce(logits: Tensor) -> Tensor:
 def _rce(logits: Tensor) -> Tensor:
     """Reverse cross-entropy (Wang et al. 2019): -sum_k p_k log(clamp(onehot_k, 1e-4, 1)), p clamped to [1e-7, 1]."""
     p = logits.softmax(1).clamp(1e-7, 1.0)
-    return -_LOG_ZERO * (p.sum(1, keepdim=True) - p)
+    return -math.log(1e-4) * (p.sum(1, keepdim=True) - p)
 
 
 def _gce(logits: Tensor, q: float = 0.7) -> Tensor:
@@ -67,8 +63,7 @@ def _agce(logits: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
 
 def _select(matrix: Tensor, y: Tensor, smoothing: float) -> Tensor:
     """[B] from [B, K]: the entry of each label; sum_j q_j L(z, j) for a soft or smoothed label q."""
-    soft = y.ndim == 2
-    chosen = (matrix * y.to(matrix.dtype)).sum(1) if soft else matrix.gather(1, y[:, None]).squeeze(1)
+    chosen = (matrix * y.to(matrix.dtype)).sum(1) if y.ndim == 2 else matrix.gather(1, y[:, None]).squeeze(1)
     return chosen if smoothing == 0.0 else (1 - smoothing) * chosen + smoothing * matrix.mean(1)
 
 
@@ -116,11 +111,8 @@ def plugin_smoothed(logits: Tensor, y: Tensor, smoothing: float, a: float, b: fl
 
 
 def _probabilities(y: Tensor, like: Tensor) -> Tensor:
-    """Labels as probabilities [B, K], in shape and type of `like`."""
+    """Labels as probabilities [B, K], with the shape and dtype of `like`."""
     return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
-
-
-# ---- divergences between natural and adversarial predictions --------------------------------------------------------
 
 
 def _kl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
@@ -151,13 +143,9 @@ def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means
         class_means: [K, K], mean predictions by label; by default those of this batch.
     """
     logits, logits_adv = upcast(logits), upcast(logits_adv)
-    p = logits.detach().softmax(1)
-    if y is None:
-        weight = p
-    else:
-        if class_means is None:
-            class_means = mean_predictions(*label_sums(p, y))
-        means = class_means.to(p.dtype)
+    weight = p = logits.detach().softmax(1)
+    if y is not None:
+        means = (mean_predictions(*label_sums(p, y)) if class_means is None else class_means).to(p.dtype)
         weight = (y.to(p.dtype)[:, :, None] * means).sum(1) if y.ndim == 2 else means[y]
     difference = logits - logits_adv
     # sum_jk w_j w_k (d_j - d_k)^2 = 2 sum_j w_j * sum_j w_j (d_j - mean of d under w)^2: no cancellation in float32.
@@ -181,4 +169,4 @@ def mean_predictions(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 # name -> f(natural logits [B, K], adversarial logits [B, K], y) -> [B]; also the attack's objective (`objective.inner`)
-DIVERGENCES: dict[str, Divergence] = {"kl": _kl, "sym_kl": _sym_kl, "lse": _lse, "ikl": ikl}
+DIVERGENCES: dict[str, Loss] = {"kl": _kl, "sym_kl": _sym_kl, "lse": _lse, "ikl": ikl}

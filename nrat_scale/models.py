@@ -1,8 +1,7 @@
 """Classifiers with the normalisation inside; importing this module registers them with timm.
 
-Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` belong to the configuration: they are
-buffers, but not in the state dict. State dicts therefore have exactly the names of RobustBench and of the usual CIFAR
-repositories, and checkpoints can be exchanged with both.
+Every model maps images [B, C, H, W] in [0, 1] to logits [B, K]. `mean` and `std` are non-persistent buffers, so that state
+dicts have exactly the names of RobustBench and of the usual CIFAR repositories and can be exchanged with both.
 """
 
 import math
@@ -17,52 +16,42 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError, did_you_mean, first_line
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, first_line
 from nrat_scale.datasets import DATASETS
 
+Channels = Sequence[float] | None  # one value for each channel, or one for all
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
-CIFAR10_MEAN, CIFAR10_STD = DATASETS["cifar10"].mean, DATASETS["cifar10"].std
 WIDE_BN_MOMENTUM = 0.01  # of the generated-data recipe; torch's default is 0.1
 BN_STATISTICS = ("local", "groups", "sync")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model to train.
-
-    Attributes:
-        name: a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`.
-        mean, std: per channel, of [0, 1] pixels; by default those of the data set.
-        kwargs: further keyword arguments of the model, for instance {width: 64} for `cnn4`.
-        bn_momentum: weight of the new batch in the running statistics; None keeps the model's own.
-        bn_first_step: after the very first step the running statistics are those of its batch alone, as in DM_AT.
-        bn: the statistics that BatchNorm trains with on several processes: `local`, those of the images that each process
-            holds at a time, as in the published code; `groups`, those of `bn_group_size` consecutive images of the global
-            batch, the same for any number of processes; `sync`, those of the global batch (GPUs only).
-        bn_group_size: for `groups`; each process must hold whole groups.
+    """Which model to train, and how its BatchNorm layers work.
 
     Raises:
         UserError: a value is unknown or out of range.
     """
 
-    name: str = "resnet18_cifar"
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    bn_momentum: float | None = None
-    bn_first_step: bool = False
+    name: str = "resnet18_cifar"  # a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`
+    mean: list[float] | None = None  # per channel, of [0, 1] pixels; by default that of the data set
+    std: list[float] | None = None  # as `mean`
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments, for instance {width: 64} for `cnn4`
+    bn_momentum: float | None = None  # weight of the new batch in the running statistics; None keeps the model's own
+    bn_first_step: bool = False  # after the first step the running statistics are those of its batch, as in DM_AT
+    # Training statistics on several processes. `local`: of the images that each process holds at a time, as in the
+    # published code; `groups`: of `bn_group_size` consecutive images of the global batch, the same for any number of
+    # processes; `sync`: of the global batch (GPUs only).
     bn: str = "local"
-    bn_group_size: int | None = None
+    bn_group_size: int | None = None  # for `groups`; each process must hold whole groups
 
     def __post_init__(self) -> None:
-        if self.bn not in BN_STATISTICS:
-            raise UserError(f"model.bn is '{self.bn}'. {did_you_mean(self.bn, BN_STATISTICS)}")
+        check_choice("model.bn", self.bn, BN_STATISTICS)
         if (self.bn == "groups") != (self.bn_group_size is not None):
             raise UserError("model.bn groups and model.bn_group_size go together: set both or neither.")
-        if self.bn_group_size is not None and self.bn_group_size < 2:
-            raise UserError(f"model.bn_group_size is {self.bn_group_size}; it must be at least 2.")
-        if self.bn_momentum is not None and not 0.0 <= self.bn_momentum <= 1.0:
-            raise UserError(f"model.bn_momentum is {self.bn_momentum}; it must be in [0, 1].")
+        size, momentum = self.bn_group_size, self.bn_momentum
+        check_value("model.bn_group_size", size, size is None or size >= 2, "at least 2")
+        check_value("model.bn_momentum", momentum, momentum is None or 0.0 <= momentum <= 1.0, "in [0, 1]")
 
 
 class Normalised(nn.Module):
@@ -81,18 +70,16 @@ class Normalised(nn.Module):
     std: Tensor
     last_layer: str
 
-    def __init__(
-        self, num_classes: int, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> None:
+    def __init__(self, num_classes: int, in_chans: int, mean: Channels, std: Channels) -> None:
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
-        for name, given, cifar10 in (("mean", mean, CIFAR10_MEAN), ("std", std, CIFAR10_STD)):
-            values = given if given is not None else (cifar10 if in_chans == 3 else (0.5,))
+        cifar10 = DATASETS["cifar10"]
+        for name, given, default in (("mean", mean, cifar10.mean), ("std", std, cifar10.std)):
+            default = default if in_chans == 3 else (0.5,)
+            values = [float(value) for value in (default if given is None else given)]
             if len(values) not in (1, in_chans):
-                raise UserError(
-                    f"The model has {in_chans} input channels but {len(values)} values of {name}: {list(values)}."
-                )
-            values = [float(value) for value in values] * (in_chans if len(values) == 1 else 1)
+                raise UserError(f"The model has {in_chans} input channels but {len(values)} values of {name}: {given}.")
+            values *= in_chans // len(values)
             if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
                 wanted = "finite" if name == "mean" else "positive"
                 raise UserError(f"The {name} of the normalisation must be {wanted}, not {values}.")
@@ -105,9 +92,6 @@ class Normalised(nn.Module):
     def normalise(self, x: Tensor) -> Tensor:
         """(x - mean) / std."""
         return (x - self.mean) / self.std
-
-
-# ---- WideResNet of the generated-data recipe ------------------------------------------------------------------------
 
 
 class WideBlock(nn.Module):
@@ -152,8 +136,8 @@ class WideResNet(Normalised):
         width: int,
         activation: str = "silu",
         num_classes: int = 10,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         in_chans: int = 3,
     ) -> None:
         super().__init__(num_classes, in_chans, mean, std)
@@ -161,8 +145,7 @@ class WideResNet(Normalised):
             raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
         if width < 1:
             raise UserError(f"The width of a WideResNet is a factor of 1 or more, not {width}.")
-        if activation not in ACTIVATIONS:
-            raise UserError(f"Unknown activation '{activation}'. {did_you_mean(activation, ACTIVATIONS)}")
+        check_choice("The activation of a WideResNet", activation, ACTIVATIONS)
         act, blocks = ACTIVATIONS[activation], (depth - 4) // 6
         planes = [16, 16 * width, 32 * width, 64 * width]
         self.num_features = planes[3]
@@ -187,9 +170,6 @@ class WideResNet(Normalised):
         return self.logits(self.activation(self.batchnorm(out)).mean((2, 3)))
 
 
-# ---- ResNet-18 for 32 x 32 ------------------------------------------------------------------------------------------
-
-
 class BasicBlock(nn.Module):
     """Post-activation block of two 3 x 3 convolutions."""
 
@@ -201,9 +181,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
-            )
+            projection = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -211,21 +190,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(Normalised):
-    """ResNet-18 (He et al. 2016) for CIFAR: a 3 x 3 stem and no pooling before the stages.
-
-    Args:
-        num_classes, in_chans, mean, std: as for `WideResNet`.
-    """
+    """ResNet-18 (He et al. 2016) for CIFAR: 3 x 3 stem, no pooling before the stages. Arguments as for `WideResNet`."""
 
     last_layer = "linear"
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_chans: int = 3, mean: Channels = None, std: Channels = None) -> None:
         super().__init__(num_classes, in_chans, mean, std)
         self.num_features = 512
         self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
@@ -240,9 +209,6 @@ class ResNet18(Normalised):
         out = F.relu(self.bn1(self.conv1(self.normalise(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))
-
-
-# ---- small CNN ------------------------------------------------------------------------------------------------------
 
 
 class Cnn4(Normalised):
@@ -262,8 +228,8 @@ class Cnn4(Normalised):
         self,
         num_classes: int = 10,
         in_chans: int = 1,
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.5,),
+        mean: Channels = (0.5,),
+        std: Channels = (0.5,),
         width: int = 32,
         hidden: int = 128,
     ) -> None:
@@ -289,12 +255,12 @@ class Cnn4(Normalised):
         return self.classifier(self.features(self.normalise(x)))
 
 
-# ---- timm's registry ------------------------------------------------------------------------------------------------
-
-
-def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def timm_cfg(
+    first_conv: str | None, classifier: str | None, input_size: tuple[int, int, int], num_classes: int = 10
+) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a model with its normalisation inside; `input_size` is (C, H, W)."""
     return {
-        "num_classes": 10,
+        "num_classes": num_classes,
         "input_size": input_size,
         "fixed_input_size": False,
         "crop_pct": 1.0,
@@ -306,14 +272,13 @@ def _cfg(first_conv: str, classifier: str, input_size: tuple[int, int, int]) -> 
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "wrn28_10_silu.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
-        "wrn28_10.untrained": _cfg("init_conv", "logits", (3, 32, 32)),
-        "resnet18_cifar.untrained": _cfg("conv1", "linear", (3, 32, 32)),
-        "cnn4.untrained": _cfg("features.0", "classifier", (1, 28, 28)),
-    }
-)
+_CFGS: dict[str, Any] = {
+    "wrn28_10_silu.untrained": timm_cfg("init_conv", "logits", (3, 32, 32)),
+    "wrn28_10.untrained": timm_cfg("init_conv", "logits", (3, 32, 32)),
+    "resnet18_cifar.untrained": timm_cfg("conv1", "linear", (3, 32, 32)),
+    "cnn4.untrained": timm_cfg("features.0", "classifier", (1, 28, 28)),
+}
+default_cfgs = generate_default_cfgs(_CFGS)
 
 
 @register_model
@@ -349,13 +314,8 @@ def model_arguments(
 
     `mean` and `std` are those of the data set, for a spec without its own.
     """
-    return {
-        **spec.kwargs,
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "mean": [float(value) for value in (spec.mean or mean)],
-        "std": [float(value) for value in (spec.std or std)],
-    }
+    constants = {"mean": [*map(float, spec.mean or mean)], "std": [*map(float, spec.std or std)]}
+    return {**spec.kwargs, "num_classes": num_classes, "in_chans": in_chans, **constants}
 
 
 def create(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -365,14 +325,13 @@ def create(name: str, arguments: dict[str, Any]) -> nn.Module:
         UserError: timm does not know the name, or the model does not take the arguments.
     """
     if not timm.is_model(name):
-        known = did_you_mean(name, default_cfgs)
-        raise UserError(f"Unknown model '{name}' (model.name). {known} Any timm model can be used.")
+        nearest = did_you_mean(name, default_cfgs)
+        raise UserError(f"Unknown model '{name}' (model.name). {nearest} Any timm model can be used.")
     try:
         return timm.create_model(name, **arguments)
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
-        # Constructors raise any of these for arguments that they do not expect.
-        raise UserError(
-            f"The model '{name}' does not take these arguments (model.kwargs): {first_line(error).rstrip('.')}."
-        ) from error
+        # Constructors raise any of these for unexpected arguments.
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {reason}.") from error

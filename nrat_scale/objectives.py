@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean
 from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, label_sums, mean_predictions, plugin_smoothed, upcast
 
 FAMILIES = ("natural", "at", "trades", "mart")
-SMOOTHING_MODES = ("off", "mixed", "plugin")
-# Fields of `ObjectiveSpec` that only a preset sets: they are not recipe keys, and recipe.yaml does not hold them.
+# Fields of `ObjectiveSpec` that only a preset sets; they are neither recipe keys nor stored in recipe.yaml.
 PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 
 
@@ -32,69 +31,42 @@ PRESET_ONLY = ("family", "loss", "divergence", "init", "bn")
 class ObjectiveSpec:
     """One objective as data; `OBJECTIVES` holds the published ones, and a recipe may change their constants.
 
-    Attributes:
-        name: key of `OBJECTIVES`.
-        family: one of `FAMILIES`.
-        loss: C, a key of `LOSSES`.
-        divergence: D, a key of `DIVERGENCES`, for the family `trades` only.
-        lam: weight of the divergence, or of MART's regulariser.
-        inner: what the attack maximises: a key of `LOSSES` or of `DIVERGENCES`.
-        smoothing: label smoothing s in [0, 1).
-        smoothing_mode: `off`; `mixed`: the losses of the labels are mixed; `plugin`: the smoothed label enters RCE's
-            logarithm.
-        init, bn: defaults of `threat.init` and `threat.bn`.
-        a, b: weights of NCE and RCE in NCE+RCE (Ma et al. use 1, 10 on MNIST).
-
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
     """
 
-    name: str
-    family: str
-    loss: str
-    divergence: str = ""
-    lam: float = 0.0
-    inner: str = "ce"
-    smoothing: float = 0.0
-    smoothing_mode: str = "off"
-    init: str = "normal"
-    bn: str = "eval"
-    a: float = 1.0
-    b: float = 1.0
+    name: str  # key of `OBJECTIVES`
+    family: str  # one of `FAMILIES`
+    loss: str  # C, a key of `LOSSES`
+    divergence: str = ""  # D, a key of `DIVERGENCES`, for the family `trades` only
+    lam: float = 0.0  # weight of the divergence, or of MART's regulariser
+    inner: str = "ce"  # what the attack maximises: a key of `LOSSES` or of `DIVERGENCES`
+    smoothing: float = 0.0  # label smoothing s in [0, 1)
+    smoothing_mode: str = "off"  # `mixed`: mix the losses of the labels; `plugin`: smooth the label in RCE's logarithm
+    init: str = "normal"  # default of `threat.init`
+    bn: str = "eval"  # default of `threat.bn`
+    a: float = 1.0  # weight of NCE in NCE+RCE
+    b: float = 1.0  # weight of RCE in NCE+RCE (Ma et al. use a = 1, b = 10 on MNIST)
 
     def __post_init__(self) -> None:
-        for name, choice, known in (
-            ("family", self.family, FAMILIES),
-            ("loss", self.loss, LOSSES),
-            ("inner", self.inner, {**LOSSES, **DIVERGENCES}),
-            ("smoothing_mode", self.smoothing_mode, SMOOTHING_MODES),
-        ):
-            if choice not in known:
-                raise UserError(f"objective.{name} is '{choice}'. {did_you_mean(choice, known)}")
-        if self.family == "trades" and self.divergence not in DIVERGENCES:
-            raise UserError(
-                f"objective.divergence is '{self.divergence}'. {did_you_mean(self.divergence, DIVERGENCES)}"
-            )
-        if self.family != "trades" and self.divergence:
+        check_choice("objective.family", self.family, FAMILIES)
+        check_choice("objective.loss", self.loss, LOSSES)
+        check_choice("objective.inner", self.inner, {**LOSSES, **DIVERGENCES})
+        check_choice("objective.smoothing_mode", self.smoothing_mode, ("off", "mixed", "plugin"))
+        if self.family == "trades":
+            check_choice("objective.divergence", self.divergence, DIVERGENCES)
+        elif self.divergence:
             raise UserError(f"objective.divergence is '{self.divergence}', but the family '{self.family}' has none.")
         if self.inner in DIVERGENCES and self.family in ("natural", "at"):
-            raise UserError(
-                f"objective.inner '{self.inner}' needs natural predictions, which {self.name} does not have: use ce."
-            )
-        if not 0.0 <= self.smoothing < 1.0:
-            raise UserError(f"objective.smoothing is {self.smoothing}; it must be in [0, 1).")
+            raise UserError(f"objective.inner '{self.inner}' needs natural logits, which {self.name} lacks: use ce.")
+        check_value("objective.smoothing", self.smoothing, 0.0 <= self.smoothing < 1.0, "in [0, 1)")
         if self.smoothing and self.smoothing_mode == "off":
-            raise UserError(
-                f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off' "
-                f"(the default of {self.name}). Choose mixed or plugin, or set the smoothing to 0."
-            )
+            conflict = f"objective.smoothing is {self.smoothing} but objective.smoothing_mode is 'off'"
+            raise UserError(f"{conflict}. Choose mixed or plugin, or set the smoothing to 0.")
         if self.smoothing_mode == "plugin" and self.loss != "nce_rce":
-            raise UserError(
-                f"objective.smoothing_mode 'plugin' is for NCE+RCE; {self.name} trains with {self.loss}: use mixed."
-            )
+            raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"objective.{name} is {weight}; it must be finite and 0 or more.")
+            check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -125,11 +97,8 @@ def preset(name: str) -> ObjectiveSpec:
     return OBJECTIVES[name]
 
 
-# ---- MART (Wang et al. 2020) ----------------------------------------------------------------------------------------
-
-
 def _mart_margin(logits_adv: Tensor, y: Tensor) -> Tensor:
-    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: the second half of MART's BCE."""
+    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: second half of MART's BCE (Wang et al. 2020)."""
     p_adv = logits_adv.softmax(1)
     others = p_adv.scatter(1, y[:, None], -1.0)
     return -(1.0001 - others.amax(1) + 1e-12).log()
@@ -143,9 +112,6 @@ def _mart_regulariser(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
     return kl * (1.0000001 - p.gather(1, y[:, None]).squeeze(1))
 
 
-# ---- families -------------------------------------------------------------------------------------------------------
-
-
 class Objective(nn.Module):
     """The inner and outer loss that an `ObjectiveSpec` describes.
 
@@ -154,7 +120,7 @@ class Objective(nn.Module):
 
     Args:
         spec: what to compute.
-        num_classes: K, lets IKL keep class means across steps; without it they are those of the batch.
+        num_classes: K, for IKL's class means across steps; None uses the means of each batch.
     """
 
     class_sums: Tensor | None
@@ -163,16 +129,13 @@ class Objective(nn.Module):
     def __init__(self, spec: ObjectiveSpec, num_classes: int | None = None) -> None:
         super().__init__()
         self.spec, self.family = spec, spec.family
-        keeps_means = num_classes is not None and "ikl" in (spec.divergence, spec.inner)
-        self.register_buffer("class_sums", torch.zeros(num_classes or 0, num_classes or 0) if keeps_means else None)
-        self.register_buffer("class_counts", torch.zeros(num_classes or 0) if keeps_means else None)
-
-    def extra_repr(self) -> str:
-        return str(self.spec)
+        k = num_classes if "ikl" in (spec.divergence, spec.inner) else None
+        self.register_buffer("class_sums", None if k is None else torch.zeros(k, k))
+        self.register_buffer("class_counts", None if k is None else torch.zeros(k))
 
     @property
     def attacks(self) -> bool:
-        """Whether training needs adversarial images at all."""
+        """Whether training needs adversarial images."""
         return self.family != "natural"
 
     @property
@@ -203,32 +166,24 @@ class Objective(nn.Module):
             y: int64 [B], or probabilities [B, K] except for MART.
         """
         spec = self.spec
-        if self.family == "at":
-            assert logits_adv is not None
-            return self._classify(spec.loss, logits_adv, y, spec.smoothing)
-        assert logits is not None
-        if self.family == "natural":
-            return self._classify(spec.loss, logits, y, spec.smoothing)
-        assert logits_adv is not None
+        classified = logits if self.family in ("natural", "trades") else logits_adv
+        assert classified is not None
+        outer = self._classify(spec.loss, classified, y, spec.smoothing)
+        if self.family in ("natural", "at"):
+            return outer
+        assert logits is not None and logits_adv is not None
         if self.family == "trades":
-            outer = self._classify(spec.loss, logits, y, spec.smoothing)
             return outer + spec.lam * self._diverge(spec.divergence, logits, logits_adv, y)
         if y.ndim != 1:
-            raise UserError(
-                "MART needs hard labels (its margin and weight name one class); soft labels cannot be used."
-            )
+            raise UserError("MART needs hard labels, because its margin and weight name one class.")
         logits, logits_adv = upcast(logits), upcast(logits_adv)
-        outer = self._classify(spec.loss, logits_adv, y, spec.smoothing)
         if spec.loss == "ce":
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
 
-    def loss(
-        self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, weights: Tensor | None = None
-    ) -> Tensor:
-        """The mean of `per_sample`, or its mean under `weights` [B] (sum w l / sum w): a scalar."""
-        losses = self.per_sample(logits, logits_adv, y)
-        return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
+    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+        """The mean of `per_sample`: a scalar."""
+        return self.per_sample(logits, logits_adv, y).mean()
 
     @torch.no_grad()
     def update(self, logits: Tensor | None, y: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:

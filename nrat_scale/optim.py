@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,61 +12,40 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, check_choice, check_value
 
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("constant", "multistep", "onecycle", "cosine")
-PERIODS = ("epoch", "step")
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_FUSED_DEVICES = ("cpu", "cuda")
+BIASES = ("bias", "in_proj_bias", "bias_k", "bias_v")  # the last three of MultiheadAttention
 
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """The optimizer and its schedule.
+    """The optimizer and its schedule."""
 
-    Attributes:
-        name: `sgd`, as in all published recipes, or `adamw`, with which small models without BatchNorm start better.
-        lr: (peak) learning rate.
-        momentum: of SGD, or AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95, torch's default.
-        weight_decay: L2 penalty (decoupled for AdamW).
-        decay_norms: decay the parameters of norm layers (BatchNorm, GroupNorm, LayerNorm, ...) too (DM_AT: no; the
-            paper's ResNet-18 tables: yes).
-        decay_biases: decay the biases of all other layers too (DM_AT: yes).
-        nesterov: Nesterov's momentum.
-        schedule: `constant`; `multistep` (times `gamma` at each of `milestones`, in epochs); `onecycle` (cosine with its
-            peak after `pct_start` of the run); `cosine` (from `lr` to 0 at the end of the last epoch).
-        per: `epoch` or `step`, how often `onecycle` and `cosine` change; the others always change between epochs.
-    """
-
-    name: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_norms: bool = True
-    decay_biases: bool = True
+    name: str = "sgd"  # as in all published recipes; `adamw` starts better with small models without BatchNorm
+    lr: float = 0.1  # of a schedule with a peak, the peak
+    momentum: float = 0.9  # of SGD, or AdamW's first beta; `onecycle` cycles it 0.95 -> 0.85 -> 0.95, torch's default
+    weight_decay: float = 5e-4  # L2 penalty; decoupled for AdamW
+    decay_norms: bool = True  # decay norm layers too (BatchNorm, LayerNorm, ...); DM_AT: no, the paper's ResNet-18: yes
+    decay_biases: bool = True  # decay the biases of all other layers too; DM_AT: yes
     nesterov: bool = False
+    # `constant`; `multistep`: times `gamma` at each of `milestones`, in epochs; `onecycle`: cosine with its peak after
+    # `pct_start` of the run; `cosine`: from `lr` to 0 at the end of the last epoch.
     schedule: str = "multistep"
-    per: str = "epoch"
+    per: str = "epoch"  # or `step`, how often `onecycle` and `cosine` change; the others always change between epochs
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     pct_start: float = 0.025
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr is {self.lr}; it must be greater than 0.")
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"optim.name is '{self.name}'. {did_you_mean(self.name, OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optim.schedule is '{self.schedule}'. {did_you_mean(self.schedule, SCHEDULES)}")
-        if self.per not in PERIODS:
-            raise UserError(f"optim.per is '{self.per}'. {did_you_mean(self.per, PERIODS)}")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optim.momentum is {self.momentum}; it must be in [0, 1).")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"optim.weight_decay is {self.weight_decay}; it must be 0 or more.")
-        if not 0 < self.pct_start < 1:
-            raise UserError(f"optim.pct_start is {self.pct_start}; it is a fraction of the run, in (0, 1).")
+        check_choice("optim.name", self.name, OPTIMIZERS)
+        check_choice("optim.schedule", self.schedule, ("constant", "multistep", "onecycle", "cosine"))
+        check_choice("optim.per", self.per, ("epoch", "step"))
+        check_value("optim.lr", self.lr, self.lr > 0, "greater than 0")
+        check_value("optim.momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        check_value("optim.weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
+        check_value("optim.pct_start", self.pct_start, 0 < self.pct_start < 1, "a fraction of the run, in (0, 1)")
         if self.nesterov and not self.momentum > 0:
             raise UserError("optim.nesterov needs optim.momentum greater than 0.")
 
@@ -77,49 +56,38 @@ def build_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
     It is fused if torch supports that (floating point on a CPU or CUDA). A fused step changes neither parameters nor state
     while `optimizer.found_inf` is a tensor of shape [] that holds 1. Call this after the model is on its device.
     """
-    undecayed = _undecayed(model, spec)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p not in undecayed]},
-        {"params": [p for p in model.parameters() if p in undecayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in model.parameters())
+    parameters, undecayed = list(model.parameters()), _undecayed(model, spec)
+    decayed = {"params": [p for p in parameters if p not in undecayed]}
+    others = {"params": [p for p in parameters if p in undecayed], "weight_decay": 0.0}
+    groups = [group for group in (decayed, others) if group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    shared: dict[str, Any] = {"lr": spec.lr, "weight_decay": spec.weight_decay, "fused": fused}
     if spec.name == "adamw":
-        betas = (spec.momentum, 0.999)
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay, fused=fused)
-    return torch.optim.SGD(
-        groups, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov, fused=fused
-    )
+        return torch.optim.AdamW(groups, betas=(spec.momentum, 0.999), **shared)
+    return torch.optim.SGD(groups, momentum=spec.momentum, nesterov=spec.nesterov, **shared)
 
 
 def _undecayed(model: nn.Module, spec: OptimSpec) -> set[nn.Parameter]:
-    """The parameters without weight decay; a parameter shared by several layers has none if any of them has none."""
+    """The parameters without weight decay. A parameter that several layers share has none if one of them has none."""
     found: set[nn.Parameter] = set()
     for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
         if isinstance(module, NORMS):
-            found |= set() if spec.decay_norms else set(module.parameters(recurse=False))
-        else:
-            found |= set() if spec.decay_biases else set(_biases(module))
+            found |= set() if spec.decay_norms else set(own.values())
+        elif not spec.decay_biases:
+            found |= {own[name] for name in BIASES if name in own}
     return found
 
 
-def _biases(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The biases of one layer: `bias` of Linear, convolutions and the like, and the three of attention."""
-    own = dict(module.named_parameters(recurse=False))
-    several = ("in_proj_bias", "bias_k", "bias_v") if isinstance(module, nn.MultiheadAttention) else ("bias",)
-    return (own[name] for name in several if name in own)
-
-
 def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of SGD a momentum of 0, so that its first step may be skipped; other optimizers need nothing.
+    """Initialise SGD's momentum buffers to 0, so that its first step may be skipped; other optimizers stay unchanged.
 
     Fused SGD allocates the buffers in its first step and leaves them uninitialised if `found_inf` skips that step. A first
     step from 0 equals one without a buffer.
     """
     if isinstance(optimizer, torch.optim.SGD):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rates(spec: OptimSpec, epochs: int, steps_per_epoch: int) -> list[tuple[float, float]]:
@@ -140,13 +108,12 @@ def schedule_table(spec: OptimSpec, count: int) -> list[tuple[float, float]]:
     elif spec.schedule == "cosine":
         scheduler = CosineAnnealingLR(optimizer, T_max=count)
     else:
-        milestones = spec.milestones if spec.schedule == "multistep" else []
-        scheduler = MultiStepLR(optimizer, milestones=milestones, gamma=spec.gamma)
-    table = []
+        scheduler = MultiStepLR(optimizer, spec.milestones if spec.schedule == "multistep" else [], spec.gamma)
+    table, (group,) = [], optimizer.param_groups
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "optimizer.step() before": this optimizer never steps
         for number in range(count):
-            table.append((float(optimizer.param_groups[0]["lr"]), float(optimizer.param_groups[0]["momentum"])))
+            table.append((float(group["lr"]), float(group["momentum"])))
             if number + 1 < count:
                 scheduler.step()
     return table

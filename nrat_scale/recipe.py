@@ -1,15 +1,13 @@
 """A recipe: one YAML file that composes the specs of the modules below into a complete experiment.
 
-Values are layered, later ones win: defaults of the specs < the objective's preset < the recipe file < overrides from
-the command line. The specs check them once, here, and they never change afterwards.
+Later layers win: defaults of the specs < the objective's preset < the recipe file < overrides from the command line.
+A spec validates its values when it is built and is immutable afterwards.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,20 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
-from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
 from nrat_scale.weights import AwpSpec, EmaSpec
 
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
-RESUMES = ("auto", "never")
-# Retired keys that stored recipes may hold: key -> (old default, dropped silently; reason). None was part of the identity.
-RETIRED: dict[str, tuple[Any, str]] = {
-    "data.workers": (0, "a thread of the training process gathers batches faster than loader processes did"),
-}
-# Keys that may change when a run is resumed: they decide where, how fast and how long it runs, not what it computes.
+# Retired keys of stored recipes: key -> (old default, dropped silently; reason, printed if another value is dropped).
+RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
+# Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
     "run_dir",
     "resume",
@@ -56,83 +50,50 @@ _NOT_IDENTITY = (
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Length of a run, and how often it validates and saves.
+    """Length of a run, how often it validates and saves, and how fast it computes."""
 
-    Attributes:
-        epochs: length of the schedule.
-        max_steps: stop after this many optimizer steps in all; the schedule remains that of `epochs`.
-        accumulate: micro-batches per step, whose gradients are averaged; each process holds
-            batch_size / (processes * accumulate) images at a time.
-        max_grad_norm: clip the gradient to this norm.
-        validate_every: epochs between validations.
-        validation_attack: `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps.
-        save_every: epochs between checkpoints.
-        keep: how many of the newest checkpoints to keep besides the best.
-        log_every: steps between lines of progress.
-        channels_last: channels-last memory format for images and weights, in which convolutions are fastest.
-        fold_batchnorm: fold BatchNorm into convolutions while attacking with `threat.bn: eval`.
-        compile: torch.compile for attack and training: `auto` (on CUDA, and eager if it fails), `true` or `false`.
-        timeout_minutes: the run ends if a process does not answer the others for this long; it must exceed the time
-            that the main process takes to verify the data.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: int = 1  # length of the schedule
+    max_steps: int | None = None  # stop after this many optimizer steps in all; the schedule remains that of `epochs`
+    # Micro-batches per step, whose gradients are averaged; a process holds batch_size / (processes * accumulate) images.
     accumulate: int = 1
-    max_grad_norm: float | None = None
-    validate_every: int = 1
-    validation_attack: str = "pgd10"
-    save_every: int = 1
-    keep: int = 1
-    log_every: int = 50
-    channels_last: bool = True
-    fold_batchnorm: bool = True
-    compile: bool | str = "auto"
+    max_grad_norm: float | None = None  # clip the gradient to this norm
+    validate_every: int = 1  # epochs between validations
+    validation_attack: str = "pgd10"  # `pgdN` or `cwN`, N steps, on the held-out images at the recipe's eps
+    save_every: int = 1  # epochs between checkpoints
+    keep: int = 1  # newest checkpoints to keep besides the best
+    log_every: int = 50  # steps between progress lines
+    channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
+    fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
+    compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
+    # Timeout of collectives between processes. It must exceed the time in which the main process verifies the data.
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "validate_every", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.timeout_minutes > 0:
-            raise UserError(f"train.timeout_minutes is {self.timeout_minutes}; it must be greater than 0.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise UserError(f"train.max_steps is {self.max_steps}; it must be at least 1.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UserError(f"train.max_grad_norm is {self.max_grad_norm}; it must be greater than 0.")
-        if not re.fullmatch(r"(pgd|cw)[1-9][0-9]*", self.validation_attack):
-            raise UserError(f"train.validation_attack is '{self.validation_attack}'; write pgd10, cw40 or the like.")
-        if self.compile not in ("auto", True, False):
-            raise UserError(f"train.compile is '{self.compile}'; it must be auto, true or false.")
+        for name in ("epochs", "max_steps", "accumulate", "validate_every", "save_every", "keep", "log_every"):
+            value = getattr(self, name)
+            check_value(f"train.{name}", value, value is None or value >= 1, "at least 1")
+        for name in ("max_grad_norm", "timeout_minutes"):
+            value = getattr(self, name)
+            check_value(f"train.{name}", value, value is None or value > 0, "greater than 0")
+        known = re.fullmatch(r"(pgd|cw)[1-9][0-9]*", self.validation_attack) is not None
+        check_value("train.validation_attack", self.validation_attack, known, "pgdN or cwN, for instance pgd10 or cw40")
+        check_value("train.compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
 
 
 @dataclass(frozen=True)
 class ReleaseSpec:
-    """Checkpoints to publish while a run trains.
+    """Checkpoints to publish while a run trains, uploaded by `python -m nrat_scale.release RUN --push REPO --queued`."""
 
-    Attributes:
-        every_epochs: epochs between copies of the verified checkpoint in `RUN/releases`, which pruning does not touch;
-            `python -m nrat_scale.release RUN --push user/repo --queued` uploads them. None: no copies.
-    """
-
-    every_epochs: int | None = None
+    every_epochs: int | None = None  # epochs between copies of the checkpoint in `RUN/releases`, which are never pruned
 
     def __post_init__(self) -> None:
-        if self.every_epochs is not None and self.every_epochs < 1:
-            raise UserError(f"release.every_epochs is {self.every_epochs}; it must be at least 1.")
+        holds = self.every_epochs is None or self.every_epochs >= 1
+        check_value("release.every_epochs", self.every_epochs, holds, "at least 1")
 
 
 @dataclass(frozen=True)
 class RecipeSpec:
     """A complete experiment.
-
-    Attributes:
-        threat, data, model, objective, optim, ema, awp, train, guard, release: see the specs.
-        name: of the recipe; by default its file's name.
-        run_dir: folder that the run is written to, by default `runs/<name>`.
-        seed: of weights, sample plan, augmentation and attack noise (label noise has its own).
-        precision: `fp32`, `bf16`, `fp16` (autocast) or `fp64` (everything, to test exactness).
-        resume: `auto` continues from the newest checkpoint of the same recipe; `never` requires an empty run directory.
 
     Raises:
         UserError: a value is unknown, or two specs contradict each other.
@@ -148,16 +109,15 @@ class RecipeSpec:
     train: TrainSpec = field(default_factory=TrainSpec)
     guard: GuardSpec = field(default_factory=GuardSpec)
     release: ReleaseSpec = field(default_factory=ReleaseSpec)
-    name: str = ""
-    run_dir: str = ""
-    seed: int = 0
-    precision: str = "fp32"
-    resume: str = "auto"
+    name: str = ""  # by default the file's name
+    run_dir: str = ""  # folder that the run is written to, by default `runs/<name>`
+    seed: int = 0  # of weights, sample plan, augmentation and attack noise; label noise has its own
+    precision: str = "fp32"  # or `bf16`, `fp16` (autocast), `fp64` (everything, to test exactness)
+    resume: str = "auto"  # resume from the newest checkpoint of this recipe; `never` requires an empty run directory
 
     def __post_init__(self) -> None:
-        for name, choice, known in (("precision", self.precision, PRECISIONS), ("resume", self.resume, RESUMES)):
-            if choice not in known:
-                raise UserError(f"{name} is '{choice}'. {did_you_mean(choice, known)}")
+        check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
+        check_choice("resume", self.resume, ("auto", "never"))
         if self.objective.family == "mart" and self.data.augment.cutmix:
             raise UserError("data.augment.cutmix mixes labels, but MART needs hard labels. Set it to 0.")
 
@@ -175,17 +135,17 @@ def _values(recipe: RecipeSpec) -> dict[str, Any]:
     return values
 
 
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
-    """Dotted key -> value of everything that decides what is computed."""
-
-    def flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict) and value:
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return {key: value for key, value in flat(_values(recipe), "") if key not in _NOT_IDENTITY}
+    return {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
@@ -219,16 +179,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
         container = OmegaConf.to_container(given, resolve=True)
         assert isinstance(container, dict)
         raw = _known_keys(container, RecipeSpec, "", path)
-        name = str(raw.get("name") or path.stem)
-        defaults = {"name": name, "run_dir": f"runs/{name}"}
-        raw = {key: value for key, value in raw.items() if value or key not in defaults}
+        raw["name"] = raw.get("name") or path.stem
+        raw["run_dir"] = raw.get("run_dir") or f"runs/{raw['name']}"
         _normalise(raw)
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), defaults, _preset(raw), raw))
-    except UserError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{path}: {key}{_one_line(error)}") from error
+        spec = preset(str(raw.get("objective", {}).get("name", "nrat")))
+        layer = {"objective": dataclasses.asdict(spec), "threat": {"init": spec.init, "bn": spec.bn}}
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
+    except (UserError, OmegaConfBaseException) as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {key + ': ' if key else ''}{_one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
     return recipe
 
@@ -238,10 +197,8 @@ def _read_yaml(path: Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"The recipe {path} is not valid YAML: {_one_line(error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The recipe {path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"The recipe {path} must be a mapping of keys to values.")
     return loaded
@@ -258,43 +215,35 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dict[str, Any]:
-    """`raw` without retired keys; an unknown key raises `UserError` with the nearest known one."""
-    hints = typing.get_type_hints(spec)
-    if spec is ObjectiveSpec:
-        hints = {key: hint for key, hint in hints.items() if key not in PRESET_ONLY}
+    """`raw` without retired keys; raises `UserError` for an unknown key, with the nearest known one."""
+    hidden = PRESET_ONLY if spec is ObjectiveSpec else ()
+    hints = {key: hint for key, hint in typing.get_type_hints(spec).items() if key not in hidden}
     kept = {}
     for key, value in raw.items():
         dotted = f"{prefix}{key}"
         if key in hints:
-            nested = dataclasses.is_dataclass(hints[key]) and isinstance(value, dict)
-            kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if nested else value
+            section = dataclasses.is_dataclass(hints[key])
+            if section and not isinstance(value, dict):
+                raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.")
+            kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
         elif dotted not in RETIRED:
             raise UserError(f"unknown key {quoted(dotted)}. {did_you_mean(str(key), hints)}")
-        elif value != RETIRED[dotted][0] and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.", file=sys.stderr, flush=True)
+        elif value != RETIRED[dotted][0]:
+            warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
 
 
 def _normalise(raw: dict[str, Any]) -> None:
     """Replace notation by values: `8/255` in `threat`, and `off`, which YAML 1.1 reads as False."""
-    objective, threat = raw.get("objective"), raw.get("threat")
-    if isinstance(objective, dict) and objective.get("smoothing_mode") is False:
+    objective, threat = raw.get("objective", {}), raw.get("threat", {})
+    if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
-    if isinstance(threat, dict):
-        for key in ("eps", "step"):
-            if isinstance(threat.get(key), str):
-                try:
-                    threat[key] = parse_fraction(threat[key])
-                except ValueError as error:
-                    raise UserError(f"threat.{key}: {error}") from error
-
-
-def _preset(raw: dict[str, Any]) -> dict[str, Any]:
-    """The layer of the objective's preset: plain data that recipe keys override."""
-    objective = raw.get("objective")
-    name = objective.get("name") if isinstance(objective, dict) else None
-    spec = preset("nrat" if name is None else str(name))
-    return {"objective": dataclasses.asdict(spec), "threat": {"init": spec.init, "bn": spec.bn}}
+    for key in ("eps", "step"):
+        if isinstance(threat.get(key), str):
+            try:
+                threat[key] = parse_fraction(threat[key])
+            except ValueError as error:
+                raise UserError(f"threat.{key}: {error}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,28 +11,20 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import check_value
 from nrat_scale.core.modes import attack_mode
-
-# ---- EMA ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """Exponential moving average of the parameters.
+    """Exponential moving average of the parameters."""
 
-    Attributes:
-        decay: final decay; 0 switches the EMA off.
-        warmup_fraction: fraction of all steps with decay 0; then the decay is min(decay, (1 + t) / (10 + t)).
-    """
-
-    decay: float = 0.0
-    warmup_fraction: float = 0.025
+    decay: float = 0.0  # final decay; 0 switches the EMA off
+    warmup_fraction: float = 0.025  # of all steps, with decay 0; then the decay is min(decay, (1 + t) / (10 + t))
 
     def __post_init__(self) -> None:
         for name in ("decay", "warmup_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"ema.{name} is {getattr(self, name)}; it must be in [0, 1).")
+            check_value(f"ema.{name}", getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
 
 
 def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
@@ -42,48 +34,27 @@ def build_ema(model: nn.Module, spec: EmaSpec, total_steps: int) -> ModelEmaV3:
     update_after_step - 1; gamma 9 and power 1 make that (1 + t) / (10 + t) with t = s - 1, counted from the end of the
     warm-up.
     """
-    warmup_steps = math.ceil(spec.warmup_fraction * total_steps)
-    return ModelEmaV3(
-        model,
-        decay=spec.decay,
-        update_after_step=warmup_steps - 2,
-        use_warmup=True,
-        warmup_gamma=9.0,
-        warmup_power=1.0,
-        exclude_buffers=True,
-    )
-
-
-# ---- AWP ------------------------------------------------------------------------------------------------------------
+    start = math.ceil(spec.warmup_fraction * total_steps) - 2
+    warmup: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9.0, "warmup_power": 1.0, "update_after_step": start}
+    return ModelEmaV3(model, decay=spec.decay, exclude_buffers=True, **warmup)
 
 
 @dataclass(frozen=True)
 class AwpSpec:
-    """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18).
+    """Adversarial weight perturbation (Wu et al. 2020; NRAT eq. 18)."""
 
-    Attributes:
-        gamma: norm of the perturbation relative to each weight's norm; 0 switches it off. 0.005 for TRADES and NRAT,
-            0.01 for PGD-AT.
-        warmup_epochs: epochs before the first perturbation (10 for TRADES and NRAT, 0 for PGD-AT).
-    """
-
+    # Norm of the perturbation relative to each weight's norm: 0.005 for TRADES and NRAT, 0.01 for PGD-AT, 0 for no AWP.
     gamma: float = 0.0
-    warmup_epochs: int = 10
+    warmup_epochs: int = 10  # before the first perturbation: 10 for TRADES and NRAT, 0 for PGD-AT
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.gamma < 1.0:
-            raise UserError(f"awp.gamma is {self.gamma}; it must be in [0, 1).")
-        if self.warmup_epochs < 0:
-            raise UserError(f"awp.warmup_epochs is {self.warmup_epochs}; it must be 0 or more.")
+        check_value("awp.gamma", self.gamma, 0.0 <= self.gamma < 1.0, "in [0, 1)")
+        check_value("awp.warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "0 or more")
 
 
 def perturbable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that AWP perturbs: more than one dimension and a name that ends in `weight`."""
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and name.endswith("weight")
-    ]
+    return [(name, weight) for name, weight in model.named_parameters() if weight.ndim > 1 and name.endswith("weight")]
 
 
 @contextmanager
@@ -101,19 +72,17 @@ def awp(
 
     Args:
         model: the bare module (not its DDP wrapper). The `.grad` of its parameters is not touched.
-        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. The
-            mean of a sequence is the loss over accumulated micro-batches.
+        loss_fn: the full outer loss, a scalar, called as `loss_fn(model)`, or `loss_fn()` if it needs no argument. A
+            sequence, for accumulated micro-batches, is averaged.
         gamma: see `AwpSpec`.
         reduce: averages a gradient over ranks before its norm is taken.
     """
-    names_and_weights = perturbable(model)
-    weights = [weight for _, weight in names_and_weights]
+    weights = [weight for _, weight in perturbable(model)]
     functions = list(loss_fn) if isinstance(loss_fn, Sequence) else [loss_fn]
     gradients = [torch.zeros_like(weight) for weight in weights]
     with attack_mode(model, "batch"):
         for function in functions:
-            loss = _call(function, model)
-            for total, gradient in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+            for total, gradient in zip(gradients, torch.autograd.grad(_call(function, model), weights), strict=True):
                 total.add_(gradient, alpha=1 / len(functions))
     shifts = []
     with torch.no_grad():
@@ -121,8 +90,7 @@ def awp(
             gradient = reduce(gradient)
             size = gradient.norm()
             shift = gamma * weight.norm() * gradient / (size + 1e-20)
-            # Skip the perturbation if the gradient is not finite: adding NaN cannot be undone. The step's own gradient
-            # check reports it.
+            # Skip a gradient that is not finite: adding NaN cannot be undone. The step's gradient check reports it.
             shifts.append(torch.where(size.isfinite(), shift, 0.0))
             weight.add_(shifts[-1])
     try:

@@ -17,7 +17,6 @@ from nrat_scale.attacks import (
     apply_noise,
     fraction_text,
     in_space,
-    initial_point,
     inside_ball,
     parse_fraction,
     pgd,
@@ -44,6 +43,10 @@ def _images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 
 def _labels(count: int, num_classes: int = 5) -> Tensor:
     return torch.arange(count) % num_classes
+
+
+def _start(x: Tensor, threat: ThreatSpec, generator: torch.Generator | None = None) -> Tensor:
+    return apply_noise(x, start_noise(x.shape, threat.init, x, generator), threat)
 
 
 def _cross_entropy(y: Tensor):
@@ -93,7 +96,7 @@ def test_zero_steps_give_the_projected_start(make_net, init):
     x = _images(4, 3, 8, 8)
     threat = ThreatSpec(8 / 255, 2 / 255, 0, init)
     x_adv = pgd(make_net(), x, _cross_entropy(_labels(4)), threat, generator=_generator(1))
-    assert torch.equal(x_adv, project(initial_point(x, threat, _generator(1)), x, threat.eps))
+    assert torch.equal(x_adv, project(_start(x, threat, _generator(1)), x, threat.eps))
 
 
 @pytest.mark.parametrize("name", ["pgd_at", "nrat", "mart", "dm_at"])
@@ -147,16 +150,16 @@ def test_uniform_start():
     """U(-eps, eps) in every pixel, then clamped to [0, 1]."""
     threat = ThreatSpec(0.1, 0.01, 1, "uniform")
     inside = torch.full((100, 1, 30, 30), 0.5, dtype=torch.float64)
-    noise = initial_point(inside, threat, _generator(0)) - inside
+    noise = _start(inside, threat, _generator(0)) - inside
     assert noise.abs().max() <= 0.1 and noise.abs().max() > 0.0999
     assert abs(noise.mean()) < 1e-3 and noise.std().item() == pytest.approx(0.1 / math.sqrt(3), rel=1e-2)
-    edge = initial_point(torch.zeros(100, 1, 30, 30), threat, _generator(0))
+    edge = _start(torch.zeros(100, 1, 30, 30), threat, _generator(0))
     assert edge.min() == 0 and (edge == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_normal_start():
     """x + 0.001 N(0, 1) and, as in TRADES, neither projected nor clamped."""
-    start = initial_point(torch.zeros(100, 1, 30, 30), ThreatSpec(0.0005, 0.01, 1, "normal"), _generator(0))
+    start = _start(torch.zeros(100, 1, 30, 30), ThreatSpec(0.0005, 0.01, 1, "normal"), _generator(0))
     assert start.std().item() == pytest.approx(0.001, rel=1e-2) and abs(start.mean()) < 1e-5
     assert start.min() < -0.002 and start.max() > 0.002
 
@@ -164,7 +167,7 @@ def test_normal_start():
 def test_normal01_start():
     """Algorithm 1 taken literally: x + N(0, 1), projected, so that nearly all pixels start on the surface of the ball."""
     x = torch.full((100, 1, 30, 30), 0.5, dtype=torch.float64)
-    noise = initial_point(x, ThreatSpec(0.1, 0.01, 1, "normal01"), _generator(0)) - x
+    noise = _start(x, ThreatSpec(0.1, 0.01, 1, "normal01"), _generator(0)) - x
     assert noise.abs().max() <= 0.1 + 1e-12
     surface = (noise.abs() > 0.1 - 1e-12).double().mean().item()
     assert surface == pytest.approx(math.erfc(0.1 / math.sqrt(2)), abs=0.01)
@@ -174,7 +177,7 @@ def test_zero_start():
     """The start is a copy of the natural image."""
     x = _images(2, 3, 4, 4)
     threat = dataclasses.replace(THREAT, init="zero")
-    for start in (initial_point(x, threat), apply_noise(x, torch.ones_like(x), threat)):
+    for start in (_start(x, threat), apply_noise(x, torch.ones_like(x), threat)):
         assert torch.equal(start, x) and start.data_ptr() != x.data_ptr()
 
 
@@ -182,7 +185,7 @@ def test_zero_start():
 def test_start_from_sliced_noise_equals_the_start_of_the_whole(init):
     """Noise of the global batch, sliced by rank as in training, gives the starts of a single process."""
     x, threat = _images(6, 3, 4, 4), dataclasses.replace(THREAT, init=init)
-    whole = initial_point(x, threat, _generator(5))
+    whole = _start(x, threat, _generator(5))
     noise = start_noise(x.shape, init, x, _generator(5))
     assert noise.dtype == x.dtype
     parts = [apply_noise(x[rows], noise[rows], threat) for rows in (slice(0, 2), slice(2, 6))]
@@ -352,7 +355,7 @@ def test_released_code_random_start_is_in_its_own_units(make_net, init):
     net, x = make_net().eval(), _images(4, 3, 8, 8)
     threat = dataclasses.replace(THREAT, space="released_code", init=init, num_steps=0)
     _, encode, decode = in_space(net, "released_code")
-    start = initial_point(encode(x), threat, _generator(2))
+    start = _start(encode(x), threat, _generator(2))
     x_adv = pgd(net, x, _cross_entropy(_labels(4)), threat, generator=_generator(2))
     torch.testing.assert_close(x_adv, decode(project(start, encode(x), threat.eps)), rtol=0, atol=1e-12)
     torch.testing.assert_close(decode(encode(x)), x, rtol=0, atol=1e-12)

@@ -164,7 +164,7 @@ def test_cnn4_takes_any_image_size(size):
         ("cnn4", {"mean": ("grey",)}, "does not take these arguments"),
         ("wrn28_10", {"depth": 11}, "depth 6 n \\+ 4 .*not 11"),
         ("wrn28_10", {"depth": 4}, "depth 6 n \\+ 4 .*not 4"),
-        ("wrn28_10", {"activation": "sliu"}, "Unknown activation 'sliu'. Did you mean 'silu'"),
+        ("wrn28_10", {"activation": "sliu"}, "activation of a WideResNet is 'sliu'. Did you mean 'silu'"),
         ("cnn4", {"wdith": 3}, "'cnn4' does not take these arguments .*wdith"),
         ("cnn4", {"width": -3}, "'cnn4' does not take these arguments"),
         ("resnet18_cifer", {}, "Did you mean 'resnet18_cifar'"),

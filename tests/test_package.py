@@ -32,6 +32,7 @@ assert timm.is_model("cnn4")
 
 
 @pytest.mark.parametrize("script", [CHEAP, REGISTRY, LOADING_REGISTERS], ids=["cheap", "registry", "loading"])
+@pytest.mark.medium
 def test_import_in_a_new_process(script):
     """`import nrat_scale` imports no torch; `import nrat_scale.models`, or the use of `nrat_scale.load`, fills timm's registry."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

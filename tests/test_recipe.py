@@ -88,7 +88,7 @@ def test_identity_is_what_is_computed() -> None:
         ("threat.eps=8", ["threat.eps is 8", "8/255"]),
         ("threat.eps=8/0", ["threat.eps", "'8/0' is not a number", "8/255"]),
         ("threat.bn=evil", ["threat.bn", "'eval'"]),
-        ("threat=3", ["ThreatSpec"]),
+        ("threat=3", ["threat is '3'; it must be a mapping of keys"]),
         ("train.epochs=many", ["train.epochs", "many"]),
         ("train.epochs=0", ["train.epochs is 0"]),
         ("train.validation_attack=aa", ["train.validation_attack", "pgd10"]),
@@ -150,7 +150,7 @@ def test_retired_keys_are_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert load_recipe(QUICK, ["data.threads=0", "train.turbo=1"]) == usual
     assert capsys.readouterr().err == ""
     assert load_recipe(QUICK, ["data.threads=4"]) == usual
-    assert capsys.readouterr().err == f"{QUICK}: data.threads is ignored: one thread suffices.\n"
+    assert capsys.readouterr().err == f"warning: {QUICK}: data.threads is ignored: one thread suffices.\n"
     with pytest.raises(UserError, match=r"unknown key 'data\.thread'"):
         load_recipe(QUICK, ["data.thread=4"])
 

@@ -30,6 +30,18 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(choices)}."
 
 
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `UserError` unless the recipe's `key` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{key} is '{value}'. {did_you_mean(value, choices)}")
+
+
+def check_value(key: str, value: object, holds: bool, bound: str) -> None:
+    """Raise `UserError` ("KEY is VALUE; it must be BOUND.") unless `holds`."""
+    if not holds:
+        raise UserError(f"{key} is {value}; it must be {bound}.")
+
+
 def printable(value: object) -> str:
     """`str(value)` with `?` for control characters and lone surrogates: text from a file must not control the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(value))

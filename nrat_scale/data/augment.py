@@ -1,8 +1,7 @@
 """Random crop, flip and CutMix on the device, in this order.
 
-Random numbers are drawn for every place of global batch `step` as a function of (seed, step), and each rank uses its
-slice: the augmentation of an image does not depend on the rank. A CutMix partner is the image at another place of the
-global batch, cropped and flipped as it is there.
+Each rank draws the random numbers of the whole global batch from (seed, step) and uses its slice, so the augmentation of
+an image does not depend on the rank. A CutMix partner is another image of the global batch, after its own crop and flip.
 """
 
 from dataclasses import dataclass
@@ -18,18 +17,11 @@ from nrat_scale.core.seeds import KeyedPermutation, torch_generator
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """Random augmentation of training images.
+    """Random augmentation of training images."""
 
-    Attributes:
-        crop: pixels of zero padding before a random crop back to the image size; 0 for none.
-        flip: mirror left to right with probability one half (not for digits).
-        cutmix: probability of CutMix (Yun et al. 2019, lambda ~ Beta(1, 1)): a rectangle comes from another image of the
-            batch, and the label is the mixture of both labels in proportion to the areas.
-    """
-
-    crop: int = 4
-    flip: bool = True
-    cutmix: float = 0.0
+    crop: int = 4  # pixels of zero padding before a random crop back to the image size; 0 for none
+    flip: bool = True  # mirror left to right with probability one half (not for digits)
+    cutmix: float = 0.0  # probability of CutMix
 
     def __post_init__(self) -> None:
         if self.crop < 0:
@@ -39,16 +31,12 @@ class AugmentSpec:
 
 
 def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:
-    """int64 [global_size]: the place whose image is cut into the image at each place of global batch `step`."""
+    """int64 [global_size]: for each place of global batch `step`, the place that its CutMix rectangle comes from."""
     return KeyedPermutation(global_size, seed, "cutmix partners", step)(np.arange(global_size))
 
 
 def crop_and_flip(images: Tensor, places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int) -> Tensor:
-    """Random crop and flip: uint8 [b, C, H, W] -> uint8 [b, C, H, W], on the device of `images`.
-
-    Args:
-        places: int64 [b] on the CPU, of the images in the global batch.
-    """
+    """Random crop and flip of uint8 [b, C, H, W]; `places` are their indices in the global batch, int64 [b] on the CPU."""
     generator = torch_generator("cpu", seed, "augment", step)
     offsets = torch.randint(0, 2 * spec.crop + 1, (global_size, 2), generator=generator)
     mirrored = torch.rand(global_size, generator=generator) < 0.5
@@ -75,11 +63,10 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Paste rectangles of `partners` into `images`, both [b, C, H, W] of any dtype and already cropped and flipped.
 
-    The rectangle has the aspect ratio of the image, a uniform centre, and the area 1 - lambda with lambda ~ U(0, 1)
-    before it is clipped at the border.
+    CutMix (Yun et al. 2019): before it is clipped at the border, the rectangle has the aspect ratio of the image, a uniform
+    centre, and the area 1 - lambda with lambda ~ Beta(1, 1). Labels are to be mixed in proportion to the areas.
 
-    Returns:
-        The images, and float32 [b] on their device: the fraction of each image's area that is still its own.
+    Returns the images, and float32 [b] on their device: the fraction of each image's area that is still its own.
     """
     height, width = images.shape[2:]
     generator = torch_generator("cpu", seed, "cutmix", step)
@@ -98,8 +85,8 @@ def cutmix(
 
 def _interval(centre: Tensor, half: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """[b] int64 start and end of the pixels within `half` (a fraction of `length`) of `centre`, clipped."""
-    ends = [((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1)]
-    return ends[0], ends[1]
+    start, end = (((centre + sign * half) * length).round().clamp(0, length).long() for sign in (-1, 1))
+    return start, end
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
-"""Planned samples -> batches of this rank.
+"""Gather this rank's batches, as the sample plan names them, out of memory maps or of resident images."""
 
-plan     step t -> source number and sample of each of the B places of the global batch
-fetch    remote shards: those of this window are needed now, those of the next are fetched in the background
-gather   this rank's places -> uint8 images [b, C, H, W], labels [b], out of memory maps or of resident images
-pin      if there is a GPU
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,26 +20,16 @@ from nrat_scale.data.spec import GENERATED
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of global batch `step`.
-
-    Attributes:
-        places: int64 [b] in the global batch; consecutive, but for `partners`.
-        images: uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident.
-        labels: int64 [b], as given.
-        clean_labels: int64 [b], `UNKNOWN_LABEL` if unknown.
-        generated: bool [b].
-        ids: int64 [b], source ids.
-        partners: the images that CutMix mixes in; None without CutMix.
-    """
+    """This rank's part of global batch `step`."""
 
     step: int
-    places: Tensor
-    images: Tensor
-    labels: Tensor
-    clean_labels: Tensor
-    generated: Tensor
-    ids: Tensor
-    partners: "Batch | None" = None
+    places: Tensor  # int64 [b] in the global batch; consecutive, but for `partners`
+    images: Tensor  # uint8 [b, C, H, W] in channels-last memory, on the device if the images are resident
+    labels: Tensor  # int64 [b], as given
+    clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
+    generated: Tensor  # bool [b]
+    ids: Tensor  # int64 [b], source ids
+    partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
     @property
     def first(self) -> int:
@@ -60,7 +45,7 @@ class Batch:
         if not torch.cuda.is_available():
             return self
         pinned = self._mapped(lambda column: column if column.is_cuda else column.pin_memory())
-        return replace(pinned, partners=self.partners.pinned() if self.partners is not None else None)
+        return replace(pinned, partners=self.partners and self.partners.pinned())
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         columns: dict[str, Any] = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -74,21 +59,16 @@ def to_nchw(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class PlannedBatches:
-    """This rank's batches of a sample plan.
-
-    Attributes:
-        cutmix_seed: of the CutMix partners; None gathers none.
-        resident: where the pixels are; None reads them out of memory maps.
-    """
+    """This rank's batches of a sample plan."""
 
     plan: SamplePlan
     sources: list[TrainingSource]
     rank: int
     world_size: int
-    cutmix_seed: int | None = None
-    resident: ResidentImages | None = None
+    cutmix_seed: int | None  # None gathers no partners
+    resident: ResidentImages | None  # None reads pixels out of memory maps
 
-    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+    def __call__(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches `start` .. `stop` - 1, while the shards of the next window are fetched in the background."""
         remote = {n: ShardPrefetcher(source.shards) for n, source in enumerate(self.sources) if source.shards.is_remote}
         try:
@@ -118,27 +98,23 @@ class PlannedBatches:
         generated = np.zeros(len(places), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
-            here, near = np.flatnonzero(numbers == number), self._near(number, step)
+            here = np.flatnonzero(numbers == number)
+            windowed = self.plan.sources[number].window is not None
+            near = partial(self.plan.shards_of, number, step) if windowed else None
             if self.resident is None:
                 positions, (views, stored) = source.read(samples[here], source.shards.rows, near)
                 pixels.append(iter(views))
             else:
-                # Reads the labels even if `given` replaces them: the same shards are found unusable as without.
+                # Read the labels even if `given` replaces them, to find bad shards as without resident images.
                 positions, stored = source.read(samples[here], source.shards.labels, near)
                 rows[here] = self.resident.first_rows[number] + positions
             given[here] = stored if source.given is None else source.given[positions]
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
-        images = self._copied(pixels, numbers) if self.resident is None else self.resident.gather(rows)
+        if self.resident is None:  # one copy out of the memory maps, in the order of the places
+            copied = concatenated([next(pixels[number]) for number in numbers.tolist()])
+            images = to_nchw(copied.reshape(len(numbers), *self.sources[0].shards.image_shape))
+        else:
+            images = self.resident.gather(rows)
         columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
         return Batch(step, torch.from_numpy(places), images, *columns)
-
-    def _copied(self, pixels: list[Iterator[memoryview]], numbers: np.ndarray) -> Tensor:
-        """uint8 [m, C, H, W]: one copy out of the memory maps; each source's images come in the order of their places."""
-        images = concatenated([next(pixels[number]) for number in numbers.tolist()])
-        return to_nchw(images.reshape(len(numbers), *self.sources[0].shards.image_shape))
-
-    def _near(self, number: int, step: int) -> Callable[[], np.ndarray] | None:
-        if self.plan.sources[number].window is None:
-            return None
-        return lambda: self.plan.shards_of(number, step)

@@ -1,4 +1,4 @@
-"""The index of shards: reads and checks index.json, and says in which block of which shard each sample is. No I/O.
+"""The index of shards: validates the content of index.json and maps samples to blocks of shards, without I/O.
 
     DIR/shard-00000.tar   members 00000000.images.npy (uint8 [n, H, W, C]), 00000000.labels.npy (int64 [n]), 00000001...
     DIR/index.json        written last: readers trust only this file
@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,24 +27,18 @@ INDEX = "index.json"
 PERMUTATION = "shards"  # name of the permutation's random stream, as in `seeds.derive`
 TAR_BLOCK = 512  # bytes
 REMAKE = "Make the shards again with tools/shard_dataset.py."
+V = TypeVar("V")
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive positions that were converted together.
-
-    Attributes:
-        num_images: positions of the segment.
-        first_id: its source ids are `first_id` .. `first_id + num_ids - 1`.
-        num_ids: equal to `num_images` if the order is a permutation.
-        seed: of the permutation; None if each block stores its ids.
-    """
+    """Consecutive positions that were converted together; source ids `first_id` .. `first_id + num_ids - 1`."""
 
     num_images: int
     first_id: int
-    num_ids: int
-    seed: int | None
+    num_ids: int  # equal to `num_images` if the order is a permutation
+    seed: int | None  # of the permutation; None if each block stores its ids
 
     @cached_property
     def permutation(self) -> KeyedPermutation:
@@ -53,34 +47,20 @@ class Segment:
         return KeyedPermutation(self.num_images, self.seed, PERMUTATION)
 
 
-class Block(NamedTuple):
-    """Offsets of one block in its shard, in bytes.
+class Blocks(NamedTuple, Generic[V]):
+    """Columns of the table of blocks, int64 [B], or the integers of one row."""
 
-    Attributes:
-        id_offset: -1 if the block stores no ids.
-        num_ids: stored ids are below it.
-    """
-
-    image_offset: int
-    label_offset: int
-    num_images: int
-    id_offset: int
-    num_ids: int
-
-
-class _Blocks(NamedTuple):
-    """All blocks as columns, int64 [B]; `origin` is the position of the first image in the unrestricted index."""
-
-    shard: np.ndarray
-    image_offset: np.ndarray
-    label_offset: np.ndarray
-    num_images: np.ndarray
-    id_offset: np.ndarray
-    origin: np.ndarray
+    shard: V
+    image_offset: V  # bytes in the shard, as the other offsets
+    label_offset: V
+    num_images: V
+    id_offset: V  # -1 if the block stores no ids
+    origin: V  # position of the first image in the unrestricted index
+    segment: V
 
 
 class ShardIndex:
-    """A checked index, restricted to some of its shards or not.
+    """A validated index, optionally restricted to some of its shards.
 
     Args:
         index: the content of index.json.
@@ -90,7 +70,7 @@ class ShardIndex:
 
     Attributes:
         dataset, class_names, class_counts, image_shape ((H, W, C)), num_images, source_files: as in the index.
-        names: of the shards, as in the index.
+        names, shard_bytes, shard_class_counts (int64 [S, K]): of the shards, as in the index.
         segments: of the unrestricted index.
         shard_starts: int64 [S + 1]; shard s holds the positions shard_starts[s] .. shard_starts[s + 1] - 1.
 
@@ -130,15 +110,11 @@ class ShardIndex:
             raise self._damaged(f"its image shape is {list(self.image_shape)}")
         self._image_bytes = math.prod(self.image_shape)
         self.source_files = list(index["source"])
-        self.segments = [
-            Segment(
-                int(segment["num_images"]),
-                int(segment["first_id"]),
-                int(segment["num_ids"]),
-                None if segment["seed"] is None else int(segment["seed"]),
-            )
-            for segment in index["parts"]
-        ]
+        self.segments = []
+        for part in index["parts"]:
+            num_images, first_id, num_ids = (int(part[key]) for key in ("num_images", "first_id", "num_ids"))
+            seed = None if part["seed"] is None else int(part["seed"])
+            self.segments.append(Segment(num_images, first_id, num_ids, seed))
         sizes = np.asarray([segment.num_images for segment in self.segments], np.int64)
         self._segment_starts = np.cumsum(sizes) - sizes
         self._read_shards(list(index["shards"]))
@@ -150,27 +126,27 @@ class ShardIndex:
         for name in self.names:
             if not _SHARD_NAME.fullmatch(name):  # must not lead out of the folder
                 raise self._damaged(f"{quoted(name)} is not the name of a shard")
-        self._bytes = [int(entry["bytes"]) for entry in entries]
+        self.shard_bytes = [int(entry["bytes"]) for entry in entries]
         self._sha256 = [str(entry["sha256"]) for entry in entries]
-        self._class_counts = np.asarray([entry["class_counts"] for entry in entries], np.int64)
+        self.shard_class_counts = np.asarray([entry["class_counts"] for entry in entries], np.int64)
         # A block that stores no ids has three numbers, another has four.
         rows = [[*block, -1] if len(block) == 3 else block for entry in entries for block in entry["blocks"]]
         columns = np.ascontiguousarray(np.asarray(rows, np.int64).reshape(-1, 4).T)
         shard = np.repeat(np.arange(len(entries)), [len(entry["blocks"]) for entry in entries])
         image_offset, label_offset, num_images, id_offset = columns
         origin = np.cumsum(num_images) - num_images
-        self._blocks = _Blocks(shard, image_offset, label_offset, num_images, id_offset, origin)
+        segment = np.searchsorted(self._segment_starts, origin, side="right") - 1
+        self._blocks = Blocks(shard, image_offset, label_offset, num_images, id_offset, origin, segment)
 
     def _contradicts(self, num_images: int, class_counts: list[int]) -> bool:
         blocks, segments = self._blocks, self.segments
         stores_ids = blocks.id_offset != -1
-        shard_bytes = np.asarray(self._bytes, np.int64)
+        shard_bytes = np.asarray(self.shard_bytes, np.int64)
 
         def fits(offsets: np.ndarray, row_bytes: int) -> np.ndarray:
-            # Divides instead of multiplying: numbers of a damaged index must not overflow.
-            return np.asarray(
-                (offsets >= 0) & (blocks.num_images <= (shard_bytes[blocks.shard] - offsets) // row_bytes)
-            )
+            # Division, unlike multiplication, cannot overflow with numbers of a damaged index.
+            room = (shard_bytes[blocks.shard] - offsets) // row_bytes
+            return np.asarray((offsets >= 0) & (blocks.num_images <= room))
 
         # Padding (less than a tar block), a tar header (one) and an npy header (less than one) separate images and
         # labels: another distance means that `image_shape` or an offset is wrong.
@@ -191,11 +167,11 @@ class ShardIndex:
             or (blocks.label_offset % 8).any()
             or (blocks.id_offset[stores_ids] % 8).any()
             or not ((gap > TAR_BLOCK) & (gap < 3 * TAR_BLOCK)).all()
-            or (stores_ids != [segments[i].seed is None for i in self._segment_of(blocks.origin)]).any()
-            or self._class_counts.shape != (len(self.names), self.num_classes)
-            or (self._class_counts < 0).any()
-            or (self._class_counts.sum(axis=1) != self._images_per_shard()).any()
-            or self._class_counts.sum(axis=0).tolist() != class_counts
+            or (stores_ids != [segments[i].seed is None for i in blocks.segment]).any()
+            or self.shard_class_counts.shape != (len(self.names), self.num_classes)
+            or (self.shard_class_counts < 0).any()
+            or (self.shard_class_counts.sum(axis=1) != self._images_per_shard()).any()
+            or self.shard_class_counts.sum(axis=0).tolist() != class_counts
         )
 
     def _keep(self, only: Sequence[str] | None) -> None:
@@ -205,23 +181,19 @@ class ShardIndex:
             if unknown:
                 raise UserError(f"{self._where} lists no shard {unknown[0]}; it has {len(self.names)} others.")
             kept = [number for number, name in enumerate(self.names) if name in set(only)]
-            blocks = _Blocks(*(column[np.isin(self._blocks.shard, kept)] for column in self._blocks))
+            blocks = Blocks(*(column[np.isin(self._blocks.shard, kept)] for column in self._blocks))
             self._blocks = blocks._replace(shard=np.searchsorted(kept, blocks.shard))
             self.names = [self.names[number] for number in kept]
-            self._bytes = [self._bytes[number] for number in kept]
+            self.shard_bytes = [self.shard_bytes[number] for number in kept]
             self._sha256 = [self._sha256[number] for number in kept]
-            self._class_counts = self._class_counts[kept]
+            self.shard_class_counts = self.shard_class_counts[kept]
         self.num_images = int(self._blocks.num_images.sum())
-        self.class_counts = tuple(self._class_counts.sum(axis=0).tolist())
+        self.class_counts = tuple(self.shard_class_counts.sum(axis=0).tolist())
         self._first = np.cumsum(self._blocks.num_images) - self._blocks.num_images  # position of a block's first image
         self.shard_starts = np.concatenate([[0], np.cumsum(self._images_per_shard())])
 
     def _images_per_shard(self) -> np.ndarray:
         return np.bincount(self._blocks.shard, self._blocks.num_images, len(self.names)).astype(np.int64)
-
-    def _segment_of(self, origin: np.ndarray) -> np.ndarray:
-        """int64 [m]: the segments of positions [m] of the unrestricted index."""
-        return np.searchsorted(self._segment_starts, origin, side="right") - 1
 
     def __len__(self) -> int:
         return self.num_images
@@ -236,20 +208,10 @@ class ShardIndex:
         """The source ids are in 0 .. num_ids - 1."""
         return max(segment.first_id + segment.num_ids for segment in self.segments)
 
-    def bytes_of(self, numbers: Sequence[int]) -> int:
-        """The total size of some shards."""
-        return sum(self._bytes[number] for number in numbers)
-
-    def class_counts_of(self, number: int) -> np.ndarray:
-        """int64 [K]: the images of each class in shard `number`, as the index states them."""
-        return np.asarray(self._class_counts[number])
-
-    def blocks_of(self, number: int) -> list[Block]:
+    def blocks_of(self, number: int) -> list[Blocks[int]]:
         """The blocks of shard `number`, in their order."""
-        blocks, here = self._blocks, np.flatnonzero(self._blocks.shard == number)
-        columns = (blocks.image_offset, blocks.label_offset, blocks.num_images, blocks.id_offset)
-        num_ids = [self.segments[segment].num_ids for segment in self._segment_of(blocks.origin[here])]
-        return [Block(*row) for row in zip(*(column[here].tolist() for column in columns), num_ids, strict=True)]
+        here = self._blocks.shard == number
+        return [Blocks(*row) for row in zip(*(column[here].tolist() for column in self._blocks), strict=True)]
 
     def shards_of(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]: the shards of the samples at `positions` [m]."""

@@ -1,6 +1,6 @@
 """The sample plan: which samples form global batch t, as a pure function of (index, seed, t).
 
-Ranks and restarts are not arguments of it, so either can change and the same images arrive in the same steps.
+It does not depend on the number of ranks or on restarts, so the same images arrive in the same steps.
 
     batch t of B positions                          a seeded permutation of real and generated samples
     -> running sample numbers t*c .. (t+1)*c - 1    c images of every batch come from this source, exactly
@@ -8,13 +8,13 @@ Ranks and restarts are not arguments of it, so either can change and the same im
     -> sample                                       by the order of that pass: of the whole source, or of windows
 
 An order of the whole source is one keyed permutation. An order of *windows* visits the shards in a keyed permutation,
-`window` of them at a time, and permutes the samples within each window. The next samples of a run are then in few
-shards, which are fetched while the window before is trained on. Memory does not grow with the number of samples.
+`window` of them at a time, and permutes the samples within each window. Upcoming samples are then in few shards, which
+are fetched while the previous window is trained on. Memory does not grow with the number of samples.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -31,33 +31,16 @@ def mix_counts(batch_size: int, fraction: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SourceOrder:
-    """The size of one source and how it is shuffled.
+    """The size of one source and how it is shuffled; shard s holds the samples starts[s] .. starts[s + 1] - 1."""
 
-    Attributes:
-        count: its images in every batch.
-        starts: training samples by shard: shard s holds the samples starts[s] .. starts[s + 1] - 1; the last entry is
-            the size of the source.
-        window: shards that are shuffled together; None shuffles the whole source.
-    """
-
-    count: int
-    starts: tuple[int, ...]
-    window: int | None = None
+    count: int  # its images in every batch
+    starts: tuple[int, ...]  # the last entry is the size of the source
+    window: int | None = None  # shards that are shuffled together; None shuffles the whole source
 
     @property
     def size(self) -> int:
         """Training samples of the source."""
         return self.starts[-1]
-
-
-class _WholePass:
-    """One pass in the order of one permutation."""
-
-    def __init__(self, source: SourceOrder, seed: int, *names: int) -> None:
-        self._permutation = KeyedPermutation(source.size, seed, "pass", *names)
-
-    def __call__(self, places: np.ndarray) -> np.ndarray:
-        return self._permutation(places)
 
 
 class _WindowPass:
@@ -67,19 +50,14 @@ class _WindowPass:
         assert source.window is not None
         starts = np.asarray(source.starts)
         num_shards = len(starts) - 1
-        self._seed, self._names = seed, names
-        self._first = starts[:-1]
-        self._sizes = np.diff(starts)
+        self._first, self._sizes = starts[:-1], np.diff(starts)
         shards = KeyedPermutation(num_shards, seed, "shards of a pass", *names)(np.arange(num_shards))
         self._shards = shards[self._sizes[shards] > 0]  # all samples of a shard may be held out
         self._bounds = [*range(0, len(self._shards), source.window), len(self._shards)]
         sizes = [int(self._sizes[self.shards(w)].sum()) for w in range(len(self._bounds) - 1)]
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._permutations: OrderedDict[int, KeyedPermutation] = OrderedDict()
-
-    @property
-    def num_windows(self) -> int:
-        return len(self._bounds) - 1
+        self.num_windows = len(sizes)
+        self._permutation = lru_cache(_KEPT_WINDOWS)(lambda w: KeyedPermutation(sizes[w], seed, "window", *names, w))
 
     def shards(self, window: int) -> np.ndarray:
         """The shards of one window."""
@@ -97,34 +75,19 @@ class _WindowPass:
         return samples
 
     def _within(self, window: int, places: np.ndarray) -> np.ndarray:
-        permutation = self._permutations.get(window)
-        if permutation is None:
-            size = int(self._starts[window + 1] - self._starts[window])
-            permutation = KeyedPermutation(size, self._seed, "window", *self._names, window)
-            self._permutations[window] = permutation
-            if len(self._permutations) > _KEPT_WINDOWS:
-                self._permutations.popitem(last=False)
         shards = self.shards(window)
         ends = np.cumsum(self._sizes[shards])
-        inside = permutation(places)
+        inside = self._permutation(window)(places)
         shard = np.searchsorted(ends, inside, side="right")
         return self._first[shards[shard]] + inside - (ends[shard] - self._sizes[shards[shard]])
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Which samples form global batch t.
-
-    Attributes:
-        sources: size and order of each source.
-        seed: of all permutations.
-    """
+    """Which samples form global batch t; `seed` keys all permutations."""
 
     sources: tuple[SourceOrder, ...]
     seed: int
-    _passes: "OrderedDict[tuple[int, int], _WholePass | _WindowPass]" = field(
-        default_factory=OrderedDict, repr=False, compare=False
-    )
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -133,16 +96,17 @@ class SamplePlan:
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(source number [B] int64, sample [B] int64 in [0, size of the source)) of global batch `step`, from 0."""
-        samples = np.concatenate([self._samples(number, step) for number in range(len(self.sources))])
+        samples = [
+            self._pass(number, pass_number)(places)
+            for number in range(len(self.sources))
+            for pass_number, places in self._places(number, step)
+        ]
         numbers = np.repeat(np.arange(len(self.sources)), self.counts)
         order = KeyedPermutation(len(numbers), self.seed, "positions", step)(np.arange(len(numbers)))
-        return numbers[order], samples[order]
+        return numbers[order], np.concatenate(samples)[order]
 
     def shards_of(self, number: int, step: int) -> np.ndarray:
-        """The shards of the windows that batch `step` draws samples of source `number` from, in order.
-
-        Only for a source with windows.
-        """
+        """The shards of the windows from which batch `step` draws samples of source `number` (with windows), in order."""
         found = []
         for pass_number, places in self._places(number, step):
             order = self._window_pass(number, pass_number)
@@ -150,10 +114,7 @@ class SamplePlan:
         return np.concatenate(found)
 
     def shards_after(self, number: int, step: int, stop: int) -> np.ndarray:
-        """The shards of the window after those of `shards_of`, to be fetched ahead.
-
-        Empty if the batches before step `stop` do not reach that window.
-        """
+        """The shards of the next window, to be fetched ahead; none if the batches before `stop` do not reach it."""
         pass_number, window = self._last_window(number, step)
         if (pass_number, window) == self._last_window(number, stop - 1):
             return np.zeros(0, np.int64)
@@ -166,9 +127,6 @@ class SamplePlan:
         """(pass, window) of the last sample of source `number` in batch `step`."""
         pass_number, places = list(self._places(number, step))[-1]
         return pass_number, int(self._window_pass(number, pass_number).windows_of(places[-1:])[0])
-
-    def _samples(self, number: int, step: int) -> np.ndarray:
-        return np.concatenate([self._pass(number, p)(places) for p, places in self._places(number, step)])
 
     def _places(self, number: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
         """(pass, places in it) of the running sample numbers of batch `step`, in order."""
@@ -183,12 +141,15 @@ class SamplePlan:
         assert isinstance(order, _WindowPass)
         return order
 
-    def _pass(self, number: int, pass_number: int) -> _WholePass | _WindowPass:
-        order = self._passes.get((number, pass_number))
-        if order is None:
+    @cached_property
+    def _pass(self) -> Callable[[int, int], KeyedPermutation | _WindowPass]:
+        """(source number, pass number) -> the order of that pass, a function of places; the last ones are kept."""
+
+        @lru_cache(_KEPT_PASSES)
+        def order_of(number: int, pass_number: int) -> KeyedPermutation | _WindowPass:
             source = self.sources[number]
-            kind = _WholePass if source.window is None else _WindowPass
-            order = self._passes[number, pass_number] = kind(source, self.seed, number, pass_number)
-            if len(self._passes) > _KEPT_PASSES:
-                self._passes.popitem(last=False)
-        return order
+            if source.window is None:
+                return KeyedPermutation(source.size, self.seed, "pass", number, pass_number)
+            return _WindowPass(source, self.seed, number, pass_number)
+
+        return order_of

@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 from nrat_scale.data.shards import ShardSet, ShardUnusable
@@ -30,11 +30,9 @@ class ShardPrefetcher:
 
     def want(self, numbers: list[int]) -> None:
         """Fetch these shards; earlier ones that are no longer wanted are dropped from the queue."""
-        if numbers == self._wanted:
-            return
         new = [number for number in numbers if number not in self._wanted]
         self._wanted = numbers
-        # The processes of a node share one cache: each starts at another shard and finds the rest there.
+        # The processes of a node share one cache, so each starts with a different shard.
         turn = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(new))
         with self._changed:
             queued = [number for number in self._queue if number in numbers]
@@ -58,50 +56,37 @@ class ShardPrefetcher:
                 number = self._queue.popleft()
             try:
                 self._shards.fetch(number, stopped=lambda: self._closed)
-            except Cancelled:
-                return
-            except ShardUnusable:
-                continue  # kept in `unusable`; reading a sample of the shard raises it
+            except (Cancelled, ShardUnusable):
+                continue  # `unusable` keeps the error; reading a sample of the shard raises it
 
 
-def prefetched(items: Callable[[], Iterator[T]], depth: int = _PREFETCHED) -> Iterator[T]:
-    """The items of `items()`, computed up to `depth` ahead in a thread that ends with this generator."""
-    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+def prefetched(items: Generator[T, None, None]) -> Iterator[T]:
+    """The items of a generator, computed a few ahead in a thread that ends with this generator."""
+    waiting: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(_PREFETCHED)
     closed = threading.Event()
-    end = object()
-
-    def put(item: Any, error: BaseException | None = None) -> bool:
-        while not closed.is_set():
-            try:
-                waiting.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
     def work() -> None:
-        iterator = items()
         try:
-            for item in iterator:
-                if not put(item):
-                    return
-            put(end)
+            while room.acquire() and not closed.is_set():
+                waiting.put((next(items), None))
         except BaseException as error:  # re-raised by the consumer
-            put(end, error)
+            waiting.put((None, error))
         finally:
-            if hasattr(iterator, "close"):
-                iterator.close()
+            items.close()
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
             item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
             if error is not None:
                 raise error
-            if item is end:
-                return
+            room.release()
             yield item
     finally:
         closed.set()
+        room.release()
         thread.join()

@@ -1,4 +1,4 @@
-"""Shards of one index, local or behind an address: opened, verified, and read at random positions.
+"""Open, verify and randomly read the shards of one index, local or remote.
 
 A sample is copied out of a memory map at the offset that the index states; no tar is parsed and nothing is unpickled.
 Shards behind an address (https://, s3://, hf://) are read through a cache of verified files. `nrat_scale.data.index`
@@ -20,17 +20,17 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import parse_json, read_json, sha256_of, write_json
 from nrat_scale.data.index import INDEX, REMAKE, ShardIndex
 from nrat_scale.remote.address import expand, is_remote
-from nrat_scale.remote.cache import Cache
+from nrat_scale.remote.cache import Cache, file_stamp
 from nrat_scale.remote.transfer import fetch_bytes
 
 assert sys.byteorder == "little", "shards hold little-endian integers, which are read without conversion"
 
 _MAX_INDEX_BYTES = 1 << 30
 _CHUNK_IMAGES = 4096  # copied at a time
-_MAX_EVICTIONS = 10  # retries after a shard was evicted from a too small cache before it was opened
+_MAX_ATTEMPTS = 10  # to open a shard that other processes evict from a too small cache
 _MAX_OPEN = 4096  # memory maps of local shards; Linux allows 65,530
 _RESTORE = "Restore it, or make the shards again with tools/shard_dataset.py."
-_VERIFIED = ".verified.json"  # shard and sha256 -> size, time, inode of the file that was hashed
+_VERIFIED = ".verified.json"  # shard and sha256 -> stamp of the file that was hashed
 
 
 class ShardUnusable(UserError):
@@ -55,7 +55,6 @@ class ShardSet(ShardIndex):
         folder: Path | str,
         index: dict[str, Any],
         what: str,
-        *,
         only: Sequence[str] | None = None,
         cache: Cache | None = None,
     ) -> None:
@@ -71,25 +70,24 @@ class ShardSet(ShardIndex):
         """Whether the shards are behind an address."""
         return self._cache is not None
 
-    # ---- verification ----
-
     def verify(self, *, full: bool = False) -> None:
-        """Check presence, size and hash of every local shard; remote shards are verified when they arrive.
+        """Check size and hash of every local shard; raises `ShardUnusable` for the first missing or damaged one.
 
-        Each file is hashed once and the result remembered; `full` hashes every file again.
-
-        Raises:
-            ShardUnusable: names the missing or damaged shard.
+        Each file is hashed once and the result remembered; `full` hashes every file again. Remote shards are verified
+        when they arrive.
         """
         for error in self.check(full=full).values():
             raise error
 
     def check(self, *, full: bool = False) -> dict[int, ShardUnusable]:
-        """Like `verify`, but find every unusable shard and keep them in `unusable`."""
+        """Like `verify`, but find all unusable shards, and keep and return them in `unusable`."""
         if self._cache is not None:
             return {}
         record = Path(self.folder) / _VERIFIED
-        remembered = {} if full else _read_record(record)
+        remembered: dict[str, Any] = {}
+        if not full:
+            with suppress(UserError):
+                remembered = read_json(record, "record of verified shards")
         verified: dict[str, list[int]] = {}
         self.unusable = {}
         for number, name in enumerate(self.names):
@@ -104,27 +102,22 @@ class ShardSet(ShardIndex):
         return self.unusable
 
     def _verified(self, number: int, remembered: list[int] | None) -> list[int]:
-        """Size, time and inode of a local shard, hashed unless they are the `remembered` ones."""
-        path, size = Path(self.folder) / self.names[number], self._bytes[number]
+        """The stamp of a local shard, which is hashed unless the stamp is the `remembered` one."""
+        path, size = Path(self.folder) / self.names[number], self.shard_bytes[number]
         try:
-            stat = path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            wrong = f"it has {stat.st_size} bytes instead of {size}" if stat.st_size != size else ""
-            if not wrong and remembered != stamp and sha256_of(path) != self._sha256[number]:
-                wrong = "its sha256 is not the one in the index"
+            stamp = file_stamp(path)
+            if stamp[0] != size:
+                raise self._unusable(number, f"it has {stamp[0]} bytes instead of {size}")
+            if remembered != stamp and sha256_of(path) != self._sha256[number]:
+                raise self._unusable(number, "its sha256 is not the one in the index")
         except OSError as error:
-            reason = str(error.strerror)
-            raise self._unusable(
-                number, reason, f"{path} of {self._what} cannot be opened ({reason}). {_RESTORE}"
-            ) from error
-        if wrong:
-            raise self._unusable(number, wrong, f"{path} of {self._what} is damaged: {wrong}. {_RESTORE}")
+            raise self._unusable(number, f"it cannot be opened ({error.strerror})") from error
         return stamp
 
-    def _unusable(self, number: int, reason: str, sentence: str) -> ShardUnusable:
-        return ShardUnusable(f"The shard {sentence}", self.names[number], reason)
-
-    # ---- samples ----
+    def _unusable(self, number: int, reason: str, way_out: str = _RESTORE) -> ShardUnusable:
+        name = self.names[number]
+        message = f"The shard {self.folder}/{name} of {self._what} cannot be used: {reason}. {way_out}"
+        return ShardUnusable(message, name, reason)
 
     def rows(self, positions: np.ndarray) -> tuple[list[memoryview], np.ndarray]:
         """(pixels of each sample as views of the memory maps, H * W * C bytes each; labels int64 [m]) at `positions` [m].
@@ -135,7 +128,7 @@ class ShardSet(ShardIndex):
         shard = self._blocks.shard[block].tolist()
         data, integers = {}, {}
         for number in dict.fromkeys(shard):
-            data[number], integers[number] = self._map(number)
+            data[number], integers[number] = self.open(number)
         start = self._blocks.image_offset[block] + offset * self._image_bytes
         stop = start + self._image_bytes
         at_label = self._blocks.label_offset[block] // 8 + offset
@@ -156,12 +149,11 @@ class ShardSet(ShardIndex):
         return self._checked_labels(self._integers(positions, self._blocks.label_offset), positions)
 
     def _checked_labels(self, labels: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """`labels`, each of which is a class: a shard can agree with its index and still have been made wrongly."""
+        """`labels`, if each is a class: a shard can match its index and still hold impossible labels."""
         if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
             at = int(np.flatnonzero((labels < 0) | (labels >= self.num_classes))[0])
-            number = int(self.shards_of(np.asarray(positions)[[at]])[0])
             reason = f"it holds the label {labels[at]}, but there are {self.num_classes} classes"
-            raise self._unusable(number, reason, f"{self.names[number]} of {self._what} is wrong: {reason}. {REMAKE}")
+            raise self._unusable(int(self.shards_of(positions[at])), reason, REMAKE)
         return labels
 
     def _integers(self, positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -171,14 +163,11 @@ class ShardSet(ShardIndex):
         out = np.empty(len(at), np.int64)
         for number in np.unique(shard).tolist():
             here = shard == number
-            out[here] = np.asarray(self._map(number)[1])[at[here]]
+            out[here] = np.asarray(self.open(number)[1])[at[here]]
         return out
-
-    # ---- source ids ----
 
     def source_ids(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]: the source ids of the samples at `positions` [m]."""
-        positions = np.asarray(positions, np.int64)
         block, offset = self._located(positions)
         origin = self._blocks.origin[block] + offset
         ids = np.empty(len(positions), np.int64)
@@ -215,8 +204,7 @@ class ShardSet(ShardIndex):
     @cached_property
     def _stored_ids(self) -> tuple[np.ndarray, np.ndarray]:
         """(source ids, ascending; positions) of the samples whose blocks store ids."""
-        blocks = np.flatnonzero(self._blocks.id_offset >= 0)
-        positions = np.concatenate([self._first[b] + np.arange(self._blocks.num_images[b]) for b in blocks])
+        positions = np.flatnonzero(np.repeat(self._blocks.id_offset >= 0, self._blocks.num_images))
         ids = self.source_ids(positions)
         order = np.argsort(ids, kind="stable")
         return ids[order], positions[order]
@@ -233,38 +221,21 @@ class ShardSet(ShardIndex):
             return segment.permutation.inverse(np.arange(self.num_images))
         return np.argsort(self.source_ids(np.arange(self.num_images)), kind="stable")
 
-    # ---- files ----
-
     def fetch(self, number: int, *, stopped: Callable[[], bool] = lambda: False) -> Path:
-        """The local, verified file of shard `number`; a remote one is fetched into the cache first.
-
-        Raises:
-            ShardUnusable: the shard is missing or damaged for good.
-        """
+        """The local, verified file of shard `number`, fetched into the cache if it is remote; or `ShardUnusable`."""
         if number in self.unusable:
             raise self.unusable[number]
-        name = self.names[number]
+        name, num_bytes, sha256 = self.names[number], self.shard_bytes[number], self._sha256[number]
         if self._cache is None:
             return Path(self.folder) / name
         try:
-            return self._cache.fetch(
-                f"{self.folder}/{name}", self._bytes[number], self._sha256[number], stopped=stopped
-            )
+            return self._cache.fetch(f"{self.folder}/{name}", num_bytes, sha256, stopped=stopped)
         except UserError as error:
-            unusable = self._unusable(number, str(error), f"{name} of {self._what} cannot be used: {error}")
-            self.unusable[number] = unusable
-            raise unusable from error
+            self.unusable[number] = self._unusable(number, str(error).removesuffix("."))
+            raise self.unusable[number] from error
 
-    def open(self, number: int) -> None:
-        """Map shard `number` into memory, unless it is mapped.
-
-        Raises:
-            ShardUnusable: the shard is missing or damaged for good.
-        """
-        self._map(number)
-
-    def _map(self, number: int) -> tuple[memoryview, memoryview]:
-        """The memory map of shard `number`, as bytes and as int64."""
+    def open(self, number: int) -> tuple[memoryview, memoryview]:
+        """The memory map of shard `number`, as bytes and as int64; raises `ShardUnusable` if it is missing or damaged."""
         views = self._maps.get(number)
         if views is None:
             data = self._new_map(number)
@@ -274,30 +245,19 @@ class ShardSet(ShardIndex):
         self._maps.move_to_end(number)
         return views
 
-    def _new_map(self, number: int) -> memoryview:
-        evictions = 0
-        while True:
-            path = self.fetch(number)
-            try:
-                return np.memmap(path, dtype=np.uint8, mode="r", shape=(self._bytes[number],)).data
-            except (OSError, ValueError) as error:
-                evictions += 1
-                if isinstance(error, FileNotFoundError) and self.is_remote and evictions < _MAX_EVICTIONS:
-                    continue  # another process evicted it from the cache before it was opened here
-                reason = f"it cannot be read ({error})"
-                raise self._unusable(number, reason, f"{path}: {reason}.") from error
+    def _new_map(self, number: int, attempts: int = _MAX_ATTEMPTS) -> memoryview:
+        path = self.fetch(number)
+        try:
+            return np.memmap(path, dtype=np.uint8, mode="r", shape=(self.shard_bytes[number],)).data
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and self.is_remote and attempts > 1:
+                return self._new_map(number, attempts - 1)  # another process evicted it before it was opened here
+            raise self._unusable(number, f"it cannot be read ({error})") from error
 
 
 def concatenated(pixels: Sequence[memoryview]) -> np.ndarray:
     """uint8 [total bytes], writable: one copy."""
     return np.frombuffer(bytearray().join(pixels), np.uint8)
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, "record of verified shards")
-    except UserError:
-        return {}
 
 
 def open_shards(
@@ -312,18 +272,16 @@ def open_shards(
         commands: make these shards; shown if they are missing.
         cache: of remote shards; None is the default one.
 
-    Raises:
-        UserError: no such folder, address or index, or a damaged one.
+    Raises `UserError` if there is no such folder, address or index, or a damaged one.
     """
     folder, only = expand(str(where))
-    if is_remote(folder):
-        data = fetch_bytes(f"{folder}/{INDEX}", _MAX_INDEX_BYTES)
-        index = parse_json(data, f"index of {what}", f"{folder}/{INDEX}")
-        return ShardSet(folder, index, what, only=only, cache=cache or Cache())
+    if is_remote(url := f"{folder}/{INDEX}"):
+        index = parse_json(fetch_bytes(url, _MAX_INDEX_BYTES), f"index of {what}", url)
+        return ShardSet(folder, index, what, only, cache or Cache())
     path = Path(folder) / INDEX
     if not path.is_file():
         way_out = (
-            "Prepare them with:\n  " + "\n  ".join(commands) if commands else "Make them with tools/shard_dataset.py."
+            "\n  ".join(["Prepare them with:", *commands]) if commands else "Make them with tools/shard_dataset.py."
         )
         raise UserError(f"There are no shards of {what} at {folder} (no {INDEX}). {way_out}")
-    return ShardSet(Path(folder), read_json(path, f"index of {what}"), what, only=only)
+    return ShardSet(Path(folder), read_json(path, f"index of {what}"), what, only)

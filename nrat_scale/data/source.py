@@ -5,10 +5,9 @@ function of (index, `ValidationSpec`) alone. So runs with other noise, other see
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,19 +26,15 @@ UNKNOWN_LABEL = -1
 
 
 class SkipLog:
-    """The shards that a run skips, shared by its processes through a file of the run.
+    """The at most `limit` shards that a run skips, shared by its processes through a file of the run."""
 
-    Args:
-        limit: how many shards may be skipped in all; 0 stops at the first.
-    """
-
-    def __init__(self, limit: int = 0) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self.entries: list[dict[str, Any]] = []
         self._run: RunFolder | None = None
 
     def attach(self, run: RunFolder) -> None:
-        """Keep the log in `run` from now on, together with the entries that are already there."""
+        """Keep the log in `run` from now on, and add the entries that `run` already has."""
         self._run = run
         if self.entries:
             self._write([])
@@ -77,26 +72,20 @@ class TrainingSource:
     """One source of training images.
 
     Samples are numbered 0 .. len(self) - 1 in the order of their positions, without the held-out and excluded ones.
-
-    Attributes:
-        kind: `real` or `generated`.
-        shards: of the images.
-        held_out: sorted positions [m] of the validation split.
-        excluded: sorted positions [k] that the recipe excludes.
-        given, clean: labels by position [N]; None if the given labels are the stored ones, the clean ones unknown.
-        log: records skipped shards.
     """
 
-    kind: str
+    kind: str  # `real` or `generated`
     shards: ShardSet
-    held_out: np.ndarray
-    excluded: np.ndarray
-    given: np.ndarray | None = None
-    clean: np.ndarray | None = None
-    log: SkipLog = field(default_factory=SkipLog)
+    held_out: np.ndarray  # sorted positions [m] of the validation split
+    excluded: np.ndarray  # sorted positions [k] that the recipe excludes
+    given: np.ndarray | None  # labels by position [N]; None: the stored ones
+    clean: np.ndarray | None  # labels by position [N]; None: unknown
+    log: SkipLog
 
     def __post_init__(self) -> None:
         self.untrained = np.union1d(self.held_out, self.excluded)
+        # Sample k comes after all untrained positions u_j with u_j - j <= k.
+        self._gaps = self.untrained - np.arange(len(self.untrained))
         bounds = self.shards.shard_starts
         self.starts = bounds - np.searchsorted(self.untrained, bounds)  # sample number of each shard's first sample
 
@@ -106,11 +95,6 @@ class TrainingSource:
     def positions(self, samples: np.ndarray) -> np.ndarray:
         """The positions [m] of the samples numbered [m]."""
         return samples + np.searchsorted(self._gaps, samples, side="right")
-
-    @cached_property
-    def _gaps(self) -> np.ndarray:
-        # Sample k comes after all untrained positions u_j with u_j - j <= k.
-        return self.untrained - np.arange(len(self.untrained))
 
     def given_labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m], as training sees them."""
@@ -124,22 +108,16 @@ class TrainingSource:
         """Identifies a set of samples: sha256 of their source ids, ascending, as little-endian int64."""
         return hashlib.sha256(np.sort(self.shards.source_ids(positions)).astype("<i8").tobytes()).hexdigest()
 
-    # ---- reading, around shards that cannot be used ----
-
     def read(
-        self, samples: np.ndarray, take: Callable[[np.ndarray], T], near: Callable[[], np.ndarray] | None = None
+        self, samples: np.ndarray, take: Callable[[np.ndarray], T], near: Callable[[], np.ndarray] | None
     ) -> tuple[np.ndarray, T]:
         """(positions [m], `take` of these positions) of the samples numbered [m].
 
         If the recipe allows it, a sample in an unusable shard is replaced by another one: a function of its position and
         of the skipped shards. The substitute comes from the shards that `near` returns (those of the same window), or
-        from any shard if `near` is None or all of those are skipped.
+        from any shard if `near` is None or all of those are skipped. `take` reads shards, as `shards.labels` does.
 
-        Args:
-            take: a method of the shards that reads, such as `shards.labels`.
-
-        Raises:
-            ShardUnusable: a shard is unusable and no (further) one may be skipped.
+        Raises `ShardUnusable` if a shard is unusable and none may be skipped, `UserError` beyond the limit.
         """
         positions = self.positions(samples)
         if self.log.entries:
@@ -153,18 +131,33 @@ class TrainingSource:
     def _substituted(self, positions: np.ndarray, near: Callable[[], np.ndarray] | None) -> np.ndarray:
         """`positions`, with substitutes for those in unusable shards; opens the shards that are needed."""
         shard = self.shards.shards_of(positions)
-        skipped = self._open(np.unique(shard))
-        lost = np.isin(shard, list(skipped))
+        skipped = self._open(shard)
+        lost = np.isin(shard, skipped)
         if not lost.any():
             return positions
+        sizes = np.diff(self.starts)
+        candidates = near() if near is not None else np.arange(len(sizes))
+        draws = hash64(derive(0, "substitute"), positions[lost])
+        while True:
+            usable = candidates[~np.isin(candidates, skipped) & (sizes[candidates] > 0)]
+            if not len(usable):
+                if len(candidates) == len(sizes):
+                    raise UserError(f"No usable shard of the {self.kind} data is left.")
+                candidates = np.arange(len(sizes))
+                continue
+            ends = np.cumsum(sizes[usable])
+            pick = (draws % np.uint64(ends[-1])).astype(np.int64)
+            at = np.searchsorted(ends, pick, side="right")
+            known, skipped = skipped, self._open(usable[at])
+            if skipped == known:
+                break
         positions = positions.copy()
-        candidates = near() if near is not None else np.arange(len(self.shards.names))
-        positions[lost] = self._substitutes(positions[lost], candidates)
+        positions[lost] = self.positions(self.starts[usable[at]] + pick - (ends[at] - sizes[usable[at]]))
         return positions
 
-    def _open(self, numbers: np.ndarray) -> set[int]:
+    def _open(self, shards: np.ndarray) -> list[int]:
         """Open these shards, or record them as skipped; returns the numbers of all skipped shards."""
-        for number in numbers.tolist():
+        for number in np.unique(shards).tolist():
             if self.shards.names[number] in self.log.of(self.kind):
                 continue
             try:
@@ -172,32 +165,13 @@ class TrainingSource:
             except ShardUnusable as error:
                 self.log.add(self.kind, error, int(self.starts[number + 1] - self.starts[number]))
         skipped = self.log.of(self.kind)
-        return {number for number, name in enumerate(self.shards.names) if name in skipped} if skipped else set()
-
-    def _substitutes(self, positions: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        sizes = np.diff(self.starts)
-        everywhere = np.arange(len(sizes))
-        while True:
-            skipped = self._open(np.zeros(0, np.int64))
-            usable = np.asarray([n for n in candidates.tolist() if n not in skipped and sizes[n]], np.int64)
-            if not len(usable) and len(candidates) == len(everywhere):
-                raise UserError(f"No usable shard of the {self.kind} data is left.")
-            if not len(usable):
-                candidates = everywhere
-                continue
-            ends = np.cumsum(sizes[usable])
-            pick = (hash64(derive(0, "substitute"), positions) % np.uint64(ends[-1])).astype(np.int64)
-            at = np.searchsorted(ends, pick, side="right")
-            samples = self.starts[usable[at]] + pick - (ends[at] - sizes[usable[at]])
-            if len(self._open(np.unique(usable[at]))) == len(skipped):
-                return self.positions(samples)
+        return [number for number, name in enumerate(self.shards.names) if name in skipped] if skipped else []
 
 
 def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.ndarray]:
     """(given, clean) labels int64 [N] by position; the noise is drawn in source order over the whole set.
 
-    Raises:
-        UserError: the noise does not fit these labels.
+    Raises `UserError` if the noise does not fit these labels.
     """
     class_map = noise.class_map
     if class_map is None and noise.kind.startswith("asymmetric"):
@@ -210,30 +184,10 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
             )
     order = shards.in_source_order()
     clean = shards.labels(order)
-    given = corrupt(
-        clean,
-        noise.kind,
-        noise.rate,
-        noise.seed,
-        shards.num_classes,
-        class_map=class_map,
-        images=shards.images(order) if noise.kind == "instance_dependent" else None,
-        human_labels=load_human_labels(noise.human_labels, noise.human_set) if noise.human_labels else None,
-    )
+    images = shards.images(order) if noise.kind == "instance_dependent" else None
+    human = load_human_labels(noise.human_labels, noise.human_set) if noise.human_labels else None
+    sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
+    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean
     return by_position[0], by_position[1]
-
-
-def check_compatible(sources: Sequence[ShardSet]) -> None:
-    """Raise `UserError` if shards cannot be mixed: another image shape or number of classes."""
-    for other in sources[1:]:
-        first = sources[0]
-        for what, a, b in (
-            ("image shape", first.image_shape, other.image_shape),
-            ("number of classes", first.num_classes, other.num_classes),
-        ):
-            if a != b:
-                raise UserError(
-                    f"Real and generated data do not fit together: {what} is {a} in {first.folder} and {b} in {other.folder}."
-                )

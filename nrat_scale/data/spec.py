@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from nrat_scale.core.errors import UserError, did_you_mean
 from nrat_scale.data.augment import AugmentSpec
+from nrat_scale.data.plan import mix_counts
 from nrat_scale.labels import NoiseSpec
+from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
@@ -23,34 +25,20 @@ def _check_at_least_one(key: str, value: int | None) -> None:
 
 @dataclass(frozen=True)
 class RealSpec:
-    """Real, labelled training images.
+    """Real, labelled training images."""
 
-    Attributes:
-        shards: folder or address of shards; None trains on generated images alone.
-        noise: label noise, drawn over the whole set before the validation split.
-        exclude: an .npy file of source ids (integers [m]) that are never trained on, such as a test split of the same
-            shards.
-        prepare: the commands that make the shards, one a line, shown if the shards are missing.
-    """
-
-    shards: str | None = None
-    noise: NoiseSpec = field(default_factory=NoiseSpec)
-    exclude: str | None = None
-    prepare: str | None = None
+    shards: str | None = None  # folder or address of shards; None trains on generated images alone
+    noise: NoiseSpec = field(default_factory=NoiseSpec)  # drawn over the whole set before the validation split
+    exclude: str | None = None  # .npy of source ids (integers [m]) never trained on, such as a test split in the shards
+    prepare: str | None = None  # the commands that make the shards, one a line, shown if the shards are missing
 
 
 @dataclass(frozen=True)
 class GeneratedSpec:
-    """Generated images with the labels they were generated for.
+    """Generated images with the labels they were generated for; `exclude` and `prepare` are those of `RealSpec`."""
 
-    Attributes:
-        shards: folder or address of shards; None trains on real images alone.
-        fraction: generated part of every batch, in (0, 1]: floor(batch_size * fraction) images.
-        exclude, prepare: as for `RealSpec`.
-    """
-
-    shards: str | None = None
-    fraction: float = 0.7
+    shards: str | None = None  # folder or address of shards; None trains on real images alone
+    fraction: float = 0.7  # generated part of every batch, in (0, 1]: floor(batch_size * fraction) images
     exclude: str | None = None
     prepare: str | None = None
 
@@ -61,22 +49,13 @@ class GeneratedSpec:
 
 @dataclass(frozen=True)
 class ValidationSpec:
-    """Training images held out to select the best checkpoint.
+    """Training images held out to select the best checkpoint."""
 
-    Attributes:
-        source: `real` or `generated`.
-        size: number of images.
-        take: `stratified` (each class in proportion, by the labels stored in the shards) or `first` (in the order of the
-            source).
-        labels: `given` (as training sees them, with the noise) or `clean`.
-        seed: of the choice; separate from the run's seed, so that runs with several seeds share one split.
-    """
-
-    source: str = REAL
-    size: int = 1024
-    take: str = "stratified"
-    labels: str = "given"
-    seed: int = 0
+    source: str = REAL  # `real` or `generated`
+    size: int = 1024  # images
+    take: str = "stratified"  # each class in proportion, by the stored labels; or `first`, in the order of the source
+    labels: str = "given"  # as training sees them, with the noise; or `clean`
+    seed: int = 0  # of the choice; not the run's seed, so that runs with several seeds share one split
 
     def __post_init__(self) -> None:
         _check_at_least_one("data.validation.size", self.size)
@@ -87,16 +66,10 @@ class ValidationSpec:
 
 @dataclass(frozen=True)
 class RemoteSpec:
-    """The cache of shards behind an address.
+    """The cache of shards behind an address, shared by the processes of a node."""
 
-    Attributes:
-        cache: folder for verified shards, shared by the processes of a node; by default $NRAT_SCALE_CACHE or
-            ~/.cache/nrat_scale.
-        cache_gb: its size limit in 10^9 bytes; two windows of every remote source must fit.
-    """
-
-    cache: str | None = None
-    cache_gb: float = DEFAULT_CACHE_GB
+    cache: str | None = None  # folder; by default $NRAT_SCALE_CACHE or ~/.cache/nrat_scale
+    cache_gb: float = DEFAULT_CACHE_GB  # size limit in 10^9 bytes; two windows of every remote source must fit
 
     def __post_init__(self) -> None:
         if not self.cache_gb > 0:
@@ -107,33 +80,24 @@ class RemoteSpec:
 class DataSpec:
     """The training data.
 
-    Attributes:
-        batch_size: images of the global batch, over all processes and accumulation steps.
-        epoch_samples: images of an epoch (rounded up to whole batches); by default the number of real training images,
-            or of generated ones if there are no real ones.
-        real, generated, validation, augment, remote: see the specs.
-        window: shards that are shuffled together; by default the whole source if it is local and 8 shards if it is
-            remote.
-        loader: `indexed` (the sample plan: exact, resumable, the same for any number of processes) or `webdataset` (the
-            standard pipeline of that library).
-        resident: `always` keeps the images of all sources in the memory of the device; `auto` does so on a GPU if all
-            images are local and take at most half of its free memory; `never`. It changes no batch.
-        on_bad_shard: `stop`, or `skip`: train without a shard that is missing or damaged for good.
-        max_bad_shards: how many may be skipped.
+    `resident` keeps all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and
+    take at most half of its free memory. It changes no batch.
     """
 
-    batch_size: int = 128
-    epoch_samples: int | None = None
+    batch_size: int = 128  # images of the global batch, over all processes and accumulation steps
+    epoch_samples: int | None = None  # rounded up to whole batches; by default the real (else the generated) images
     real: RealSpec = field(default_factory=RealSpec)
     generated: GeneratedSpec = field(default_factory=GeneratedSpec)
     validation: ValidationSpec = field(default_factory=ValidationSpec)
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     remote: RemoteSpec = field(default_factory=RemoteSpec)
-    window: int | None = None
-    loader: str = "indexed"
+    window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
+    loader: str = (
+        "indexed"  # by the sample plan, the same for any number of ranks; or `webdataset`: by that library's pipeline
+    )
     resident: str = "auto"
-    on_bad_shard: str = "stop"
-    max_bad_shards: int = 1
+    on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good
+    max_bad_shards: int = 1  # that may be skipped
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):
@@ -141,15 +105,25 @@ class DataSpec:
         _check_choice("data.loader", self.loader, ("indexed", "webdataset"))
         _check_choice("data.resident", self.resident, ("auto", "always", "never"))
         _check_choice("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
-        if self.real.shards is None and self.generated.shards is None:
+        given = {kind: shards for kind in (REAL, GENERATED) if (shards := getattr(self, kind).shards) is not None}
+        if not given:
             raise UserError("Nothing to train on: give data.real.shards, data.generated.shards, or both.")
         source = self.validation.source
-        if getattr(self, source).shards is None:
+        if source not in given:
             raise UserError(f"data.validation.source is '{source}', but data.{source}.shards is not set.")
         if self.loader == "webdataset" and self.augment.cutmix:
             raise UserError("data.loader webdataset does not support data.augment.cutmix. Use data.loader: indexed.")
         if self.loader == "webdataset" and self.resident == "always":
+            raise UserError("data.loader webdataset does not support data.resident always. Use data.loader: indexed.")
+        for kind, shards in given.items():
+            if self.resident == "always" and is_remote(shards):
+                raise UserError(
+                    f"data.resident is 'always', but data.{kind}.shards is the address {shards}: only local shards can be "
+                    "kept on the device. Copy them to a folder, or set data.resident: auto."
+                )
+        counts = mix_counts(self.batch_size, self.generated.fraction)
+        if len(given) == 2 and min(counts) == 0:
             raise UserError(
-                "data.loader webdataset does not support data.resident always. "
-                "Use data.loader: indexed, or set data.resident: auto."
+                f"With data.batch_size {self.batch_size} and data.generated.fraction {self.generated.fraction} every batch "
+                f"would hold {counts[0]} real and {counts[1]} generated images. Change one, or train on one source."
             )

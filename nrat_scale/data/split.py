@@ -25,22 +25,21 @@ def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
         )
     chosen = shards.first_in_source_order(spec.size) if spec.take == "first" else _stratified(shards, spec)
     held_out = np.bincount(shards.labels(chosen), minlength=shards.num_classes)
-    missing = [
-        name
-        for name, n, total in zip(shards.class_names, held_out, shards.class_counts, strict=True)
-        if total and not n
-    ]
-    if missing:
+    missing = np.flatnonzero((held_out == 0) & (np.asarray(shards.class_counts) > 0))
+    if len(missing):
         why = "the source is sorted by class, as the published 1m.npz is" if spec.take == "first" else "it is too small"
         raise UserError(
-            f"The validation split (data.validation: size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
-            f"{shards.num_classes} classes, such as '{missing[0]}': {why}. Use take: stratified and at least one image a class."
+            f"The validation split (size {spec.size}, take {spec.take}) has no image of {len(missing)} of "
+            f"{shards.num_classes} classes, such as '{shards.class_names[missing[0]]}': {why}. "
+            "Set data.validation.take: stratified, and a size of at least one image a class."
         )
     return np.sort(chosen)
 
 
 def _stratified(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
-    quota = _proportional(np.asarray(shards.class_counts), spec.size)
+    exact = np.asarray(shards.class_counts) * spec.size / len(shards)
+    quota = exact.astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: spec.size - quota.sum()]] += 1  # largest remainders
     chosen: list[np.ndarray] = []
     num_shards = len(shards.names)
     for number in KeyedPermutation(num_shards, spec.seed, "validation shards")(np.arange(num_shards)).tolist():
@@ -58,23 +57,10 @@ def _stratified(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def _proportional(counts: np.ndarray, size: int) -> np.ndarray:
-    """`size` divided in proportion to `counts`, by largest remainders."""
-    exact = counts * size / counts.sum()
-    quota = exact.astype(np.int64)
-    order = np.argsort(-(exact - quota), kind="stable")
-    quota[order[: size - quota.sum()]] += 1
-    return np.asarray(quota)
-
-
 def read_excluded(path: str, shards: ShardSet, key: str) -> np.ndarray:
-    """The sorted positions of the source ids in an .npy file.
+    """The sorted positions of the source ids in an .npy file; `key` is the recipe key that names the file.
 
-    Args:
-        key: the recipe key that names the file, for errors.
-
-    Raises:
-        UserError: no such file, not integers [m], or ids that the shards do not have.
+    Raises `UserError` if there is no such file, it does not hold integers [m], or the shards lack an id.
     """
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,4 @@
-"""The data of a run: its sources, their mix, and this rank's batches.
-
-The same images arrive in the same steps on any number of ranks and after any restart: neither is an argument of the
-sample plan, and augmentation is drawn for the global batch. docs/data.md explains formats and choices.
-"""
+"""The data of a run: its sources, their mix, and this rank's batches. docs/data.md explains formats and choices."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +15,12 @@ from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
 from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
 from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.data.prefetch import prefetched
-from nrat_scale.data.resident import ResidentImages, free_bytes, image_bytes, load_images
+from nrat_scale.data.resident import ResidentImages, image_bytes, load_images
 from nrat_scale.data.shards import ShardSet, open_shards
-from nrat_scale.data.source import SkipLog, TrainingSource, check_compatible, noisy_labels
+from nrat_scale.data.source import SkipLog, TrainingSource, noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL, DataSpec
 from nrat_scale.data.split import choose_held_out, read_excluded
-from nrat_scale.data.webdataset_stream import WebDatasetBatches
+from nrat_scale.data.webdataset_stream import webdataset_batches
 from nrat_scale.datasets import DATASETS
 from nrat_scale.remote.cache import Cache
 
@@ -41,32 +37,22 @@ class LabelledImages:
 
 
 class TrainingData:
-    """The sources of one recipe, split and labelled. Make it with `open_training_data`.
-
-    Attributes:
-        resident: the images on the device, once `place_images` has put them there.
-    """
+    """The sources of one recipe, split and labelled. Make it with `open_training_data`."""
 
     def __init__(self, spec: DataSpec, sources: dict[str, TrainingSource], seed: int, skips: SkipLog) -> None:
         self.spec = spec
-        self.sources = [sources[kind] for kind in (REAL, GENERATED) if kind in sources]
+        self.sources = list(sources.values())
         self.skips = skips
         self._seed = seed
         self._by_kind = sources
-        self.resident: ResidentImages | None = None
-        counts = _counts(spec, len(self.sources))
-        for source in self.sources:
-            if len(source) < 1:
-                raise UserError(
-                    f"No {source.kind} image is left for training after {len(source.untrained)} were held out."
-                )
-        orders = [
-            SourceOrder(count, tuple(source.starts.tolist()), _window(spec, source.shards))
-            for count, source in zip(counts, self.sources, strict=True)
-        ]
-        for source, order in zip(self.sources, orders, strict=True):
-            if source.shards.is_remote and order.window is not None:
-                source.shards.max_open = 3 * order.window + 1  # an open map keeps an evicted file on disk
+        self.resident: ResidentImages | None = None  # until `place_images`
+        counts = (spec.batch_size,) if len(sources) == 1 else mix_counts(spec.batch_size, spec.generated.fraction)
+        orders = []
+        for count, source in zip(counts, self.sources, strict=True):
+            if not len(source):
+                left_out = len(source.untrained)
+                raise UserError(f"No {source.kind} image is left for training after {left_out} were held out.")
+            orders.append(SourceOrder(count, tuple(source.starts.tolist()), _window(spec, source.shards)))
         self.plan = SamplePlan(tuple(orders), derive(seed, "plan"))
         self.epoch_samples = spec.epoch_samples or len(self.sources[0])
         self.steps_per_epoch = -(-self.epoch_samples // spec.batch_size)
@@ -84,39 +70,32 @@ class TrainingData:
     def validation(self) -> LabelledImages:
         """The held-out images with the labels that `data.validation.labels` names."""
         source = self._by_kind[self.spec.validation.source]
-        given = torch.from_numpy(source.given_labels(source.held_out))
+        images = to_nchw(source.shards.images(source.held_out))
         clean = torch.from_numpy(source.clean_labels(source.held_out)) if source.clean is not None else None
-        if self.spec.validation.labels == "clean":
-            if clean is None:
-                raise UserError(
-                    f"data.validation.labels is 'clean', but the {source.kind} data have no clean labels. "
-                    "Set data.validation.labels: given."
-                )
-            given = clean
-        return LabelledImages(to_nchw(source.shards.images(source.held_out)), given, clean)
+        if self.spec.validation.labels == "given":
+            return LabelledImages(images, torch.from_numpy(source.given_labels(source.held_out)), clean)
+        if clean is None:
+            raise UserError(f"The {source.kind} data have no clean labels. Set data.validation.labels: given.")
+        return LabelledImages(images, clean, clean)
 
     def place_images(self, device: torch.device) -> None:
         """Keep all images on `device` if `data.resident` asks for it. Call it once, before `batches`.
 
-        Raises:
-            UserError: `data.resident` is `always` and the images do not fit into the memory of `device`.
-            ShardUnusable: a shard cannot be used and may not be skipped.
+        Raises `UserError` if the images must fit and do not, `ShardUnusable` if a shard is bad and may not be skipped.
         """
-        if self._fits_resident(device):
+        spec, needed = self.spec, image_bytes(self.sources)
+        # Other devices gain nothing over memory maps.
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        wanted = spec.resident == "always"
+        if wanted and free is not None and needed > free:
+            raise UserError(
+                f"data.resident is 'always', but the images take {needed / 1e9:.2f} GB and {device} has "
+                f"{free / 1e9:.2f} GB free. Set data.resident: auto."
+            )
+        if spec.resident == "auto" and spec.loader == "indexed" and free is not None:
+            wanted = 2 * needed <= free and not any(source.shards.is_remote for source in self.sources)
+        if wanted:
             self.resident = load_images(self.sources, device)
-
-    def _fits_resident(self, device: torch.device) -> bool:
-        spec, needed, free = self.spec, image_bytes(self.sources), free_bytes(device)
-        if spec.resident == "always":
-            if free is not None and needed > free:
-                raise UserError(
-                    f"data.resident is 'always', but the images take {needed / 1e9:.2f} GB and {device} has "
-                    f"{free / 1e9:.2f} GB free. Set data.resident: auto."
-                )
-            return True
-        if spec.resident == "never" or spec.loader == "webdataset" or free is None:
-            return False
-        return not any(source.shards.is_remote for source in self.sources) and 2 * needed <= free
 
     def batches(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """This rank's parts of the global batches `start` .. `stop` - 1, in order, prepared ahead in a thread.
@@ -128,22 +107,18 @@ class TrainingData:
         spec = self.spec
         assert self.resident is not None or spec.resident != "always", "place_images comes first"
         if spec.batch_size % world_size:
-            raise UserError(
-                f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. "
-                f"Use a batch size that is a multiple of {world_size}, or another number of processes."
-            )
+            raise UserError(f"data.batch_size {spec.batch_size} is not divisible by {world_size} processes. Change it.")
         if spec.loader == "webdataset":
             counts = self.plan.counts
             if any(count % world_size for count in counts):
                 raise UserError(
-                    f"data.loader webdataset mixes within each process: {' + '.join(map(str, counts))} images are not "
-                    f"divisible by {world_size} processes. Use data.loader: indexed, or another batch size."
+                    f"data.loader webdataset needs counts that are divisible by {world_size} processes, but a batch has "
+                    f"{' + '.join(map(str, counts))} images. Use data.loader: indexed, or another batch size."
                 )
-            stream = WebDatasetBatches(self.sources, counts, self.plan.seed, rank, world_size)
-            return prefetched(lambda: stream(start, stop))
+            return prefetched(webdataset_batches(self.sources, self.plan, rank, world_size, start, stop))
         cutmix_seed = self._seed if spec.augment.cutmix else None
         planned = PlannedBatches(self.plan, self.sources, rank, world_size, cutmix_seed, self.resident)
-        return prefetched(lambda: planned(start, stop))
+        return prefetched(planned(start, stop))
 
     def augmented(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """(x float32 [b, C, H, W] in [0, 1], y) on `device`: y is int64 [b], or float32 [b, K] if CutMix mixes labels."""
@@ -176,38 +151,25 @@ class TrainingData:
         }
 
 
-def _counts(spec: DataSpec, num_sources: int) -> tuple[int, ...]:
-    """Images of each source in every batch."""
-    if num_sources == 1:
-        return (spec.batch_size,)
-    counts = mix_counts(spec.batch_size, spec.generated.fraction)
-    if min(counts) == 0:
-        raise UserError(
-            f"With data.batch_size {spec.batch_size} and data.generated.fraction {spec.generated.fraction} every batch "
-            f"would hold {counts[0]} real and {counts[1]} generated images. Change one of them, or train on one source."
-        )
-    return counts
-
-
 def _window(spec: DataSpec, shards: ShardSet) -> int | None:
     """The window of a source, in shards; two windows of a remote source must fit into the cache."""
-    window = spec.window or (REMOTE_WINDOW if shards.is_remote else None)
-    if shards.is_remote:
-        assert window is not None
-        needed = sum(sorted((shards.bytes_of([n]) for n in range(len(shards.names))), reverse=True)[: 2 * window])
-        if needed > spec.remote.cache_gb * 1e9:
-            raise UserError(
-                f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
-                f"{needed / 1e9:.3f} GB. Raise it, or lower data.window."
-            )
+    if not shards.is_remote:
+        return spec.window
+    window = spec.window or REMOTE_WINDOW
+    needed = sum(sorted(shards.shard_bytes, reverse=True)[: 2 * window]) / 1e9
+    if needed > spec.remote.cache_gb:
+        raise UserError(
+            f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
+            f"{needed:.3f} GB. Raise it, or lower data.window."
+        )
+    shards.max_open = 3 * window + 1  # an open map keeps an evicted file on disk
     return window
 
 
 def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> TrainingData:
     """Open, verify, split and label the sources of `spec`.
 
-    Raises:
-        UserError: missing or damaged shards, sources that do not fit together, an impossible split.
+    Raises `UserError` for missing or damaged shards, sources that do not fit together, and an impossible split.
     """
     prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
     commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
@@ -217,18 +179,14 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
         for kind, source in ((REAL, spec.real), (GENERATED, spec.generated))
         if source.shards is not None
     }
-    check_compatible(list(opened.values()))
-    for kind, shards in opened.items():
-        if spec.resident == "always" and shards.is_remote:
-            raise UserError(
-                f"data.resident is 'always', but data.{kind}.shards is the address {shards.folder}: only local shards can "
-                "be kept on the device. Copy them to a folder, or set data.resident: auto."
-            )
+    if len({(shards.image_shape, shards.num_classes) for shards in opened.values()}) > 1:
+        found = (f"{s.folder} has image shape {s.image_shape} and {s.num_classes} classes" for s in opened.values())
+        raise UserError(f"Real and generated data do not fit together: {', '.join(found)}.")
     skips = SkipLog(spec.max_bad_shards if spec.on_bad_shard == "skip" else 0)
-    for shards in opened.values():
-        if verify and skips.limit:
+    for shards in opened.values() if verify else ():
+        if skips.limit:
             shards.check()  # a bad shard is skipped when one of its samples is needed
-        elif verify:
+        else:
             shards.verify()
     sources = {kind: _source(kind, shards, spec, skips) for kind, shards in opened.items()}
     return TrainingData(spec, sources, seed, skips)
@@ -238,16 +196,15 @@ def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> Trai
     held_out = excluded = np.zeros(0, np.int64)
     if spec.validation.source == kind:
         held_out = choose_held_out(shards, spec.validation)
-    path = spec.real.exclude if kind == REAL else spec.generated.exclude
-    if path is not None:
+    if (path := getattr(spec, kind).exclude) is not None:
         excluded = read_excluded(path, shards, f"data.{kind}.exclude")
     given, clean = noisy_labels(shards, spec.real.noise) if kind == REAL else (None, None)
     return TrainingSource(kind, shards, held_out, excluded, given, clean, skips)
 
 
 def normalisation(shards: ShardSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the data set, for the normalisation inside the model; 0.5 and 0.5 for every channel of an unknown one."""
-    known = DATASETS.get(shards.dataset)
-    if known is not None and len(known.mean) == shards.image_shape[2]:
+    """(mean, std) by channel, for the normalisation inside the model; 0.5 and 0.5 if the data set is unknown."""
+    known, channels = DATASETS.get(shards.dataset), shards.image_shape[2]
+    if known is not None and len(known.mean) == channels:
         return known.mean, known.std
-    return (0.5,) * shards.image_shape[2], (0.5,) * shards.image_shape[2]
+    return (0.5,) * channels, (0.5,) * channels

@@ -1,7 +1,7 @@
 """Load trained weights: a release (a folder or on the Hub), or a weight file in RobustBench's layout.
 
-Of a release only safetensors and JSON are read, and the architecture is built here from its configuration. Names, types, shapes
-and sizes are checked before anything is allocated, and no code of the release is run.
+Only safetensors and JSON are read from a release, and none of its code is run: the architecture is built from its configuration.
+Names, types, shapes and sizes are checked before anything is allocated.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import nn
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.loading.checks import check_tensors, is_ours, read_configuration, read_safetensors_header
-from nrat_scale.loading.foreign import load_weight_file, normalised_timm
+from nrat_scale.loading.foreign import NormalisedTimm, load_weight_file
 from nrat_scale.loading.release_folder import CONFIG, WEIGHTS, resolve
 
 
@@ -67,4 +67,4 @@ def _from_release(folder: Path) -> nn.Module:
         raise UserError(f"{WEIGHTS} cannot be read: {first_line(error)}") from error
     if is_ours(name):
         return model
-    return normalised_timm(model, name, arguments, constants.get("mean"), constants.get("std"))
+    return NormalisedTimm(model, name, arguments, constants.get("mean"), constants.get("std"))

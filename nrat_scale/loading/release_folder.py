@@ -6,7 +6,6 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -18,6 +17,12 @@ from nrat_scale.core.files import manifest_mismatch, read_json
 from nrat_scale.core.run_folder import RECIPE, RESULTS
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+_REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
+    LocalEntryNotFoundError: "the Hub cannot be reached, and its cache has no copy",
+    RepositoryNotFoundError: "the Hub has no such model, or it is private",
+    RevisionNotFoundError: "the model has no such revision",
+    EntryNotFoundError: f"the model lacks {CONFIG} or {WEIGHTS}",
+}
 
 
 def resolve(source: str | Path) -> Path:
@@ -27,10 +32,8 @@ def resolve(source: str | Path) -> Path:
         folder = _download(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{source} is not a release: it has no {name}. "
-                "Make one with: python -m nrat_scale.release RUN --to FOLDER"
-            )
+            way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
+            raise UserError(f"{source} is not a release: it has no {name}. {way_out}")
     verify(folder)
     return folder
 
@@ -57,7 +60,7 @@ def _download(source: str) -> Path:
     """The snapshot folder of `user/repo[@revision]`, all files from one commit."""
     repo, _, revision = source.partition("@")
     if repo.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"There is no release folder {source}, and it is not of the Hub's form user/repo either.")
+        raise UserError(f"{source} is not a release folder and does not have the Hub's form user/repo.")
     try:
         folder = Path(hf_hub_download(repo, CONFIG, revision=revision or None)).parent
         commit = folder.name  # `revision` may move between two downloads
@@ -70,18 +73,9 @@ def _download(source: str) -> Path:
         except UserError:  # damaged in transit, which hf_hub_download does not check: bypass its cache once
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 hf_hub_download(repo, name, revision=commit, force_download=True)
-    except HFValidationError as error:
-        raise UserError(f"There is no folder {source}, and the Hub allows no such name: {first_line(error)}") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"There is no folder {source}, the Hub cannot be reached, and its cache has no copy."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"There is no folder {source} and no model {repo} on the Hub (or it is private).") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"The model {repo} on the Hub has no revision '{revision}'.") from error
-    except EntryNotFoundError as error:
-        raise UserError(f"{repo} on the Hub is not a release: it lacks {CONFIG} or {WEIGHTS}.") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"The release {source} cannot be fetched from the Hub: {first_line(error)}") from error
+    except (EntryNotFoundError, HFValidationError, OSError) as error:
+        reasons = [text for kind, text in _REASONS.items() if isinstance(error, kind)] or [
+            first_line(error).rstrip(".")
+        ]
+        raise UserError(f"{source} is neither a folder nor a release on the Hub: {reasons[0]}.") from error
     return folder

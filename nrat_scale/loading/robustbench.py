@@ -10,15 +10,14 @@ from torch import nn
 from nrat_scale.core.errors import UserError, did_you_mean
 from nrat_scale.loading.load import load
 
-_BENCHMARKS = {"dataset": ("cifar10", "cifar100", "imagenet"), "threat_model": ("Linf", "L2", "corruptions")}
+_DATASETS, _THREAT_MODELS = ("cifar10", "cifar100", "imagenet"), ("Linf", "L2", "corruptions")
 _registered: dict[str, str] = {}  # timm name -> source
 
 
 def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10", threat_model: str = "Linf") -> str:
     """Let RobustBench's `load_model(name, dataset=dataset, threat_model=threat_model)` find a release.
 
-    Before RobustBench looks into its own zoo, it asks timm for a model called `<name>_<dataset>_<threat_model>`, in lower case
-    with `_` for `-`.
+    RobustBench asks timm for `<name>_<dataset>_<threat_model>`, in lower case with `_` for `-`, before its own zoo.
 
     Args:
         source: as for `load`.
@@ -32,10 +31,10 @@ def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10"
     Raises:
         UserError: the name is taken or invalid, or RobustBench has no such data set or threat model.
     """
-    for what, value in (("dataset", dataset), ("threat_model", threat_model)):
-        if value not in _BENCHMARKS[what]:
+    for what, value, known in (("data set", dataset, _DATASETS), ("threat model", threat_model, _THREAT_MODELS)):
+        if value not in known:
             raise UserError(
-                f"RobustBench has no {what} '{value}' and would never ask for it. {did_you_mean(value, _BENCHMARKS[what])}"
+                f"RobustBench has no {what} '{value}' and would never ask for it. {did_you_mean(value, known)}"
             )
     # Absolute: the working directory may change before the model is loaded.
     source = str(Path(source).resolve() if Path(source).exists() else source)

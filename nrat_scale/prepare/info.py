@@ -27,7 +27,7 @@ def info(where: str, sheet: Path | None = None) -> str:
         why = "already exists" if sheet.exists() else "is not a .png in an existing folder"
         raise UserError(f"The contact sheet {sheet} {why}. Choose another --sheet.")
     shards = open_shards(where, where)
-    size = shards.bytes_of(range(len(shards.names))) / 1e6
+    size = sum(shards.shard_bytes) / 1e6
     lines = [
         f"{where}: {len(shards)} images of shape {list(shards.image_shape)} ({shards.dataset}) in "
         f"{len(shards.names)} shard{'s'[: len(shards.names) != 1]}, {size:.1f} MB",

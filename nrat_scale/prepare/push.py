@@ -10,7 +10,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.data.index import INDEX
 from nrat_scale.data.shards import open_shards
 from nrat_scale.remote.address import HubAddress, parse_hub
-from nrat_scale.remote.hub import HubRepository, check_repository, names_of
+from nrat_scale.remote.hub import HubRepository, check_repository
 
 _COMMIT_SHARDS = 50  # per commit
 
@@ -38,11 +38,11 @@ def push(folder: Path, address: str) -> str:
     files = _verified_files(folder)
     shards = [name for name in files if name.endswith(".tar")]
     indices = [name for name in files if not name.endswith(".tar")]
-    hub = HubRepository(parts.repo, parts.repo_type, parts.revision, "The shards", address)
+    hub = HubRepository(parts.repo, "dataset", parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
-        hub.upload(names_of(folder, shards[first : first + _COMMIT_SHARDS]))
-    hub.upload(names_of(folder, indices))
+        hub.upload(folder, shards[first : first + _COMMIT_SHARDS])
+    hub.upload(folder, indices)
     size = sum((folder / name).stat().st_size for name in files) / 1e6
     return f"{address}: {len(shards)} shards and {INDEX} uploaded, {size:.1f} MB"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.data.index import TAR_BLOCK, Block
+from nrat_scale.data.index import TAR_BLOCK, Blocks
 from nrat_scale.data.shards import ShardSet, ShardUnusable, open_shards
 
 _MAX_NAMED = 10  # problems in one message
@@ -26,7 +26,7 @@ def verify(where: str) -> str:
         raise UserError(
             f"{where} has {len(problems)} problem{'s'[: len(problems) != 1]}: {' '.join(problems[:_MAX_NAMED])}{more}"
         )
-    size = shards.bytes_of(range(len(shards.names))) / 1e6
+    size = sum(shards.shard_bytes) / 1e6
     return f"{where}: all {len(shards.names)} shards ({len(shards)} images, {size:.1f} MB) match the index"
 
 
@@ -66,18 +66,18 @@ def _check_content(data: np.ndarray, shards: ShardSet, number: int) -> None:
                 if array.min() < 0 or array.max() >= shards.num_classes:
                     raise ValueError(f"{name} has labels outside 0..{shards.num_classes - 1}")
                 counts += np.bincount(array, minlength=shards.num_classes)
-            elif kind == "ids" and (array.min() < 0 or array.max() >= block.num_ids):
-                raise ValueError(f"{name} has ids outside 0..{block.num_ids - 1}")
+            elif kind == "ids" and (array.min() < 0 or array.max() >= shards.segments[block.segment].num_ids):
+                raise ValueError(f"{name} has ids outside 0..{shards.segments[block.segment].num_ids - 1}")
         if key in keys:
             raise ValueError(f"it has two blocks {quoted(key)}")
         keys.add(key)
     if len(data) < offset + 2 * TAR_BLOCK or data[offset:].any():
         raise ValueError("it does not end where the index says")
-    if (counts != shards.class_counts_of(number)).any():
+    if (counts != shards.shard_class_counts[number]).any():
         raise ValueError("its labels do not have the class counts of the index")
 
 
-def _members(block: Block, image_shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
+def _members(block: Blocks[int], image_shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
     """(kind, offset, shape, dtype) of each member of a block."""
     yield "images", block.image_offset, (block.num_images, *image_shape), "|u1"
     yield "labels", block.label_offset, (block.num_images,), "<i8"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError, run_cli
-from nrat_scale.release.bundle import release
+from nrat_scale.release.bundle import EXPORTED, ONNX, release
 from nrat_scale.release.publish import push, push_queued
 from nrat_scale.remote.hub import check_repository
 
@@ -22,15 +22,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--to", type=Path, metavar="FOLDER", help="new folder to write")
     add("--checkpoint", choices=("best", "last"), default="best", help="default: %(default)s")
     add("--unevaluated", action="store_true", help="release without results; the card says so")
-    add("--onnx", action="store_true", help="also write model.onnx, compared with the model")
-    add("--torch-export", action="store_true", help="also write model.pt2 (torch.export), compared with the model")
+    add("--onnx", action="store_true", help=f"also write {ONNX}, compared with the model")
+    add("--torch-export", action="store_true", help=f"also write {EXPORTED} (torch.export), compared with the model")
     add("--push", metavar="USER/REPO", help="send it to the Hub (HF_ENDPOINT, HF_TOKEN or `hf auth login`)")
     add("--private", action="store_true", help="make a new repository private")
     add("--revision", help="branch of the repository (default: main)")
-    add("--queued", action="store_true", help="push what release.every_epochs put aside, each to its own revision")
+    add("--queued", action="store_true", help="push each checkpoint queued by release.every_epochs to its own revision")
     arguments = parser.parse_args(argv)
     if arguments.to is None and arguments.push is None:
-        raise UserError("Say where to: --to FOLDER, --push user/repo, or both.")
+        raise UserError("Name a destination: --to FOLDER, --push user/repo, or both.")
     if arguments.push is None and (arguments.private or arguments.revision or arguments.queued):
         raise UserError("--private, --revision and --queued need --push user/repo.")
     if arguments.queued and (arguments.to is not None or arguments.revision is not None):
@@ -48,14 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(push_queued(run, repo, private=arguments.private)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = release(
-            run,
-            to or Path(temporary) / repo.partition("/")[2],
-            arguments.checkpoint,
-            unevaluated=arguments.unevaluated,
-            onnx=arguments.onnx,
-            torch_export=arguments.torch_export,
-        )
+        folder = to or Path(temporary) / repo.partition("/")[2]
+        exports = [ONNX] * arguments.onnx + [EXPORTED] * arguments.torch_export
+        release(run, folder, arguments.checkpoint, unevaluated=arguments.unevaluated, exports=exports)
         if to is not None:
             print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
         if repo is not None:

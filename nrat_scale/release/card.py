@@ -13,50 +13,46 @@ from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
 
 TEMPLATES = environment("nrat_scale.release", autoescape=False)  # Markdown
-_PAPERS = {
+_PAPERS = {  # first word of an objective, or `aa` for AutoAttack -> citation
     "nrat": "*NRAT: towards adversarial training with inherent label noise* (the objective)",
-    "dm_at": "Wang et al., *Better Diffusion Models Further Improve Adversarial Training*, ICML 2023, arXiv:2302.04638",
     "trades": "Zhang et al., *Theoretically Principled Trade-off between Robustness and Accuracy*, ICML 2019, arXiv:1901.08573",
     "mart": "Wang et al., *Improving Adversarial Robustness Requires Revisiting Misclassified Examples*, ICLR 2020",
     "pgd_at": "Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, ICLR 2018, arXiv:1706.06083",
+    "dm_at": "Wang et al., *Better Diffusion Models Further Improve Adversarial Training*, ICML 2023, arXiv:2302.04638",
+    "aa": "Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks*, "
+    "ICML 2020, arXiv:2003.01690 (AutoAttack)",
 }
-_AUTOATTACK = (
-    "Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks*, ICML "
-    "2020, arXiv:2003.01690 (AutoAttack)"
-)
 
 
 def model_card(contents: Contents) -> str:
     """README.md of a release: Hub metadata, how to load it, its robustness, how it was trained, its limits."""
     recipe, results = contents.recipe, contents.results
     height, width, channels = contents.description["image_shape"]
+    dataset, threat = str(contents.description["dataset"]), ""
+    evaluation = {}
+    if results is not None:
+        threat = threat_text(results["threat"]["norm"], results["threat"]["eps"])
+        table, command = Markup(markdown_table(results)), _check_command(contents, results)
+        evaluation = {"tested_threat": threat, "table": table, "command": command}
     return TEMPLATES.get_template("card.md").render(
         contents=contents,
         recipe=recipe,
-        dataset=str(contents.description["dataset"]),
+        dataset=dataset,
         shape=f"{channels}, {height}, {width}",
         version=nrat_scale.__version__,
-        metadata=Markup(_metadata(contents)),
-        warning=RELEASED_CODE_WARNING if RELEASED_CODE_WARNING in contents.flags else None,
-        doubts=[flag for flag in contents.flags if flag != RELEASED_CODE_WARNING],
+        metadata=Markup(_metadata(contents, dataset, threat)),
+        warning=RELEASED_CODE_WARNING,
         attacked=recipe.objective.name != "natural",
         trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps),
         step=fraction_text(recipe.threat.step),
         selection_attack=attack_title(recipe.train.validation_attack),
-        tested_threat="" if results is None else _threat(results),
-        table=Markup("" if results is None else markdown_table(results)),
-        command="" if results is None else _check_command(contents, results),
         papers=_papers(contents),
+        **evaluation,
     )
 
 
-def _threat(results: dict[str, Any]) -> str:
-    return threat_text(results["threat"]["norm"], results["threat"]["eps"])
-
-
-def _metadata(contents: Contents) -> str:
+def _metadata(contents: Contents, dataset: str, threat: str) -> str:
     """The Hub's front matter as YAML, with every measured accuracy."""
-    dataset, results = str(contents.description["dataset"]), contents.results
     measured = [
         EvalResult(
             task_type="image-classification",
@@ -65,9 +61,7 @@ def _metadata(contents: Contents) -> str:
             dataset_name=dataset,
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=f"{attack_title(attack)} accuracy in %"
-            + ("" if attack == "natural" or results is None else f", {_threat(results)}")
-            + f" (n = {entry['n']})",
+            metric_name=f"{attack_title(attack)} accuracy in %{'' if attack == 'natural' else f', {threat}'} (n = {entry['n']})",
             metric_value=round(100 * entry["accuracy"], 4),
         )
         for attack, entry in contents.attacks.items()
@@ -83,7 +77,7 @@ def _metadata(contents: Contents) -> str:
 
 
 def _check_command(contents: Contents, results: dict[str, Any]) -> str:
-    """The command that reproduces the results, but for attacks transferred from another model."""
+    """The command that reproduces the results, except those of transfer attacks."""
     attacks = {name: entry for name, entry in contents.attacks.items() if not name.startswith("transfer-")}
     first = next(iter((attacks or contents.attacks).values()))
     total, threat = results["data"]["num_images"], results["threat"]
@@ -99,11 +93,6 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
 
 
 def _papers(contents: Contents) -> list[str]:
-    name = contents.recipe.objective.name
-    family = next((key for key in _PAPERS if name.startswith(key)), None)
-    papers = [] if family is None else [_PAPERS[family]]
-    if contents.recipe.data.generated.shards and family != "dm_at":
-        papers.append(_PAPERS["dm_at"])
-    if any(attack.startswith("aa") for attack in contents.attacks):
-        papers.append(_AUTOATTACK)
-    return papers or ["nrat_scale"]
+    name, generated = contents.recipe.objective.name, contents.recipe.data.generated.shards
+    cited = {"dm_at": generated, "aa": any(attack.startswith("aa") for attack in contents.attacks)}
+    return [paper for key, paper in _PAPERS.items() if name.startswith(key) or cited.get(key)] or ["nrat_scale"]

@@ -1,7 +1,8 @@
-"""ONNX and `torch.export` files that take any number of images, compared with the model itself."""
+"""Export a model to ONNX or `torch.export` for any batch size, and compare the logits."""
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError
-
-TOLERANCE = 1e-4  # of logits
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -24,41 +22,30 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
     Raises:
         UserError: a package that the export needs is not installed.
     """
-    absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(f'--onnx needs {", ".join(absent)}: pip install "nrat_scale[onnx]".')
     import onnxruntime
 
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own deprecated code
-        torch.onnx.export(
-            model,
-            (x,),
-            str(path),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(model, (x,), str(path), dynamic_shapes=shapes, **names, **options)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    _compare(model, run, x, "ONNX")
+    _compare(model, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), x, path)
 
 
 def export_torch(model: nn.Module, x: Tensor, path: Path) -> None:
     """Write `path`, a `torch.export` file: `torch.export.load(path).module()` is the model. Arguments as `export_onnx`."""
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(exported, path)
-    _compare(model, torch.export.load(path).module(), x, "torch.export")
+    _compare(model, torch.export.load(path).module(), x, path)
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, exported: Any, x: Tensor, what: str) -> None:
+def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], x: Tensor, path: Path) -> None:
     for images in (x, x[:1], torch.cat([x, 1 - x])):  # the exported batch size, 1 and a larger one
         difference = float((model(images) - exported(images)).abs().max())
-        assert difference <= TOLERANCE, f"the logits of the {what} file differ by {difference}"
+        assert difference <= 1e-4, f"the logits of {path.name} differ by {difference}"

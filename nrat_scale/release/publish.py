@@ -1,19 +1,18 @@
-"""Push releases to the Hub: one, or those that training put aside."""
+"""Push releases to the Hub: one, or those that training has queued."""
 
 import tempfile
 from pathlib import Path
 
 from nrat_scale.loading.release_folder import verify
-from nrat_scale.release.bundle import FILES, build_release
+from nrat_scale.release.bundle import FILES, release
 from nrat_scale.release.contents import queued_weights
-from nrat_scale.remote.hub import HubRepository, check_repository, names_of
+from nrat_scale.remote.hub import HubRepository, check_repository
 
 
 def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> list[str]:
-    """Send the release in `folder` to the model repository `repo`, which is created if it does not exist.
+    """Verify the release in `folder` and send the files that the model repository `repo` lacks; create `repo` if needed.
 
-    Only files that a release can hold are sent, after a comparison with the manifest; files that the repository already
-    has are not sent again.
+    Files whose names are not in `FILES` are never sent.
 
     Returns:
         The names of the files that were sent.
@@ -23,17 +22,16 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     """
     check_repository(repo, revision)
     verify(folder, everything=True)
-    files = names_of(folder, [name for name in FILES if (folder / name).is_file()])
     hub = HubRepository(repo, "model", revision, "The release", f"{repo}@{revision}" if revision else repo)
     hub.prepare(private=private)
-    missing = hub.missing(files)
+    missing = hub.missing(folder, [name for name in FILES if (folder / name).is_file()])
     if missing:
-        hub.upload({name: files[name] for name in missing}, f"Release {folder.name}")
+        hub.upload(folder, missing, f"Release {folder.name}")
     return missing
 
 
 def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
-    """Send every checkpoint that `release.every_epochs` put aside to a revision of its own, `epoch-NNNN`.
+    """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`.
 
     Returns:
         A sentence about each revision.
@@ -46,7 +44,7 @@ def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
     for weights in queued_weights(run):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo.partition("/")[2]
-            build_release(run, weights, folder, unevaluated=True)
+            release(run, folder, weights, unevaluated=True)
             sent = push(folder, repo, private=private, revision=weights.label)
         sentences.append(f"{repo}@{weights.label}: {f'{len(sent)} files sent' if sent else 'already there'}")
     return sentences

@@ -37,18 +37,10 @@ def robustbench_info(contents: Contents) -> dict[str, Any]:
     }
 
 
-def new_model_issue(contents: Contents) -> str:
-    """The text of RobustBench's new-model issue, as far as the run's files answer it."""
-    info = robustbench_info(contents)
-    threat = contents.recipe.threat.norm if contents.results is None else contents.results["threat"]["norm"]
-    return TEMPLATES.get_template("new_model_issue.md").render(
-        contents=contents,
-        info=info,
-        accuracies={key: info[key] or "not measured on all test images" for key in ("clean_acc", "autoattack_acc")},
-        threat_model=AUTOATTACK_NORMS[threat],
-        method=_evaluation_method(contents),
-        to_fill_in=TO_FILL_IN,
-    )
+def new_model_issue(contents: Contents, info: dict[str, Any]) -> str:
+    """The text of RobustBench's new-model issue, as far as the run's files answer it; `info` is `robustbench_info`."""
+    template = TEMPLATES.get_template("new_model_issue.md")
+    return template.render(contents=contents, info=info, norms=AUTOATTACK_NORMS, to_fill_in=TO_FILL_IN)
 
 
 def _notes(contents: Contents, total: int | None) -> list[str]:
@@ -58,21 +50,8 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     if contents.noise is not None and contents.noise.get("num_noisy"):
         rate, kind = 100 * contents.noise["realised_rate"], contents.noise["kind"]
         notes.append(f"{rate:.1f} % of its real training labels are wrong ({kind} label noise).")
-    autoattack = contents.attacks.get("aa")
-    if autoattack is None:
-        notes.append("No AutoAttack accuracy is claimed: AutoAttack was not run.")
-    elif autoattack["n"] != total:
-        images = f"{autoattack['n']} of {total} images"
-        notes.append(f"No AutoAttack accuracy is claimed: AutoAttack was run on {images} only.")
+    measured = contents.attacks.get("aa", {"n": 0})["n"]
+    if measured != total:
+        problem = f"run on {measured} of {total} images only" if measured else "not run"
+        notes.append(f"No AutoAttack accuracy is claimed: AutoAttack was {problem}.")
     return notes + contents.flags
-
-
-def _evaluation_method(contents: Contents) -> str:
-    entry = contents.attacks.get("aa")
-    if contents.results is None or entry is None:
-        return "not evaluated with AutoAttack"
-    versions = ", ".join(f"{name} {version}" for name, version in contents.results["versions"].items())
-    return (
-        f"standard AutoAttack in batches of {entry['batch_size']} images, seed {entry['seed']}, n = {entry['n']} "
-        f"({versions})"
-    )

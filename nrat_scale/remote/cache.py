@@ -5,18 +5,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, sha256_of
 from nrat_scale.remote.transfer import Cancelled, download, sleep_unless
 
-CACHE_VARIABLE = "NRAT_SCALE_CACHE"
 DEFAULT_CACHE_GB = 50.0
 _CACHED = re.compile(r"([0-9a-f]{64})\.(?:tar|(\d+)\.part)")  # only these are evicted
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Size, modification time (ns) and inode: they change if the file is written or replaced."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 class Cache:
@@ -31,9 +36,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None = None, limit_gb: float = DEFAULT_CACHE_GB) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        given = folder or os.environ.get(CACHE_VARIABLE) or f"{home}/nrat_scale"
-        self.folder = Path(given).expanduser()
+        default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/nrat_scale"
+        self.folder = Path(folder or os.environ.get("NRAT_SCALE_CACHE") or default).expanduser()
         self.limit_bytes = int(limit_gb * 1e9)
 
     def fetch(self, url: str, num_bytes: int, sha256: str, *, stopped: Callable[[], bool] = lambda: False) -> Path:
@@ -44,9 +48,7 @@ class Cache:
             Cancelled: `stopped` returned True.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-            raise UserError(
-                f"The index has no valid sha256 for {url}. Make the shards again with tools/shard_dataset.py."
-            )
+            raise UserError(f"The index has no valid sha256 for {url}. Make the shards again.")
         path = self.folder / f"{sha256}.tar"
         if self._stamped(path):
             return path
@@ -56,10 +58,8 @@ class Cache:
                 if not self._stamped(path):
                     self._fill(path, url, num_bytes, sha256, stopped)
         except OSError as error:
-            raise UserError(
-                f"The cache {self.folder} cannot be used ({error.strerror or error}). "
-                "Choose another place with data.remote.cache."
-            ) from error
+            reason = error.strerror or error
+            raise UserError(f"The cache {self.folder} cannot be used ({reason}). Set data.remote.cache.") from error
         return path
 
     def _fill(self, path: Path, url: str, num_bytes: int, sha256: str, stopped: Callable[[], bool]) -> None:
@@ -69,33 +69,22 @@ class Cache:
             part = self.folder / f"{sha256}.{num_bytes}.part"
             self._make_room(num_bytes, part, stopped)
             download(url, path, num_bytes, sha256, part=part, stopped=stopped)
-        path.with_suffix(".json").write_text(json.dumps(self._state(path)))
+        path.with_suffix(".json").write_text(json.dumps(file_stamp(path)))
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, stopped: Callable[[], bool]) -> Iterator[None]:
-        lock = FileLock(self.folder / f"{name}.lock")
+    def _locked(self, name: str, stopped: Callable[[], bool]) -> AcquireReturnProxy:
+        """The acquired lock NAME.lock; leaving its `with` block releases it."""
         while True:
             try:
-                lock.acquire(timeout=0.2, poll_interval=0.05)
-                break
+                return FileLock(self.folder / f"{name}.lock").acquire(timeout=0.2, poll_interval=0.05)
             except Timeout:
                 if stopped():
                     raise Cancelled from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @staticmethod
-    def _state(path: Path) -> list[int]:
-        stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _stamped(self, path: Path) -> bool:
         """Whether `path` is unchanged since it was verified; if so, it counts as used now."""
         stamp = path.with_suffix(".json")
         try:
-            if json.loads(stamp.read_text()) != self._state(path):
+            if json.loads(stamp.read_text()) != file_stamp(path):
                 return False
         except (OSError, ValueError):
             return False
@@ -110,11 +99,11 @@ class Cache:
         """
         if num_bytes > self.limit_bytes:
             raise UserError(
-                f"The cache {self.folder} has a limit of {self.limit_bytes / 1e9:.2f} GB, too little for a shard of "
+                f"The limit of the cache {self.folder}, {self.limit_bytes / 1e9:.2f} GB, is too little for a shard of "
                 f"{num_bytes / 1e9:.2f} GB. Raise data.remote.cache_gb."
             )
         while not self._reserved(num_bytes, part, stopped):
-            part.unlink(missing_ok=True)  # a reservation: two waiting processes would block each other
+            part.unlink(missing_ok=True)  # give up the reservation: two waiting processes would block each other
             sleep_unless(stopped, 0.2)
 
     def _reserved(self, num_bytes: int, part: Path, stopped: Callable[[], bool]) -> bool:
@@ -131,8 +120,8 @@ class Cache:
                 return False
             if shutil.disk_usage(self.folder).free < num_bytes - (part.stat().st_size if part.exists() else 0):
                 raise UserError(
-                    f"The disk has no room for a shard of {num_bytes / 1e9:.2f} GB in the cache {self.folder}. Free some "
-                    "space, lower data.remote.cache_gb, or choose another place with data.remote.cache."
+                    f"The disk of the cache {self.folder} has no room for a shard of {num_bytes / 1e9:.2f} GB. "
+                    "Free some space, lower data.remote.cache_gb, or set data.remote.cache."
                 )
             part.touch()
             return True
@@ -151,16 +140,13 @@ class Cache:
         return contents
 
     def _evicted(self, sha256: str) -> bool:
-        """Remove a file; False if it is being fetched."""
-        lock = FileLock(self.folder / f"{sha256}.lock")
+        """Evict a file; False if a process is fetching it."""
         try:
-            lock.acquire(timeout=0)
+            with FileLock(self.folder / f"{sha256}.lock", timeout=0):
+                for name in (f"{sha256}.json", f"{sha256}.tar"):
+                    (self.folder / name).unlink(missing_ok=True)
+                for part in self.folder.glob(f"{sha256}.*.part"):
+                    part.unlink(missing_ok=True)
+                return True
         except Timeout:
             return False
-        try:
-            (self.folder / f"{sha256}.json").unlink(missing_ok=True)
-            for path in (self.folder / f"{sha256}.tar", *self.folder.glob(f"{sha256}.*.part")):
-                path.unlink(missing_ok=True)
-        finally:
-            lock.release()
-        return True

@@ -1,11 +1,11 @@
-"""Upload files to a repository on the Hugging Face Hub: skip what it already has, retry, compare what arrived.
+"""Upload files to a repository on the Hugging Face Hub: skip unchanged files, retry, verify what arrived.
 
 The token comes from HF_TOKEN or `hf auth login` and is never printed.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,49 +34,42 @@ class HubRepository:
     def __init__(self, repo: str, kind: str, revision: str | None, what: str, shown: str, api: Any = None) -> None:
         from huggingface_hub import HfApi
 
-        self._repo, self._kind, self._revision, self._what, self._shown = repo, kind, revision, what, shown
+        self._where = {"repo_id": repo, "repo_type": kind}
+        self._revision, self._what, self._shown = revision, what, shown
         self._api: Any = api or HfApi()
 
     def prepare(self, *, private: bool = False) -> None:
         """Create the repository and the branch if they do not exist; `private` only affects a new repository."""
-        where: dict[str, Any] = {"repo_id": self._repo, "repo_type": self._kind, "exist_ok": True}
-        options = {**where, "private": True} if private else where
-        self._retried(lambda: self._api.create_repo(**options))
+        self._retried(lambda: self._api.create_repo(**self._where, exist_ok=True, private=private or None))
         if self._revision not in (None, "main"):
-            self._retried(lambda: self._api.create_branch(**where, branch=self._revision))
+            self._retried(lambda: self._api.create_branch(**self._where, exist_ok=True, branch=self._revision))
 
-    def missing(self, files: Mapping[str, Path]) -> list[str]:
-        """Which of `files` (name in the repository -> local file) the repository lacks or has with other bytes."""
-        found = self._retried(
-            lambda: self._api.get_paths_info(self._repo, list(files), repo_type=self._kind, revision=self._revision)
-        )
+    def missing(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """Which of the files `names` of `folder` the repository lacks or has with other bytes."""
+        where = {**self._where, "revision": self._revision}
+        found = self._retried(lambda: self._api.get_paths_info(**where, paths=list(names)))
         entries = {entry.path: entry for entry in found}
-        return [name for name, path in files.items() if not _has_bytes_of(entries.get(name), path)]
+        return [name for name in names if not _has_bytes_of(entries.get(name), folder / name)]
 
-    def upload(self, files: Mapping[str, Path], message: str | None = None) -> None:
-        """Commit `files` (name in the repository -> local file) and verify that they arrived.
+    def upload(self, folder: Path, names: Sequence[str], message: str | None = None) -> None:
+        """Commit the files `names` of `folder` and verify that they arrived.
 
         Raises:
             UserError: no permission, the Hub cannot be reached, or a file did not arrive.
         """
         from huggingface_hub import CommitOperationAdd
 
-        names = list(files)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        request = {**self._where, "revision": self._revision, "commit_message": message or f"Upload {names[0]}{more}"}
 
         def commit() -> None:
-            self._api.create_commit(
-                repo_id=self._repo,
-                repo_type=self._kind,
-                revision=self._revision,
-                # New for each attempt: an operation keeps state from a failed one.
-                operations=[CommitOperationAdd(name, str(path)) for name, path in files.items()],
-                commit_message=message or f"Upload {names[0]}{more}",
-            )
+            # New operations for each attempt: they keep state from a failed one.
+            operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
+            self._api.create_commit(**request, operations=operations)
 
         self._retried(commit)
-        # The client skips files that a .gitignore in the repository names, without an error.
-        if missing := self.missing(files):
+        # The client silently skips files that a .gitignore in the repository names.
+        if missing := self.missing(folder, names):
             raise UserError(
                 f"{missing[0]} did not arrive at {self._shown} with the local bytes. Check the repository's .gitignore."
             )
@@ -94,11 +87,10 @@ class HubRepository:
 
 def _has_bytes_of(entry: Any, path: Path) -> bool:
     """Compare a file on the Hub with `path`: by sha256 if the Hub stores it as LFS, else by git's blob id."""
-    if entry is None or getattr(entry, "size", None) != path.stat().st_size:
+    if getattr(entry, "size", None) != path.stat().st_size:
         return False
-    lfs = getattr(entry, "lfs", None)
-    if lfs is not None:
-        return bool(lfs.sha256 == sha256_of(path))
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == sha256_of(path))
     content = path.read_bytes()
     return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
 
@@ -109,8 +101,3 @@ def check_repository(repo: str, revision: str | None) -> None:
         raise UserError(f"{quoted(repo)} is not a repository on the Hub. Expected user/repo.")
     if revision is not None and not re.fullmatch(_NAME, revision, re.ASCII):
         raise UserError(f"{quoted(revision)} cannot be a revision. Use letters, digits, ., _ and -.")
-
-
-def names_of(folder: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Name -> file, of `names` in `folder`."""
-    return {name: folder / name for name in names}

@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from http.client import HTTPException, IncompleteRead, InvalidURL
 from typing import Any, NamedTuple
@@ -41,25 +41,17 @@ class PermanentError(Exception):
 
 
 class RemoteFile(NamedTuple):
-    """An open remote file.
+    """An open remote file."""
 
-    Attributes:
-        chunks: its bytes from `start` on.
-        start: 0 if the store ignored the requested offset.
-        size: of the complete file in bytes; None if the store does not state it.
-    """
-
-    chunks: Iterator[bytes]
-    start: int
-    size: int | None
+    chunks: Iterator[bytes]  # from `start` on
+    start: int  # 0 if the store ignored the requested offset
+    size: int | None  # of the complete file in bytes; None if the store does not state it
 
 
 def open_at(url: str, start: int) -> AbstractContextManager[RemoteFile]:
-    """Open `url` at byte `start`.
+    """Open `url` at byte `start`; raises `UserError` for an unknown scheme.
 
-    Raises:
-        UserError: unknown scheme.
-        TransientError, PermanentError: also while the chunks are read.
+    Opening it and reading its chunks raise `TransientError` and `PermanentError`.
     """
     scheme = url.partition("://")[0]
     if scheme not in OPENERS:
@@ -67,16 +59,13 @@ def open_at(url: str, start: int) -> AbstractContextManager[RemoteFile]:
     return OPENERS[scheme](url, start)
 
 
-# ---- https ----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def _open_http(url: str, start: int, private_headers: Mapping[str, str] | None = None) -> Iterator[RemoteFile]:
+def _open_http(url: str, start: int, authorization: str | None = None) -> Iterator[RemoteFile]:
     headers = {"User-Agent": "nrat_scale", "Accept-Encoding": "identity"}
     with _http_failures(url):
         request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_SAFE), headers=headers)
-    for key, value in (private_headers or {}).items():
-        request.add_unredirected_header(key, value)  # a redirect to another host must not receive the token
+    if authorization:
+        request.add_unredirected_header("Authorization", authorization)  # not sent to the host of a redirect
     if start:
         request.add_header("Range", f"bytes={start}-")
     with _http_failures(url):
@@ -111,7 +100,7 @@ def _http_chunks(response: Any, url: str, left: int | None) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _http_failures(url: str) -> Iterator[None]:
-    """Turn what urllib raises into `TransientError` and `PermanentError`."""
+    """Translate urllib's exceptions into `TransientError` and `PermanentError`."""
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]
     try:
         yield
@@ -144,20 +133,14 @@ def _http_failures(url: str) -> Iterator[None]:
 
 def _retry_after(headers: Any) -> float | None:
     """The seconds of a Retry-After header; None if it is absent or a date."""
-    value = headers.get("Retry-After") if headers is not None else None
-    return float(value) if value is not None and value.isdecimal() else None
-
-
-# ---- hf -------------------------------------------------------------------------------------------------------------
+    value = headers.get("Retry-After", "") if headers is not None else ""
+    return float(value) if value.isdecimal() else None
 
 
 def hub_failure(error: Exception) -> TransientError | PermanentError:
-    """Classify an exception of huggingface_hub, whose HTTP libraries share no base class.
-
-    Without an answer of the Hub the network failed, unless the client itself refused its arguments.
-    """
+    """Classify an exception of huggingface_hub, whose HTTP libraries share no base class."""
     response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    status = getattr(response, "status_code", None)  # None: the network failed, or the client refused its arguments
     lines = [printable(line.strip()) for line in str(error).splitlines() if line.strip()]
     reason = " ".join(lines[:2]).rstrip(".") or type(error).__name__
     if status in (401, 403):
@@ -173,20 +156,17 @@ def _open_hub(url: str, start: int) -> AbstractContextManager[RemoteFile]:
     import huggingface_hub
     from huggingface_hub.utils import build_hf_headers
 
-    repo, repo_type, revision, path = parse_hub(url)
+    repo, revision, path = parse_hub(url)
     if not path:
         raise PermanentError("expected hf://datasets/USER/REPO/FILE")
     try:
-        public = huggingface_hub.hf_hub_url(repo, path, repo_type=repo_type, revision=revision)
+        public = huggingface_hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         location = huggingface_hub.get_hf_file_metadata(public, timeout=STALL_SECONDS).location
     except Exception as error:
         raise hub_failure(error) from None
     same_host = urllib.parse.urlsplit(location).netloc == urllib.parse.urlsplit(public).netloc
     authorization = build_hf_headers().get("authorization") if same_host else None
-    return _open_http(location, start, {"Authorization": authorization} if authorization else {})
-
-
-# ---- s3 -------------------------------------------------------------------------------------------------------------
+    return _open_http(location, start, authorization)
 
 
 @contextlib.contextmanager
@@ -194,8 +174,7 @@ def _open_s3(url: str, start: int) -> Iterator[RemoteFile]:
     import fsspec
 
     try:
-        # Created for each file: an fsspec file system does not survive a fork.
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)  # for each file: an fsspec file system does not survive a fork
     except ImportError:
         raise UserError(f"{url} needs s3fs: pip install s3fs") from None
     with _s3_failures():
@@ -217,7 +196,7 @@ def _open_s3(url: str, start: int) -> Iterator[RemoteFile]:
 
 @contextlib.contextmanager
 def _s3_failures() -> Iterator[None]:
-    """Turn what s3fs raises into `TransientError` and `PermanentError`."""
+    """Translate s3fs's exceptions into `TransientError` and `PermanentError`."""
     try:
         yield
     except FileNotFoundError as error:

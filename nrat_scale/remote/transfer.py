@@ -30,11 +30,7 @@ class Cancelled(Exception):
 
 
 def fetch_bytes(url: str, limit: int) -> bytes:
-    """The content of a small file, at most `limit` bytes.
-
-    Raises:
-        UserError: the file cannot be fetched, or is larger.
-    """
+    """The content of a small file; raises `UserError` if it cannot be fetched or has more than `limit` bytes."""
 
     def attempt() -> bytes:
         data = bytearray()
@@ -63,8 +59,8 @@ def download(
     """Fetch `url` into `path`, which appears only when it is complete and verified. One process at a time: see `Cache`.
 
     Args:
-        num_bytes, sha256: of the expected file; None if unknown, then only a cut is detected.
-        part: collects the bytes; those of an earlier call are kept.
+        num_bytes, sha256: of the expected file; if they are None, only truncation is detected.
+        part: the unfinished file; bytes of an earlier call are kept.
         stopped: polled with each chunk (at the latest after STALL_SECONDS) and in pauses; True cancels the transfer,
             which can be resumed.
         progress: receives the number of bytes so far after each chunk.
@@ -97,12 +93,11 @@ def download(
         os.replace(part, path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}). Free some space or choose another place."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}). Free some space or choose another place.") from error
     finally:
         with contextlib.suppress(OSError):
-            if part.stat().st_size == 0:  # nothing to resume
+            if not size_of_part():  # nothing to resume
                 part.unlink()
 
 
@@ -117,19 +112,18 @@ def _transfer(
     if num_bytes and kept == num_bytes:
         return
     try:
-        with open_at(url, kept) as (chunks, received, size):
-            if num_bytes is not None and size is not None and size != num_bytes:
+        with open_at(url, kept) as (chunks, received, size), open(part, "ab") as file:
+            if num_bytes is not None and size not in (num_bytes, None):
                 raise PermanentError(f"it has {size} bytes there instead of {num_bytes}")
-            with open(part, "ab") as file:
-                file.truncate(received)
-                for chunk in chunks:
-                    if stopped():
-                        raise Cancelled
-                    file.write(chunk)
-                    received += len(chunk)
-                    progress(received)
-                    if num_bytes is not None and received > num_bytes:
-                        raise PermanentError(f"it has more than {num_bytes} bytes there")
+            file.truncate(received)
+            for chunk in chunks:
+                if stopped():
+                    raise Cancelled
+                file.write(chunk)
+                received += len(chunk)
+                progress(received)
+                if num_bytes is not None and received > num_bytes:
+                    raise PermanentError(f"it has more than {num_bytes} bytes there")
     except RangeRefused:
         if kept:
             os.truncate(part, 0)  # the next attempt starts at byte 0
@@ -137,9 +131,6 @@ def _transfer(
     expected = num_bytes if num_bytes is not None else size
     if expected is not None and received != expected:
         raise TransientError(f"{received} of {expected} bytes arrived")
-
-
-# ---- the retry policy -----------------------------------------------------------------------------------------------
 
 
 def retried(
@@ -156,13 +147,11 @@ def retried(
     Args:
         what: begins the error message, for instance "https://host/a.tar cannot be fetched".
         way_out: ends the error message after the last attempt.
-        attempts: without progress.
+        attempts: how many may fail without progress.
         stopped: polled in pauses.
         progress_of: bytes so far; an attempt that adds _PROGRESS_BYTES to the maximum does not count.
 
-    Raises:
-        UserError: `PermanentError`, or no attempt succeeded.
-        Cancelled: `stopped` returned True in a pause.
+    Raises `UserError` after a `PermanentError` or the last attempt, and `Cancelled` if `stopped` is True in a pause.
     """
     failed, most = 0, progress_of()  # `most` is a high-water mark: restarting from byte 0 is not progress
     while True:

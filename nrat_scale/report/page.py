@@ -16,7 +16,7 @@ from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.curves import CURVES, draw_curves
-from nrat_scale.report.run import Run, dict_at, number_at, read_score, value_at
+from nrat_scale.report.run import Run, number_at, read_score, value_at
 from nrat_scale.report.tables import all_flags, attack_columns, evaluate_command
 
 _LARGEST_MATRIX = 20  # classes; a larger transition matrix is not readable as a table
@@ -40,15 +40,12 @@ _TEMPLATES = environment("nrat_scale.report", autoescape=True)
 
 
 def write_report(runs: Sequence[Run], out: Path | None = None, title: str | None = None) -> Path:
-    """Write the report of `runs` and, beside it, `curves.png`: the learning curves of the first run.
+    """Write the report of `runs`, with the first run's `curves.png` beside it, and return its path.
 
     Args:
         runs: from `read_runs`, evaluated or not.
         out: the HTML file, by default report.html in the first run.
         title: heading of the page.
-
-    Returns:
-        The path of the HTML file.
 
     Raises:
         UserError: `out` is not an .html file or cannot be written.
@@ -68,7 +65,8 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
     """The HTML of a report; `curves` has one PNG per run."""
     evaluated = [run for run in runs if run.rows]
     rows = [row for run in runs for row in run.rows]
-    counts = [score.n for row in rows for score in row.scores.values()]
+    counts = [score.n for row in rows for score in row.scores.values() if isinstance(score.n, int)]
+    versions = {f"{name} {version}" for run in runs for name, version in value_at(run.results, "versions", {}).items()}
     sections = [
         {
             "run": run,
@@ -76,7 +74,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
             "command": evaluate_command(run),
             "png": base64.b64encode(png).decode(),
             "accuracies": _validation_text(run),
-            "has_clean": bool(run.validation) and any(run.validation[-1].get(key) for key, *_ in CURVES[2:]),
+            "has_clean": any(row.get(key) for row in run.validation[-1:] for key, *_ in CURVES[2:]),
             "gaps": list(_gaps(run)),
             "best_is_last": run.best.get("step") is not None and run.best.get("step") == run.last.get("step"),
             "noise": _noise(run),
@@ -92,10 +90,8 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
         settings=_group(_setting, evaluated),
         selections=_group(_selection, runs),
         flags=all_flags(runs),
-        few_images=_FEW_IMAGES if any(isinstance(n, int) and n < _FEW_IMAGES for n in counts) else None,
-        versions=sorted(
-            {f"{name} {version}" for run in runs for name, version in dict_at(run.results, "versions").items()}
-        ),
+        few_images=_FEW_IMAGES if min(counts, default=_FEW_IMAGES) < _FEW_IMAGES else None,
+        versions=sorted(versions),
     )
 
 
@@ -107,42 +103,27 @@ def _group(describe: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, str
     return {text: ", ".join(names) for text, names in groups.items()}
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 def _facts(run: Run) -> dict[str, str]:
-    """What was trained, without what is unknown, off or 0."""
+    """The settings of the training; those that are unknown, off or 0 are omitted."""
 
-    def phrase(text: str, path: str) -> str:
+    def phrase(path: str, text: str = "{}") -> str:
         value = value_at(run.recipe, path, 0)
         return "" if value in (0, "", "off") else text.format(f"{value:.4g}" if isinstance(value, float) else value)
 
     attacked = value_at(run.recipe, "objective.name") != "natural"  # plain training makes no attack
     step = number_at(run.recipe, "threat.step")
+    steps = f"trained with {{}} steps of {fraction_text(step)}" if attacked and step else ""
+    inner = phrase("objective.inner", "inner loss {}") if attacked else ""
+    smoothing = phrase("objective.smoothing", "label smoothing {}")
+    images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
     facts = {
-        "Objective": [
-            phrase("{}", "objective.name"),
-            phrase("λ = {}", "objective.lam"),
-            phrase("inner loss {}", "objective.inner") if attacked else "",
-            phrase("label smoothing {}", "objective.smoothing"),
-        ],
-        "Model": [phrase("{}", "model.name")],
-        "Threat": [
-            _threat_text(run.recipe),
-            phrase(f"trained with {{}} steps of {fraction_text(step)}", "threat.num_steps")
-            if attacked and step
-            else "",
-        ],
-        "Label noise": [phrase("{}", "data.real.noise.kind"), phrase("rate {}", "data.real.noise.rate")],
+        "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing],
+        "Model": [phrase("model.name")],
+        "Threat": [_threat_text(run.recipe), phrase("threat.num_steps", steps)],
+        "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}")],
         "Data": _shares(run.recipe),
-        "Training": [
-            _epochs_text(run),
-            phrase("{} images each", "data.epoch_samples"),
-            phrase("batch {}", "data.batch_size"),
-            phrase("learning rate {}", "optim.lr"),
-            phrase("{}", "precision"),
-        ],
-        "Weights": [phrase("EMA {}", "ema.decay"), phrase("AWP γ = {}", "awp.gamma")],
+        "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
+        "Weights": [phrase("ema.decay", "EMA {}"), phrase("awp.gamma", "AWP γ = {}")],
         "Seed": [str(value_at(run.recipe, "seed", ""))],
     }
     return {title: ", ".join(filter(None, phrases)) for title, phrases in facts.items() if any(phrases)}
@@ -159,7 +140,7 @@ def _epochs_text(run: Run) -> str:
 
 
 def _shares(recipe: dict[str, Any]) -> list[str]:
-    """`30 % real (digits/train)`, and the same for the generated images."""
+    """Share and folder of each source, such as `30 % real (digits/train)`."""
     real, generated = (value_at(recipe, f"data.{source}.shards") for source in ("real", "generated"))
     fraction = number_at(recipe, "data.generated.fraction") or 0.0 if real and generated else float(bool(generated))
     return [
@@ -170,7 +151,7 @@ def _shares(recipe: dict[str, Any]) -> list[str]:
 
 
 def _noise(run: Run) -> dict[str, Any] | None:
-    """Label noise with its transition matrix as rows of (class, [(count, shade from 0 to 1), ...]); no rows if it is large."""
+    """Label noise with its transition matrix as rows of (class, [(count, shade from 0 to 1), ...]); no rows for many classes."""
     realised, matrix = number_at(run.noise, "realised_rate"), value_at(run.noise, "transition_matrix", [])
     if not realised:
         return None
@@ -180,12 +161,11 @@ def _noise(run: Run) -> dict[str, Any] | None:
         names = run.class_names if len(run.class_names) == len(matrix) else range(len(matrix))
         for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
             total = sum(counts) or 1
-            cells = [(count, f"{(count / total) ** 0.7:.2f}") for count in counts]  # the power lifts small shares
+            cells = [
+                (count, f"{(count / total) ** 0.7:.2f}") for count in counts
+            ]  # the exponent makes small shares visible
             facts["matrix"].append((str(i) if str(name) == str(i) else f"{i} {name}", cells))
     return facts
-
-
-# ---- validation and results -----------------------------------------------------------------------------------------
 
 
 def _validation_text(run: Run) -> str:
@@ -195,23 +175,18 @@ def _validation_text(run: Run) -> str:
     last = run.validation[-1]
     text = f"Validation accuracy by epoch (n = {value_at(last, 'robust.n', '?')})."
     for name, row in (("Best", run.best_row), ("Last", last)):
-        natural, robust = (
-            "not measured" if (score := read_score(row.get(key))) is None else f"{score.percent:.1f} %"
-            for key in ("natural", "robust")
-        )
+        scores = (read_score(row.get(key)) for key in ("natural", "robust"))
+        natural, robust = (f"{score.percent:.1f} %" if score else "not measured" for score in scores)
         text += f" {name}: epoch {value_at(row, 'epoch', '?')}, natural {natural}, {run.attack} {robust}."
     return text
 
 
 def _gaps(run: Run) -> Iterator[tuple[str, str, str, str]]:
-    """Label, best, last and best minus last of each accuracy, in test and validation, if both are of the same images."""
+    """(label, best, last, best minus last) of each test and validation accuracy, if both have the same number of images."""
     rows = {row.checkpoint: row.scores for row in run.rows}
     both = rows.get("best = last", {})
     best_test, last_test = rows.get("best", both), rows.get("last", both)
-    pairs = [
-        (f"test, {attack_title(attack)}", best_test.get(attack), last_test.get(attack))
-        for attack in attack_columns(run.rows)
-    ]
+    pairs = [(f"test, {attack_title(a)}", best_test.get(a), last_test.get(a)) for a in attack_columns(run.rows)]
     for key, label, *_ in CURVES if run.validation else ():
         label = f"validation, {label.replace('robust', run.attack)}"
         pairs.append((label, read_score(run.best_row.get(key)), read_score(run.validation[-1].get(key))))
@@ -239,7 +214,5 @@ def _setting(run: Run) -> str:
     step = number_at(run.results, "threat.step")
     steps = "" if step is None else f", PGD and CW steps of {fraction_text(step)}"
     space = value_at(run.results, "threat.space", "pixel")
-    return (
-        f"{dataset} (folder {folder}, {count} images, fingerprint {str(fingerprint)[:16]}), "
-        f"{_threat_text(run.results)}{steps}, in {space} space"
-    )
+    data = f"{dataset} (folder {folder}, {count} images, fingerprint {str(fingerprint)[:16]})"
+    return f"{data}, {_threat_text(run.results)}{steps}, in {space} space"

@@ -15,8 +15,7 @@ from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate.attacks import attack_title
-
-# ---- values in JSON and YAML ----------------------------------------------------------------------------------------
+from nrat_scale.evaluate.results import FORMAT
 
 
 def value_at(tree: Any, path: str, default: Any = None) -> Any:
@@ -26,30 +25,15 @@ def value_at(tree: Any, path: str, default: Any = None) -> Any:
     return default if tree is None else tree
 
 
-def dict_at(tree: Any, path: str) -> dict[str, Any]:
-    """The mapping at a dotted path, empty if there is none."""
-    value = value_at(tree, path)
-    return value if isinstance(value, dict) else {}
-
-
 def number_at(tree: Any, path: str) -> float | None:
     """The finite number at a dotted path, None if there is none."""
     value = value_at(tree, path)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Score:
-    """One accuracy.
-
-    Attributes:
-        percent: the accuracy in %.
-        interval: its 95 % interval as `[low, high]` in %, empty if unknown (validation has none).
-        n: number of images, `?` if unknown.
-    """
+    """One accuracy in %, its 95 % interval as `[low, high]` (empty if unknown) and the number of images (`?` if unknown)."""
 
     percent: float
     interval: str
@@ -67,70 +51,49 @@ def read_score(record: Any) -> Score | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluated checkpoint: a row of the results table.
+    """One evaluated checkpoint: a row of the results table."""
 
-    Attributes:
-        checkpoint: `best`, `last`, `best = last` or `release`.
-        epoch, weights: of the checkpoint, None if unknown.
-        scores: by attack, `worst` for the worst case over all of them.
-        flags: reasons to doubt these scores, without the warning about `threat.space` (see `Run.warnings`).
-    """
-
-    checkpoint: str
-    epoch: Any
-    weights: Any
-    scores: dict[str, Score]
-    flags: list[str]
+    checkpoint: str  # `best`, `last`, `best = last` or `release`
+    epoch: Any  # None if unknown
+    weights: Any  # `ema` or `raw`, None if unknown
+    scores: dict[str, Score]  # by attack; `worst` is the worst case over all of them
+    flags: list[str]  # reasons to doubt these scores; `Run.warnings` has the one about `threat.space`
 
 
 def result_rows(results: dict[str, Any]) -> list[Row]:
     """The checkpoints in a results.json, best before last; one row for both if they are the same step."""
-    records = {
-        str(name): record for name, record in dict_at(results, "checkpoints").items() if isinstance(record, dict)
-    }
-    names = sorted(filter(records.get, records), key=lambda name: {"best": 0, "last": 1}.get(name, 2))
-    same = value_at(records, "best.step") is not None and records["best"]["step"] == value_at(records, "last.step")
-    if same:
-        names.remove("last")
-    return [_read_row("best = last" if same and name == "best" else name, records[name]) for name in names]
-
-
-def _read_row(checkpoint: str, record: dict[str, Any]) -> Row:
-    entries = {**dict_at(record, "attacks"), "worst": record.get("worst")}
-    scores = {str(attack): score for attack, entry in entries.items() if (score := read_score(entry)) is not None}
-    flags = record.get("flags")
-    flags = [str(flag) for flag in flags if flag != RELEASED_CODE_WARNING] if isinstance(flags, list) else []
-    return Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags)
-
-
-# ---- runs -----------------------------------------------------------------------------------------------------------
+    found = value_at(results, "checkpoints", {})
+    records = {str(name): record for name, record in found.items() if record and isinstance(record, dict)}
+    best_step = value_at(records, "best.step")
+    same = best_step is not None and best_step == value_at(records, "last.step")
+    rows = []
+    for name in sorted(records, key=lambda name: {"best": 0, "last": 1}.get(name, 2)):
+        if same and name == "last":
+            continue
+        record = records[name]
+        entries = {**value_at(record, "attacks", {}), "worst": record.get("worst")}
+        scores = {str(attack): score for attack, entry in entries.items() if (score := read_score(entry))}
+        flags = [str(flag) for flag in record.get("flags") or [] if flag != RELEASED_CODE_WARNING]
+        checkpoint = "best = last" if same and name == "best" else name
+        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags))
+    return rows
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run directory; whatever comes from an absent file is empty.
+    """The content of a run directory; whatever comes from an absent file is empty."""
 
-    Attributes:
-        name: the end of its path that distinguishes it from the other runs of the report.
-        train, validation: the rows of metrics.jsonl, by kind.
-        best, last: the pointers to these checkpoints.
-    """
-
-    name: str
+    name: str  # the end of its path that distinguishes it from the other runs of the report
     path: Path
     recipe: dict[str, Any]
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    best: dict[str, Any]
-    last: dict[str, Any]
-    noise: dict[str, Any]
+    train: list[dict[str, Any]]  # one row of metrics.jsonl per epoch
+    validation: list[dict[str, Any]]  # one row of metrics.jsonl per validation
+    best: dict[str, Any]  # best.json
+    last: dict[str, Any]  # last.json
+    noise: dict[str, Any]  # label_noise.json
     class_names: list[Any]
-    results: dict[str, Any]
-
-    @property
-    def rows(self) -> list[Row]:
-        """The evaluated checkpoints."""
-        return result_rows(self.results)
+    results: dict[str, Any]  # results.json
+    rows: list[Row]  # the evaluated checkpoints in it
 
     @property
     def best_row(self) -> dict[str, Any]:
@@ -149,15 +112,14 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """Why the results must not be compared with others, or are out of date."""
+        """Reasons not to compare the results with others, or to evaluate again."""
         warnings = []
         if "released_code" in (value_at(tree, "threat.space") for tree in (self.recipe, self.results)):
             warnings.append(RELEASED_CODE_WARNING)
         evaluated, best = value_at(self.results, "checkpoints.best.step"), self.best.get("step")
         if None not in (evaluated, best) and evaluated != best:
-            warnings.append(
-                f"The results are of step {evaluated}, but the best checkpoint is now step {best}. Evaluate the run again."
-            )
+            text = f"The results are of step {evaluated}, but the best checkpoint is now step {best}"
+            warnings.append(f"{text}. Evaluate the run again.")
         return warnings
 
 
@@ -167,23 +129,18 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
         UserError: `path` is not a run, or one of its files is damaged.
     """
-    way_out = "Give a folder that nrat_scale.train has written."
     folder = RunFolder(path)
-    if not path.is_dir():
-        raise UserError(f"There is no run directory {path}. {way_out}")
     if not folder.recipe.is_file() and not folder.metrics.is_file():
-        raise UserError(f"{path} is not a run: it has neither recipe.yaml nor metrics.jsonl. {way_out}")
-    results = _read_optional(folder.results, "Delete it and evaluate again.")
-    if results and (results.get("format"), results.get("version")) != ("nrat_scale.results", 1):
-        raise UserError(
-            f"{folder.results} is not an nrat_scale.results file of version 1. Delete it and evaluate again."
-        )
-    optional = (folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
-    best, last, noise, model = (_read_optional(file, "Delete it; the report does not need it.") for file in optional)
+        problem = "it has neither recipe.yaml nor metrics.jsonl" if path.is_dir() else "there is no such folder"
+        raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
+    optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
+    results, best, last, noise, model = map(_read_optional, optional)
+    if results and (results.get("format"), results.get("version")) != (FORMAT, 1):
+        raise UserError(f"{folder.results} is not an {FORMAT} file of version 1. Delete it and evaluate again.")
     rows = folder.read_metrics()
     train, validation = ([row for row in rows if row.get("kind") == kind] for kind in ("train", "validation"))
-    names = value_at(model, "class_names", [])
-    return Run(name, path, _read_recipe(folder.recipe), train, validation, best, last, noise, names, results)
+    recipe, names = _read_recipe(folder.recipe), value_at(model, "class_names", [])
+    return Run(name, path, recipe, train, validation, best, last, noise, names, results, result_rows(results))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -197,15 +154,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return [read_run(path, "/".join(full.parts[-depth:])) for full, path in given.items()]
 
 
-def _read_optional(path: Path, way_out: str) -> dict[str, Any]:
+def _read_optional(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, "file") if path.exists() else {}
     except UserError as error:
-        raise UserError(f"{error} {way_out}") from error
+        raise UserError(f"{error} Delete it; a report does not need it.") from error
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as plain values, without the checks of `load_recipe`: a run of another version has a report too."""
+    """The recipe as plain values, without the checks of `load_recipe`, so that runs of other versions can be reported."""
     if not path.exists():
         return {}
     try:

@@ -18,11 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
     parser.add_argument(
-        "--profile",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write a torch profiler trace of N steps and print the time of each section",
+        "--profile", type=int, default=0, metavar="N", help="trace N steps and print the time per section"
     )
     arguments = parser.parse_args(argv)
     if arguments.profile < 0:

@@ -8,7 +8,6 @@ folded into the convolution's weights by `refresh`, before the attack of every s
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nrat_scale.core.errors import first_line
 from nrat_scale.core.modes import BN_MODES, batchnorms
-
-
-@dataclass(frozen=True)
-class _Folded:
-    """A convolution of the attack model, and the layers of the model that it replaces."""
-
-    own: nn.Conv2d
-    convolution: nn.Conv2d
-    norm: _BatchNorm
+from nrat_scale.train.batchnorm import GroupedBatchNorm
 
 
 class AttackModel:
@@ -38,9 +29,9 @@ class AttackModel:
 
     Attributes:
         module: maps images to logits.
-        forward: call this: `module`, or its compiled version.
+        forward: what attacks call: `module` or its compiled version.
         num_folded: number of folded BatchNorm layers.
-        untraced: why torch.fx cannot trace the model, which prevents folding; None if it can, or was not tried.
+        untraced: why torch.fx cannot trace the model, which prevents folding; None if it can, or folding is off.
     """
 
     def __init__(self, model: nn.Module, bn: str, *, fold: bool = True) -> None:
@@ -49,28 +40,29 @@ class AttackModel:
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         self.module: nn.Module = copy.deepcopy(model, shared)
         self.module.train(bn == "batch")
-        self._folded: list[_Folded] = []
+        self._folded: list[tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]] = []  # our convolution, the two layers it replaces
         self.untraced: str | None = None
         if bn == "batch":
             for layer in batchnorms(self.module):
                 # In training mode a layer without tracking uses batch statistics and does not change its buffers.
                 layer.track_running_stats = False
         elif fold:
-            nodes, self.untraced = _traced(self.module)
-            self._folded = [_fold(model, self.module, *names) for names in _foldable(self.module, nodes)]
-        own_weights = {id(pair.own) for pair in self._folded}
+            try:
+                pairs = _foldable(self.module)
+            except (
+                Exception
+            ) as error:  # torch.fx can fail in arbitrary ways on user models; attack the unfolded model then
+                pairs, self.untraced = [], first_line(error)
+            self._folded = [_fold(model, self.module, names) for names in pairs]
+        self.num_folded = len(self._folded)
+        folded = [own for own, _, _ in self._folded]
         self._shared = [
             (theirs, own)
             for (_, theirs), (_, own) in zip(model.named_modules(), self.module.named_modules(), strict=True)
-            if type(theirs) is type(own) and id(own) not in own_weights
+            if type(theirs) is type(own) and own not in folded
         ]
         self.forward: Callable[[Tensor], Tensor] = self.module
         self.refresh()
-
-    @property
-    def num_folded(self) -> int:
-        """Number of folded BatchNorm layers."""
-        return len(self._folded)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -82,15 +74,12 @@ class AttackModel:
                 if shared.data_ptr() != parameter.data_ptr():
                     shared.data = parameter.data
             own._buffers.update(theirs._buffers)
-        for pair in self._folded:
-            norm, source = pair.norm, pair.convolution
-            assert norm.running_mean is not None and norm.running_var is not None and pair.own.bias is not None
-            scale = (norm.running_var + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight
-            torch.mul(source.weight, scale.view(-1, 1, 1, 1), out=pair.own.weight)
-            shift = -norm.running_mean if source.bias is None else source.bias - norm.running_mean
-            pair.own.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
+        for own, convolution, norm in self._folded:
+            assert norm.running_mean is not None and norm.running_var is not None and own.bias is not None
+            scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+            torch.mul(convolution.weight, scale.view(-1, 1, 1, 1), out=own.weight)
+            shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
+            own.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
 
 
 class _LayerTracer(Tracer):
@@ -100,58 +89,42 @@ class _LayerTracer(Tracer):
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(module: nn.Module) -> tuple[list[Node], str | None]:
-    """The operations of a forward pass; none and the reason if torch.fx cannot trace it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(_LayerTracer().trace(module).nodes), None
-    except Exception as error:  # torch.fx can fail in arbitrary ways on user models; attack the unfolded model then
-        return [], first_line(error)
-
-
-def _foldable(module: nn.Module, nodes: list[Node]) -> list[tuple[str, str]]:
+def _foldable(module: nn.Module) -> list[tuple[str, str]]:
     """Pairs of names: a convolution, and the BatchNorm layer that is the only user of its result.
 
     Layers with several names, with hooks, with several calls, or with weights that are read elsewhere are not folded.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = list(_LayerTracer().trace(module).nodes)
     uses = [str(node.target) for node in nodes if node.op == "call_module"]
     read = tuple(str(node.target) for node in nodes if node.op == "get_attr")
-    names = [id(m) for _, m in module.named_modules(remove_duplicate=False)]
+    layers = [layer for _, layer in module.named_modules(remove_duplicate=False)]
 
     def used_once(name: str) -> bool:
         layer = module.get_submodule(name)
         hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
         tied = any(parameter.startswith(f"{name}.") for parameter in read)
-        return uses.count(name) == names.count(id(layer)) == 1 and not hooked and not tied
+        return uses.count(name) == layers.count(layer) == 1 and not hooked and not tied
 
     found = []
     for node in nodes:
         before = node.args[0] if node.args else None
         if not isinstance(before, Node) or not node.op == before.op == "call_module" or len(before.users) != 1:
             continue
-        convolution, norm = str(before.target), str(node.target)
-        layers = type(module.get_submodule(convolution)), module.get_submodule(norm)
-        if layers[0] is nn.Conv2d and _is_affine_map(layers[1]) and used_once(convolution) and used_once(norm):
-            found.append((convolution, norm))
+        names = str(before.target), str(node.target)
+        convolution, norm = map(module.get_submodule, names)
+        plain = type(convolution) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, GroupedBatchNorm)
+        if plain and norm.track_running_stats and all(map(used_once, names)):
+            found.append(names)
     return found
 
 
-def _is_affine_map(layer: nn.Module) -> bool:
-    """Whether `layer` is nothing but BatchNorm, with running statistics."""
-    plain = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(layer, "plain_in_evaluation", False)
-    return plain and isinstance(layer, _BatchNorm) and layer.track_running_stats
-
-
-def _fold(model: nn.Module, module: nn.Module, convolution: str, norm: str) -> _Folded:
+def _fold(model: nn.Module, module: nn.Module, names: tuple[str, str]) -> tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]:
     """Replace a pair of layers of the attack model's `module` by one convolution, filled in by `refresh`."""
-    own, source = module.get_submodule(convolution), model.get_submodule(convolution)
-    assert isinstance(own, nn.Conv2d) and isinstance(source, nn.Conv2d)
-    weight = torch.empty_like(source.weight)  # in the same memory format
-    bias: Tensor = weight.new_empty(len(weight))
-    own.weight, own.bias = (nn.Parameter(value, requires_grad=False) for value in (weight, bias))
-    parent, _, attribute = norm.rpartition(".")
-    setattr(module.get_submodule(parent), attribute, nn.Identity())
-    layer = model.get_submodule(norm)
-    assert isinstance(layer, _BatchNorm)
-    return _Folded(own, source, layer)
+    own, (convolution, norm) = module.get_submodule(names[0]), map(model.get_submodule, names)
+    assert isinstance(own, nn.Conv2d) and isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm)
+    weight = torch.empty_like(convolution.weight)  # in the same memory format
+    own.weight, own.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, weight.new_empty(len(weight))))
+    module.set_submodule(names[1], nn.Identity())
+    return own, convolution, norm

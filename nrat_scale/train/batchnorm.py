@@ -26,8 +26,6 @@ class GroupedBatchNorm(_BatchNorm):
     the average over all groups. They depend neither on the number of processes nor on accumulation.
     """
 
-    plain_in_evaluation = True  # nothing but BatchNorm in evaluation mode: it may be folded
-
     group_size: int
     pending: list[tuple[Tensor, Tensor]]
 
@@ -68,8 +66,9 @@ class GroupedBatchNorm(_BatchNorm):
         assert calls * pieces == len(self.pending), "all micro-batches must go through the same forwards"
         for call in range(calls):
             seen = self.pending[call::calls]
-            assert self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None
+            assert (
+                self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            )
             self.num_batches_tracked += 1
             rate = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
             for running, values in zip((self.running_mean, self.running_var), zip(*seen, strict=True), strict=True):
@@ -78,65 +77,44 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 def check_batchnorm(statistics: str, group_size: int | None, held: int, device: torch.device) -> None:
-    """Check `model.bn` (statistics) and `model.bn_group_size` against the launch.
-
-    Args:
-        held: images that one process holds at a time.
-
-    Raises:
-        UserError: they do not fit `held` or the device.
-    """
+    """Raise `UserError` if `model.bn` needs another device, or its groups do not divide a micro-batch of `held` images."""
     if statistics == "sync" and device.type == "cpu":
         raise UserError("model.bn is 'sync', which needs GPUs. Use groups or local, which work on any device.")
     if group_size is not None and held % group_size:
-        raise UserError(
-            f"model.bn_group_size is {group_size}; it must divide the {held} images that each process holds "
-            "at a time (data.batch_size over processes and accumulation steps)."
-        )
+        where = "a process holds at a time (data.batch_size over processes and accumulation steps)"
+        raise UserError(f"model.bn_group_size is {group_size}; it must divide the {held} images that {where}.")
 
 
 def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Module:
     """`model` with BatchNorm layers of the kind `statistics` (one of `models.BN_STATISTICS`), which share its parameters.
 
-    Raises:
-        UserError: `groups`, and a layer does more than BatchNorm.
+    Raises `UserError` for `groups` if a layer does more than BatchNorm.
     """
     if statistics == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if statistics == "groups":
-        assert group_size is not None
-        grouped: dict[nn.Module, GroupedBatchNorm] = {}
-        names = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
-        for name in names:  # a layer may have several names
-            layer = model.get_submodule(name)
-            if isinstance(layer, GroupedBatchNorm):  # converted under another name of its module
-                continue
-            if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                raise UserError(f"model.bn is 'groups', but {name} is a {type(layer).__name__}. Use local, or sync.")
-            assert isinstance(layer, _BatchNorm)
-            parent, _, attribute = name.rpartition(".")
-            if layer not in grouped:
-                grouped[layer] = GroupedBatchNorm.of(layer, group_size)
-            setattr(model.get_submodule(parent), attribute, grouped[layer])
+    if statistics == "local":
+        return model
+    assert group_size is not None
+    modules = model.named_modules(remove_duplicate=False)  # a layer may have several names
+    layers = {name: layer for name, layer in modules if isinstance(layer, _BatchNorm)}
+    for name, layer in layers.items():
+        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise UserError(f"model.bn is 'groups', but {name} is a {type(layer).__name__}. Use local, or sync.")
+    grouped = {layer: GroupedBatchNorm.of(layer, group_size) for layer in layers.values()}
+    for name, layer in layers.items():
+        model.set_submodule(name, grouped[layer])
     return model
 
 
 class RunningStatistics:
-    """Keeps BatchNorm's running statistics equal on all ranks.
-
-    Args:
-        model: the bare module.
-        mean: averages a tensor over ranks; None for one process.
-    """
+    """Keeps the running statistics of the bare `model` equal on all ranks; `mean` averages a tensor over them."""
 
     def __init__(self, model: nn.Module, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         self._grouped = [layer for layer in batchnorms(model) if isinstance(layer, GroupedBatchNorm)]
         self._mean = mean
-        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}  # one exchange for each type
-        for layer in batchnorms(model):
-            for buffer in layer.buffers(recurse=False):
-                if buffer.is_floating_point():
-                    self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        buffers = [b for layer in batchnorms(model) for b in layer.buffers(recurse=False) if b.is_floating_point()]
+        dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
+        self._by_dtype = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]  # one exchange for each
 
     @torch.no_grad()
     def end_step(self, pieces: int, *, reduce: bool = True) -> None:
@@ -145,7 +123,7 @@ class RunningStatistics:
             layer.commit(pieces)
         if self._mean is None or not reduce:
             return
-        for buffers in self._by_dtype.values():
+        for buffers in self._by_dtype:
             averaged = self._mean(torch.cat([buffer.flatten() for buffer in buffers]))
             for buffer, value in zip(buffers, averaged.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(value.view_as(buffer))

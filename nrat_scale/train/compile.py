@@ -1,17 +1,12 @@
 """torch.compile of the attack and of training (`train.compile`).
 
-They are two graphs. The attack model needs no gradient for weights; through the graph of the trained model, which computes it,
-a compiled attack was 1.7 times slower than eager on a CPU.
+The attack has a graph of its own, without gradients of weights. Compiled through the graph of training, which computes them,
+it was 1.7 times slower than eager on a CPU.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import nn
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.train.nonfinite import Rollback
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import micro_batches
 
@@ -21,11 +16,8 @@ AUTO_DEVICES = ("cuda",)  # on which `train.compile: auto` compiles
 def compile_models(state: TrainState) -> None:
     """Compile forward and backward pass of the attack model and of the trained model, as `train.compile` says.
 
-    `auto` compiles on AUTO_DEVICES only, and runs eager with a warning if that fails on any rank. Compiled arithmetic differs from
-    eager by rounding.
-
-    Raises:
-        UserError: `train.compile` is true and the model cannot be compiled.
+    If that fails on any rank, `auto` runs eager with a warning, and `true` raises `UserError`. Compiled arithmetic differs
+    from eager by rounding.
     """
     wanted, device = state.recipe.train.compile, state.accelerator.device
     if wanted is False or (wanted == "auto" and device.type not in AUTO_DEVICES):
@@ -41,27 +33,16 @@ def compile_models(state: TrainState) -> None:
         return
     state.attack_model.forward = state.attack_model.module
     state.base._compiled_call_impl = None
-    reason = reason or "it failed on another rank"
+    problem = f"torch.compile cannot compile the model ({reason or 'it failed on another rank'})"
     if wanted is True:
-        raise UserError(f"torch.compile cannot compile the model ({reason}). Use train.compile=auto or false.")
-    state.accelerator.print(f"warning: torch.compile cannot compile the model ({reason}); training runs eager.")
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run `model` eager inside: validation has other batch sizes and modes, and each would compile one more graph."""
-    compiled = model._compiled_call_impl
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
+        raise UserError(f"{problem}. Use train.compile=auto or false.")
+    state.accelerator.print(f"warning: {problem}; training runs eager.")
 
 
 def _compile(state: TrainState) -> None:
     """Compile, and run each graph once on images of the run: compilation happens in the first call."""
-    rank, num_processes = state.accelerator.process_index, state.accelerator.num_processes
-    x = next(micro_batches(state, next(state.data.batches(state.step, state.step + 1, rank, num_processes)))).x
+    ranks = state.accelerator.process_index, state.accelerator.num_processes
+    x = next(micro_batches(state, next(state.data.batches(state.step, state.step + 1, *ranks)))).x
     state.attack_model.refresh()
     if state.objective.attacks:
         state.attack_model.forward = torch.compile(state.attack_model.module, dynamic=False)
@@ -71,13 +52,13 @@ def _compile(state: TrainState) -> None:
         torch.autograd.grad(logits.float().square().sum(), leaf)
     # What Module.compile sets. The wrappers (DDP, autocast) call `base` and need not be compiled.
     state.base._compiled_call_impl = torch.compile(state.base._call_impl, dynamic=False)
-    statistics = Rollback(list(state.base.buffers()))
-    statistics.begin()
+    before = [(buffer, buffer.clone()) for buffer in state.base.buffers()]
     try:
-        # Without an exchange of gradients, in which the other ranks would wait for one that cannot compile.
+        # no_sync: a rank that cannot compile would leave the others waiting in the exchange of gradients.
         with state.accelerator.no_sync(state.model):
             loss = state.model(x).float().square().mean()
             torch.autograd.grad(loss, list(state.base.parameters()), allow_unused=True)
     finally:
         state.statistics.end_step(1, reduce=False)
-        statistics.end(torch.zeros((), dtype=torch.bool, device=x.device))
+        for buffer, value in before:
+            buffer.copy_(value)

@@ -17,21 +17,15 @@ class Progress:
     """A bar on rank 0 if stderr is a terminal, else a line every `train.log_every` steps."""
 
     def __init__(self, state: TrainState) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = state.accelerator.is_main_process
-        self._bar = tqdm(
-            total=state.last_step,
-            initial=state.step,
-            desc=state.recipe.name,
-            unit="step",
-            disable=not (self._shown and self._terminal),
-        )
+        self._terminal, self._shown = sys.stderr.isatty(), state.accelerator.is_main_process
+        hidden = not (self._shown and self._terminal)
+        self._bar = tqdm(total=state.last_step, initial=state.step, desc=state.recipe.name, unit="step", disable=hidden)
         self._before = total_sums(state)
         self._step = state.step
         state.clock.lap()
 
     def update(self, state: TrainState, lr: float) -> None:
-        """Call it after each step, on all ranks: every `train.log_every` steps they add up their sums."""
+        """Call it after each step on all ranks: every `train.log_every` steps it sums the metrics over ranks."""
         self._bar.n = state.step
         self._bar.update(0)
         if state.step % state.recipe.train.log_every == 0:
@@ -48,36 +42,28 @@ class Progress:
         self._before, self._step = sums, state.step
         if steps <= 0 or elapsed <= 0 or not self._shown:
             return
-        speed = steps * state.recipe.data.batch_size / elapsed
-        share = seconds["attack"] / elapsed
+        speed, share = steps * state.recipe.data.batch_size / elapsed, seconds["attack"] / elapsed
         known = {name: value for name, value in recent.items() if value is not None}
-        state.accelerator.log(
-            {"speed/images_per_second": speed, "speed/attack_share": share}
-            | {f"recent/{name}": value for name, value in known.items()},
-            step=state.step,
-        )
-        metrics = [
-            f"{METRICS[name].progress} {METRICS[name].show(known[name])}" for name in known if METRICS[name].progress
-        ]
-        text = "  ".join([*metrics, f"lr {lr:.3g}", f"{speed:.4g} img/s", f"attack {100 * share:.0f} %"])
+        numbers = {"speed/images_per_second": speed, "speed/attack_share": share}
+        state.accelerator.log(numbers | {f"recent/{name}": known[name] for name in known}, step=state.step)
+        shown = {name: METRICS[name] for name in known if METRICS[name].progress}
+        texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
+        text = "  ".join([*texts, f"lr {lr:.3g}", f"{speed:.4g} img/s", f"attack {100 * share:.0f} %"])
         if self._terminal:
             self._bar.set_postfix_str(text)
             return
-        epoch = (state.step - 1) // state.data.steps_per_epoch + 1
+        epoch = f"epoch {(state.step - 1) // state.data.steps_per_epoch + 1}/{state.recipe.train.epochs}"
         left = timedelta(seconds=round((state.last_step - state.step) * elapsed / steps))
-        self._line(
-            f"step {state.step}/{state.last_step}  epoch {epoch}/{state.recipe.train.epochs}  {text}  ETA {left}"
-        )
+        self._line(f"step {state.step}/{state.last_step}  {epoch}  {text}  ETA {left}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the row of an epoch or of a validation."""
         if row["kind"] == "validation":
-            what, values = "validation", {name: row[name]["accuracy"] for name in ("natural", "robust")}
-            texts = [f"natural {percent(values['natural'])}", f"{row['attack']} {percent(values['robust'])}"]
+            what, named = "validation", {"natural": row["natural"], row["attack"]: row["robust"]}
+            texts = [f"{name} {percent(value['accuracy'])}" for name, value in named.items()]
         else:
-            what = "training"
-            shown = [name for name, metric in METRICS.items() if metric.summary and row[name] is not None]
-            texts = [f"{METRICS[name].summary} {METRICS[name].show(row[name])}" for name in shown]
+            what, shown = "training", {name: metric for name, metric in METRICS.items() if metric.summary}
+            texts = [f"{m.summary} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
         self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")
 
     def _line(self, text: str) -> None:

@@ -6,21 +6,16 @@ import time
 import uuid
 from collections.abc import Iterator
 
-import torch
-
 from nrat_scale.core.files import make_folder
 from nrat_scale.core.run_folder import RunFolder
 
 _PERIOD_SECONDS = 1.0
-_SILENT_SECONDS = 2.5  # longer than a period: a busy machine touches late
+_SILENT_SECONDS = 2.5  # with slack for a busy machine
 
 
 @contextlib.contextmanager
-def heartbeat(run: RunFolder, rank: int, num_processes: int) -> Iterator[None]:
-    """Touch this rank's file every second inside the block; does nothing for one process."""
-    if num_processes == 1:
-        yield
-        return
+def heartbeat(run: RunFolder, rank: int) -> Iterator[None]:
+    """Touch the file of `rank` every second inside the block."""
     make_folder(run.alive)
     path, over = run.alive / f"rank-{rank}", threading.Event()
 
@@ -41,20 +36,14 @@ def heartbeat(run: RunFolder, rank: int, num_processes: int) -> Iterator[None]:
             path.unlink()
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether `error` is that of a collective operation whose other side is gone."""
-    return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
-
-
 def silent_ranks(run: RunFolder) -> list[int]:
-    """The ranks that have not touched their file for some seconds; it waits as long."""
+    """The ranks whose file stays untouched while this waits (3.5 seconds)."""
     time.sleep(_SILENT_SECONDS + _PERIOD_SECONDS)
     now = run.alive / f"now-{uuid.uuid4().hex[:8]}"
-    silent = []
+    ages: dict[int, float] = {}
     with contextlib.suppress(OSError):
-        now.touch()  # compared with the clock of the file system, not of this machine
-        for path in now.parent.glob("rank-*"):
-            if now.stat().st_mtime - path.stat().st_mtime > _SILENT_SECONDS:
-                silent.append(int(path.name.removeprefix("rank-")))
+        now.touch()  # ages are by the file system's clock, because those of hosts differ
+        for path in run.alive.glob("rank-*"):
+            ages[int(path.name.removeprefix("rank-"))] = now.stat().st_mtime - path.stat().st_mtime
         now.unlink()
-    return sorted(silent)
+    return sorted(rank for rank, seconds in ages.items() if seconds > _SILENT_SECONDS)

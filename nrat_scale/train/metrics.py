@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from nrat_scale.core.files import write_atomically
 from nrat_scale.objectives import FAMILIES
 from nrat_scale.train.state import MicroBatch, TrainState
 
-# ---- the table ------------------------------------------------------------------------------------------------------
-
-# What a metric can be averaged over -> its members in a `MicroBatch`, bool [b]. Clean and noisy: images whose label is known
+# What a metric is averaged over -> its members in a `MicroBatch`, bool [b]. `clean` and `noisy`: images whose label is known
 # to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
 POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
     "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),
@@ -32,59 +31,38 @@ def percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over one population.
+    """A mean over one population."""
 
-    Attributes:
-        over: key of `POPULATIONS`.
-        value: maps a `MicroBatch` after its forwards (for `steps` a gradient norm) to one value per image [b], or to their mean, a scalar.
-        families: the objectives that have it; null in metrics.jsonl for the others.
-        progress: its name in the line of progress; empty: not shown there.
-        summary: its name in the line that ends an epoch; empty: not shown there.
-        show: formats it.
-    """
-
-    over: str
+    over: str  # key of POPULATIONS
+    # Maps a `MicroBatch` after its forwards (for `steps` a gradient norm) to one value per image [b], or to their mean, a scalar.
     value: Callable[[Any], Tensor]
-    families: tuple[str, ...] = FAMILIES
-    progress: str = ""
-    summary: str = ""
+    families: tuple[str, ...] = FAMILIES  # objectives that have it; null in metrics.jsonl for the others
+    progress: str = ""  # its name in the progress line; not shown there if empty
+    summary: str = ""  # its name in the line that ends an epoch; not shown there if empty
     show: Callable[[float], str] = percent
 
 
 _NATURAL, _ADVERSARIAL = ("natural", "trades", "mart"), ("at", "trades", "mart")
 
 
-def _fitted(part: MicroBatch) -> Tensor:
-    return part.reference_logits.argmax(1).eq(part.label)
+def _right(logits: str, part: MicroBatch) -> Tensor:
+    return getattr(part, logits).argmax(1).eq(part.label)
 
 
 METRICS: dict[str, Metric] = {
     "loss": Metric("images", lambda part: part.loss, progress="loss", show="{:.3f}".format),
-    "natural_accuracy": Metric(
-        "images", lambda part: part.logits.argmax(1).eq(part.label), _NATURAL, "natural", "natural"
-    ),
-    "robust_accuracy": Metric(
-        "images", lambda part: part.logits_adv.argmax(1).eq(part.label), _ADVERSARIAL, "robust", "robust"
-    ),
-    "clean_accuracy": Metric("clean", _fitted, summary="clean labels fitted"),
-    "noisy_memorised": Metric("noisy", _fitted, summary="noisy labels memorised"),
+    "natural_accuracy": Metric("images", partial(_right, "logits"), _NATURAL, "natural", "natural"),
+    "robust_accuracy": Metric("images", partial(_right, "logits_adv"), _ADVERSARIAL, "robust", "robust"),
+    "clean_accuracy": Metric("clean", partial(_right, "reference_logits"), summary="clean labels fitted"),
+    "noisy_memorised": Metric("noisy", partial(_right, "reference_logits"), summary="noisy labels memorised"),
     "noisy_corrected": Metric("noisy", lambda part: part.reference_logits.argmax(1).eq(part.clean)),
     "grad_norm": Metric("steps", lambda grad_norm: grad_norm, progress="gradient", show="{:.3g}".format),
 }
-
-# The order of `sums` in checkpoints that do not name them.
-UNNAMED_SUMS = (
-    "loss", "natural_accuracy", "robust_accuracy", "images", "grad_norm", "steps",
-    "clean", "clean_accuracy", "noisy", "noisy_memorised", "noisy_corrected",
-)  # fmt: skip
 
 
 def sum_names() -> tuple[str, ...]:
     """The entries of `TrainState.sums`: the sum of each metric, the size of each population."""
     return (*METRICS, *POPULATIONS)
-
-
-# ---- sums on the device ---------------------------------------------------------------------------------------------
 
 
 def record_micro_batch(state: TrainState, part: MicroBatch) -> None:
@@ -116,20 +94,15 @@ def _add(state: TrainState, seen: Any, populations: list[str]) -> None:
 
 def total_sums(state: TrainState) -> dict[str, float]:
     """The sums of all ranks."""
-    return dict(zip(sum_names(), state.accelerator.reduce(state.sums.clone(), "sum").tolist(), strict=True))
+    return dict(zip(sum_names(), state.accelerator.reduce(state.sums, "sum").tolist(), strict=True))
 
 
 def averages(state: TrainState, sums: Mapping[str, float]) -> dict[str, float | None]:
     """The metrics; None for those that the objective does not have, and of an empty population."""
-    return {
-        name: sums[name] / sums[metric.over]
-        if sums[metric.over] and state.objective.family in metric.families
-        else None
-        for name, metric in METRICS.items()
-    }
-
-
-# ---- metrics.jsonl --------------------------------------------------------------------------------------------------
+    known = [
+        name for name, metric in METRICS.items() if sums[metric.over] and state.objective.family in metric.families
+    ]
+    return dict.fromkeys(METRICS) | {name: sums[name] / sums[METRICS[name].over] for name in known}
 
 
 def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:

@@ -1,30 +1,29 @@
 """Steps that are not finite: detected on the device, agreed on by all ranks, reported by the host without waiting.
 
-A loss, gradient or attack that is NaN or Inf on any rank makes every rank skip the optimizer's update on the device, by
-`found_inf`. The host reads the result at the end of the step on a CPU, one step later on a GPU, and ends the run before
-it saves anything. Until then every step is skipped: the parameters are those from before the first bad step. BatchNorm's
-running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
+If a loss, gradient or attack is NaN or Inf on any rank, `found_inf` makes all ranks skip this update and every later one
+on the device. The host reads the flags at the end of the step on a CPU, one step later on a GPU, and ends the run before it
+saves. BatchNorm's running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
 
-fp16 is the exception. GradScaler expects overflows and skips those steps, so training continues after `Rollback`.
+Under fp16 an overflow is not an error: GradScaler skips the step, `train_step` restores both, and training continues.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from nrat_scale.core.files import write_atomically
-from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.batches import Batch
 from nrat_scale.train.signals import SIGNALS
 
 if TYPE_CHECKING:
-    from nrat_scale.train.state import MicroBatch
+    from nrat_scale.train.state import MicroBatch, TrainState
 
 WRONG = {
     "attack": "the loss or gradient of the attack is not finite",
@@ -32,52 +31,38 @@ WRONG = {
     "loss": "the loss is not finite",
     "gradient": "the gradient is not finite",
 }
-_KINDS = tuple(WRONG)
 _NAMED_IDS = 10
-
-
-# ---- checks on the device -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The checks of one step that need an answer.
+    """A step after which the run must end: because of a failure, a signal, or both."""
 
-    Attributes:
-        step: counted from 1.
-        wrong: keys of `WRONG` that happened on any rank.
-        here: those of them that happened on this rank.
-        signum: the signal to stop by, 0 for none.
-    """
-
-    step: int
-    wrong: tuple[str, ...]
-    here: tuple[str, ...]
-    signum: int
+    step: int  # counted from 1
+    wrong: tuple[str, ...]  # keys of WRONG that happened on any rank
+    here: tuple[str, ...]  # those of them that happened on this rank
+    signum: int  # the signal to stop by, 0 for none
 
 
 class StepChecks:
-    """What went wrong in each step, and signals to stop, summed over ranks.
+    """Failures and stop signals of each step, summed over ranks on the device.
 
-    A kind of `WRONG` that was noted once stays noted: all later steps are bad too.
+    A kind of WRONG that was noted once stays noted: all later steps are bad too.
 
     Args:
-        device: of the training.
-        total: sums an int32 tensor over ranks; None for one process.
+        total: returns the sum of an int32 tensor over ranks, as a new tensor.
         lag: steps by which the host reads behind the device; by default 0 on a CPU and 1 elsewhere.
-
-    Attributes:
-        here: what this rank has noted, int32 counts of WRONG and SIGNALS, on the device.
-        pending: steps that the host has not read: number, counts, event that marks the end of the copy.
     """
 
     def __init__(
-        self, device: torch.device, total: Callable[[Tensor], Tensor] | None = None, lag: int | None = None
+        self, device: torch.device, total: Callable[[Tensor], Tensor] = torch.clone, lag: int | None = None
     ) -> None:
         self._total = total
         self._lag = lag if lag is not None else int(device.type != "cpu")
+        # Counts of WRONG and SIGNALS, on this rank and summed over all.
         self.here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
         self._everywhere = torch.zeros_like(self.here)
+        # Steps that the host has not read: number, counts, event that marks the end of the copy.
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def begin(self, signum: int) -> None:
@@ -86,25 +71,21 @@ class StepChecks:
         if signum:
             self.here[len(WRONG) + SIGNALS.index(signum)].fill_(1)
 
-    @torch.no_grad()
     def note(self, kind: str, bad: Tensor) -> None:
         """Note `kind` of WRONG on this rank if `bad` (bool scalar)."""
-        self.here[_KINDS.index(kind)] += bad
+        self.here[tuple(WRONG).index(kind)] += bad
 
-    @torch.no_grad()
     def agree(self) -> Tensor:
         """Sum over ranks; whether nothing is wrong on any of them so far (bool scalar on the device)."""
-        self._everywhere = self.here.clone() if self._total is None else self._total(self.here)
+        self._everywhere = self._total(self.here)
         return ~self._everywhere[: len(WRONG)].any()
 
-    @torch.no_grad()
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:
-        """After `agree`, note what is the same on all ranks; whether nothing is wrong so far (bool scalar)."""
-        self._everywhere[_KINDS.index(kind)] += bad
+        """After `agree`, note a failure that all ranks share; whether nothing is wrong so far (bool scalar)."""
+        self._everywhere[tuple(WRONG).index(kind)] += bad
         self.note(kind, bad)
         return ~self._everywhere[: len(WRONG)].any()
 
-    @torch.no_grad()
     def post(self, step: int) -> None:
         """End `step`: start the copy of its counts to the host."""
         values = torch.stack([self._everywhere, self.here])
@@ -117,60 +98,28 @@ class StepChecks:
         self.pending.append((step, host, event))
 
     def read(self, *, everything: bool = False) -> Verdict | None:
-        """The first step that needs an answer among those that the host can read; `everything` waits for all."""
+        """The first step with a failure or a signal, of those copied to the host; `everything` waits for all."""
         while len(self.pending) > (0 if everything else self._lag):
             step, values, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             everywhere, here = values.tolist()
-            wrong, local = (
-                tuple(kind for kind, n in zip(_KINDS, row, strict=False) if n) for row in (everywhere, here)
-            )
-            signals = [signum for signum, n in zip(SIGNALS, everywhere[len(WRONG) :], strict=True) if n]
-            if wrong or signals:
-                return Verdict(step, wrong, local, int(signals[0]) if signals else 0)
+            wrong, signum = tuple(compress(WRONG, everywhere)), next(compress(SIGNALS, everywhere[len(WRONG) :]), 0)
+            if wrong or signum:
+                return Verdict(step, wrong, tuple(compress(WRONG, here)), int(signum))
         return None
 
 
-class Rollback:
-    """Restores tensors after a step that did not count; the host need not know whether it did.
-
-    Args:
-        tensors: always changed in place.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._before: list[Tensor] = []
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Copy the tensors before a step."""
-        self._before = [tensor.clone() for tensor in self._tensors]
-
-    @torch.no_grad()
-    def end(self, good: Tensor) -> None:
-        """Restore the copies unless `good` (bool scalar on the device)."""
-        for tensor, before in zip(self._tensors, self._before, strict=True):
-            tensor.copy_(torch.where(good, tensor, before))
-        self._before = []
-
-
-# ---- the report of a bad step ---------------------------------------------------------------------------------------
-
-
-def report_bad_step(
-    verdict: Verdict, batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int
-) -> str:
+def report_bad_step(verdict: Verdict, state: "TrainState") -> str:
     """Save the images and weights of a bad step; the error message, the same on all ranks. All ranks must call it.
 
-    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether an
-    id is of the generated images), and `model.NAME`: the parameters from before the step. BatchNorm's running statistics
-    in it already contain the step.
+    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether the
+    source is the generated one), and `model.NAME`: the parameters from before the step, BatchNorm's statistics after it.
     """
-    # The averaged gradient is the same on all ranks: it does not say on which one something went wrong.
+    # The averaged gradient is equal on all ranks, so it does not name the rank that failed.
     causes = [kind for kind in verdict.wrong if kind != "gradient"] or ["gradient"]
-    places = [_save_step(batch, parts, model, run, rank)] if set(causes) & set(verdict.here) else []
+    ((batch, parts),) = [recent for recent in state.recent if recent[0].step + 1 == verdict.step]
+    places = [_save_step(state, batch, parts)] if set(causes) & set(verdict.here) else []
     where = "; ".join(gather_object(places))
     return (
         f"Step {verdict.step} was not applied: {' and '.join(WRONG[kind] for kind in causes)} ({where}). No checkpoint "
@@ -179,10 +128,10 @@ def report_bad_step(
 
 
 def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
-    """bool [b]: the first images that were not finite: adversarial pixels, else natural logits, else adversarial logits.
+    """bool [b]: images with NaN or Inf in the adversarial pixels; if there are none, in the natural or adversarial logits.
 
-    In the training forwards BatchNorm's batch statistics spread one NaN over the batch. The attack runs before them, with
-    `threat.bn: eval` each image by itself, so its images come first.
+    In the training forwards BatchNorm spreads one NaN over the batch. The attack runs earlier and, with `threat.bn: eval`,
+    separates the images.
     """
     bad = torch.zeros(sum(len(part.x) for part in parts), dtype=torch.bool)
     for name in ("x_adv", "logits", "logits_adv"):
@@ -192,25 +141,19 @@ def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
     return bad
 
 
-def _save_step(batch: Batch, parts: "list[MicroBatch]", model: nn.Module, run: RunFolder, rank: int) -> str:
+def _save_step(state: "TrainState", batch: Batch, parts: "list[MicroBatch]") -> str:
     """Write the file of this rank; its clause of the error message."""
-    tensors = {
-        "x": torch.cat([part.x for part in parts]),
-        "y": torch.cat([part.y for part in parts]),
-        "ids": batch.ids,
-        "generated": batch.generated,
-        **{f"model.{name}": value for name, value in model.state_dict().items()},
-    }
-    adversarial = [part.x_adv for part in parts if part.x_adv is not None]
-    if adversarial:
-        tensors["x_adv"] = torch.cat(adversarial)
+    columns = {name: [getattr(part, name) for part in parts] for name in ("x", "y", "x_adv")}
+    tensors = {name: torch.cat(column) for name, column in columns.items() if column[0] is not None}
+    tensors |= {"ids": batch.ids, "generated": batch.generated}
+    tensors |= {f"model.{name}": value for name, value in state.base.state_dict().items()}
     plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    path = run.bad_step(batch.step + 1, rank)
+    rank = state.accelerator.process_index
+    path = state.run.bad_step(batch.step + 1, rank)
     write_atomically(path, save(plain, metadata={"format": "pt"}))
     sources = ["generated" if generated else "real" for generated in batch.generated.tolist()]
     ids = [f"{source} {number}" for source, number in zip(sources, batch.ids.tolist(), strict=True)]
-    bad = images_not_finite(parts).tolist()
-    named = [name for name, is_bad in zip(ids, bad, strict=True) if is_bad] or ids
+    named = list(compress(ids, images_not_finite(parts).tolist())) or ids
     more = f" and {len(named) - _NAMED_IDS} more" if len(named) > _NAMED_IDS else ""
     whole = " (the whole batch)" if len(named) == len(ids) else ""
     return f"rank {rank}, images {', '.join(named[:_NAMED_IDS])}{more}{whole}, saved with the weights in {path}"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nrat_scale.train.state import TrainState
 
 SECTIONS = ("data", "attack", "outer", "optimizer", "logging")
-_WARMUP_STEPS = 2  # in which caches fill and kernels are chosen
+_WARMUP_STEPS = 2  # caches fill, kernels are chosen
 
 
 class Clock:
@@ -22,43 +22,38 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds = dict.fromkeys(SECTIONS, 0.0)
-        self._events: list[tuple[str, Any, Any]] = []
+        self._spans: list[tuple[str, Any, Any]] = []  # section, begin, end
         self._began = time.perf_counter()
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`; a profiler shows the block under this name."""
         assert name in SECTIONS, name
+        now = _recorded_event if self._cuda and name not in ("data", "logging") else time.perf_counter
         with record_function(name):
-            # Loading and logging run on the host.
-            on_device = self._cuda and name not in ("data", "logging")
-            begin = self._now(on_device)
+            begin = now()
             try:
                 yield
             finally:
-                end = self._now(on_device)
-                if on_device:
-                    self._events.append((name, begin, end))
-                else:
-                    self._seconds[name] += end - begin
-
-    def _now(self, on_device: bool) -> Any:
-        if not on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+                self._spans.append((name, begin, now()))
 
     def lap(self) -> tuple[float, dict[str, float]]:
         """(seconds since the last lap, seconds by section); on a GPU it waits for the events of the lap."""
-        for name, begin, end in self._events:
-            end.synchronize()
-            self._seconds[name] += begin.elapsed_time(end) / 1e3
-        now = time.perf_counter()
-        result = now - self._began, self._seconds
-        self._began, self._seconds, self._events = now, dict.fromkeys(SECTIONS, 0.0), []
-        return result
+        seconds = dict.fromkeys(SECTIONS, 0.0)
+        for name, begin, end in self._spans:
+            if isinstance(end, float):
+                seconds[name] += end - begin
+            else:
+                end.synchronize()
+                seconds[name] += begin.elapsed_time(end) / 1e3
+        began, self._began, self._spans = self._began, time.perf_counter(), []
+        return self._began - began, seconds
+
+
+def _recorded_event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Profile:
@@ -67,24 +62,22 @@ class Profile:
     def __init__(self, state: "TrainState", num_steps: int) -> None:
         self._first, self._num_steps = state.step + _WARMUP_STEPS, num_steps
         self._profiler: Any = None
-        if num_steps and state.last_step < self._first + num_steps:
+        needed, left = num_steps + _WARMUP_STEPS, state.last_step - state.step
+        if num_steps and left < needed:
             state.accelerator.print(
-                f"warning: no profile is written: {state.last_step - state.step} steps are left, and --profile {num_steps} "
-                f"needs {num_steps + _WARMUP_STEPS}."
+                f"warning: no profile: --profile {num_steps} needs {needed} steps, and {left} are left."
             )
 
     def update(self, state: "TrainState") -> None:
         """Start or end the profile; call it before each step and after the last."""
-        if not self._num_steps:
-            return
-        if state.step == self._first:
-            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        if self._num_steps and state.step == self._first:
             state.clock.lap()
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._profiler = profile(activities=kinds)
-            self._profiler.__enter__()
+            self._profiler.start()
         elif self._profiler is not None and state.step == self._first + self._num_steps:
             elapsed, seconds = state.clock.lap()
-            self._profiler.__exit__(None, None, None)
+            self._profiler.stop()
             if state.accelerator.is_main_process:
                 self._write(state, elapsed, seconds)
             self._profiler = None
@@ -93,8 +86,7 @@ class Profile:
         make_folder(state.run.profile)
         path = state.run.profile / f"steps-{self._first + 1}-{state.step}.json"
         self._profiler.export_chrome_trace(str(path))
-        rows = [*((name, seconds[name]) for name in SECTIONS), ("other", elapsed - sum(seconds.values()))]
         print(f"profile of steps {self._first + 1} to {state.step} (chrome://tracing opens {path}):")
-        for name, value in rows:
+        for name, value in (seconds | {"other": elapsed - sum(seconds.values())}).items():
             print(f"  {name:<10} {1e3 * value / self._num_steps:9.1f} ms a step  {100 * value / elapsed:5.1f} %")
         print(f"  {'all':<10} {1e3 * elapsed / self._num_steps:9.1f} ms a step", flush=True)

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from torch import Tensor
 
 from nrat_scale.checkpoint.folder import checkpoint_folders, newest_checkpoint, set_aside, step_of, write_pointer
 from nrat_scale.checkpoint.format import Checkpoint, open_checkpoint
@@ -12,18 +11,21 @@ from nrat_scale.checkpoint.state import load_optimizer_tensors, optimizer_tensor
 from nrat_scale.collapse import ADVICE
 from nrat_scale.core.distributed import on_main
 from nrat_scale.core.errors import UserError, quoted
-from nrat_scale.train.metrics import UNNAMED_SUMS, log, sum_names, write_metrics
+from nrat_scale.train.metrics import log, sum_names, write_metrics
 from nrat_scale.train.state import TrainState
+
+# The order of `sums` in checkpoints that do not name them.
+UNNAMED_SUMS = (
+    "loss", "natural_accuracy", "robust_accuracy", "images", "grad_norm", "steps",
+    "clean", "clean_accuracy", "noisy", "noisy_memorised", "noisy_corrected",
+)  # fmt: skip
 
 
 def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
     """Save a checkpoint of this step in the background; last.json (and best.json if `is_best`) will name it.
 
-    Args:
-        final: return only when it is durable.
-
-    Raises:
-        UserError: on all ranks: an earlier save failed, not by a full disk; a final one failed for any reason.
+    `final` waits until it is durable. Raises `UserError` on all ranks if an earlier save failed with an error that is not
+    transient, or a final one with any.
     """
     # One row per rank: their sum would be rounded differently from the uninterrupted run's.
     sums, guard_sums = (gather(sums[None]).tolist() for sums in (state.sums, state.guard.sums))
@@ -46,11 +48,11 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
             "seed": state.recipe.seed,  # all random numbers are functions of (seed, step): no generator needs saving
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        tensors: dict[str, dict[str, Tensor]] = {
-            "model": dict(state.base.state_dict()),
-            "ema": dict(state.ema.module.state_dict()) if state.ema is not None else {},
+        tensors = {
+            "model": state.base.state_dict(),
+            "ema": state.ema.module.state_dict() if state.ema is not None else {},
             "optimizer": optimizer_tensors(state.optimizer, state.base),
-            "objective": dict(state.objective.state_dict()),
+            "objective": state.objective.state_dict(),
         }
         state.saver.save(tensors, facts, best=is_best, selected=state.best is not None, final=final)
 
@@ -64,9 +66,9 @@ def resume(state: TrainState) -> None:
         state.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
     if checkpoint is None:
         return
-    _restore(state, checkpoint)
     lines = state.run.metrics.read_text(encoding="utf-8").splitlines() if state.run.metrics.is_file() else []
-    state.metrics = lines[: checkpoint.state["metrics_lines"]]
+    state.metrics = lines
+    _restore(state, checkpoint)
     if state.accelerator.is_main_process and len(lines) != len(state.metrics):
         write_metrics(state)
     state.accelerator.print(f"resuming {state.run.path} from step {state.step} of {state.total_steps}")
@@ -78,10 +80,8 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
         _restore_sums(state, facts)
         state.guard.load(facts["guard"])
     except UserError as error:
-        raise UserError(
-            f"{checkpoint.folder} was written by another version ({error}). Resume with that version, or start a new run "
-            "with run_dir=PATH."
-        ) from error
+        way_out = "Resume with that version, or start a new run with run_dir=PATH."
+        raise UserError(f"{checkpoint.folder} was written by another version ({error}). {way_out}") from error
     try:
         state.base.load_state_dict(checkpoint.tensors("model"))
         if state.ema is not None:
@@ -92,15 +92,12 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
     load_optimizer_tensors(state.optimizer, state.base, checkpoint.tensors("optimizer"))
     if state.accelerator.scaler is not None and facts["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(facts["scaler"])
+    state.metrics = state.metrics[: facts["metrics_lines"]]
     state.step, state.best, state.validation_due = int(facts["step"]), facts["best"], bool(facts["validation_due"])
 
 
 def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
-    """Restore the sums of the metrics and of the guard, saved as one row per rank.
-
-    Raises:
-        UserError: they are not the sums of this version.
-    """
+    """Restore the sums of the metrics and of the guard, saved as one row per rank; `UserError` if they are others."""
     names = facts.get("sum_names", list(UNNAMED_SUMS))
     if not isinstance(names, list) or sorted(map(str, names)) != sorted(sum_names()):
         raise UserError(f"it has sums of {quoted(names)}, expected {', '.join(sum_names())}")
@@ -117,46 +114,31 @@ def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
 
 
 def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:
-    """Restore the newest checkpoint from before a collapse and reduce the learning rate.
+    """Restore the newest checkpoint from before a collapse and reduce the learning rate; `UserError` if there is none.
 
-    Args:
-        what: a sentence about the collapse.
-        row: the row of metrics.jsonl about it.
-
-    Raises:
-        UserError: no checkpoint is from before it.
+    `what` describes the collapse in a sentence, `row` in metrics.jsonl.
     """
-    guard, factor = state.guard, state.recipe.guard.lr_factor
-    rewinds, lr_scale, healthy_step = guard.rewinds, guard.lr_scale, guard.healthy_step
+    guard, run = state.guard, state.run
+    rewinds, lr_scale = guard.rewinds + 1, guard.lr_scale * state.recipe.guard.lr_factor
     on_main(state.accelerator, lambda: state.saver.wait() if state.saver is not None else None)
-    good = [folder for folder in checkpoint_folders(state.run.path) if step_of(folder) <= healthy_step]
+    good = [folder for folder in checkpoint_folders(run.path) if step_of(folder) <= guard.healthy_step]
     if not good:
         raise UserError(f"{what} No checkpoint is from before it. {ADVICE}.")
     state.accelerator.wait_for_everyone()
     checkpoint = open_checkpoint(good[0])
     _restore(state, checkpoint)
-    state.metrics = state.metrics[: checkpoint.state["metrics_lines"]]
-    guard.rewinds, guard.lr_scale, guard.bad_windows, guard.warned = rewinds + 1, lr_scale * factor, 0, False
+    guard.rewinds, guard.lr_scale, guard.bad_windows, guard.warned = rewinds, lr_scale, 0, False
     state.accelerator.print(
-        f"warning: {what} Going back to step {state.step}, with {guard.lr_scale:g} times the learning rate."
+        f"warning: {what} Going back to step {state.step}, with {lr_scale:g} times the learning rate."
     )
-    best = _best_left(state, checkpoint)
-    if best.step != (state.best or {}).get("step"):
+    if state.best is not None and not run.checkpoint(state.best["step"]).is_dir():
         state.best = None  # its checkpoint was pruned after a later best: the next validation selects anew
+    best = checkpoint if state.best is None else open_checkpoint(run.checkpoint(state.best["step"]))
     state.accelerator.wait_for_everyone()
     if state.accelerator.is_main_process:
-        set_aside(state.run.path, after=state.step)
-        write_pointer(state.run.path, "best", best, selected=state.best is not None)
-        write_pointer(state.run.path, "last", checkpoint)
+        set_aside(run.path, after=state.step)
+        write_pointer(run.path, "best", best, selected=state.best is not None)
+        write_pointer(run.path, "last", checkpoint)
         write_metrics(state)
-    log(state, {**row, "rewound_to": state.step, "lr_scale": guard.lr_scale})
+    log(state, {**row, "rewound_to": state.step, "lr_scale": lr_scale})
     save(state, is_best=best.step == state.step)
-
-
-def _best_left(state: TrainState, checkpoint: Checkpoint) -> Checkpoint:
-    """The best checkpoint at the time of `checkpoint` if it still exists, else `checkpoint`."""
-    step = (state.best or {}).get("step")
-    for folder in checkpoint_folders(state.run.path):
-        if step_of(folder) == step:
-            return open_checkpoint(folder)
-    return checkpoint

@@ -2,6 +2,7 @@
 
 import datetime
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,11 @@ from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, convert
 from nrat_scale.train.metrics import sum_names
-from nrat_scale.train.nonfinite import Rollback, StepChecks
+from nrat_scale.train.nonfinite import StepChecks
 from nrat_scale.train.profiling import Clock
 from nrat_scale.train.recovery import resume
 from nrat_scale.train.state import TrainState
 from nrat_scale.weights import build_ema
-
-_MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(recipe: RecipeSpec) -> TrainState:
@@ -44,22 +43,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     Raises:
         UserError: data missing or damaged, a run folder of another recipe, a number of processes that does not fit, ...
     """
-    if recipe.precision == "fp16" and not torch.accelerator.is_available():
-        raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
-    accelerator = Accelerator(
-        mixed_precision=_MIXED[recipe.precision],
-        cpu=not torch.accelerator.is_available(),
-        log_with="tensorboard",
-        project_dir=recipe.run_dir,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=recipe.train.timeout_minutes)),
-        ],
-    )
-    if accelerator.device.type == "cpu":
-        use_all_cores()
-        # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
-        torch.set_flush_denormal(True)
+    accelerator = _accelerator(recipe)
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
         raise UserError(
@@ -71,13 +55,42 @@ def start(recipe: RecipeSpec) -> TrainState:
     if data is None:
         # The main process has verified the hashes; other ranks repeat it only to skip the same damaged shards.
         data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
-    arguments, base = _model(recipe, data)
+    shards = data.shards
+    arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
+    torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
+    base = models.create(recipe.model.name, arguments)
     run = RunFolder(Path(recipe.run_dir))
     on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     on_main(accelerator, lambda: data.skips.attach(run))
     data.skips.attach(run)
     data.place_images(accelerator.device)
-    return _build(recipe, run, data, accelerator, arguments, base)
+    state = _build(recipe, data, accelerator, base)
+    on_main(accelerator, lambda: recover(run.path))
+    if accelerator.is_main_process:
+        _describe(state, arguments)
+        state.saver = Saver(run.path, recipe.train.keep, recipe.release.every_epochs)
+    resume(state)
+    return state
+
+
+def _accelerator(recipe: RecipeSpec) -> Accelerator:
+    gpu = torch.accelerator.is_available()
+    if recipe.precision == "fp16" and not gpu:
+        raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
+    timeout = datetime.timedelta(minutes=recipe.train.timeout_minutes)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timeout)]
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
+        cpu=not gpu,
+        log_with="tensorboard",
+        project_dir=recipe.run_dir,
+        kwargs_handlers=handlers,
+    )
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+        # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
+        torch.set_flush_denormal(True)
+    return accelerator
 
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
@@ -102,66 +115,43 @@ def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
         make_folder(run.checkpoints)
 
 
-def _model(recipe: RecipeSpec, data: TrainingData) -> tuple[dict[str, Any], nn.Module]:
-    """The arguments that rebuild the model, and the model with initial weights, a function of the seed."""
-    torch.manual_seed(derive(recipe.seed, "weights") % 2**32)
-    shards = data.shards
-    arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
-    base = models.create(recipe.model.name, arguments)
+def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module) -> TrainState:
+    """The state before the first step; `base` has its initial weights."""
+    device, num_classes = accelerator.device, data.shards.num_classes
     if recipe.model.bn_momentum is not None:
         for layer in batchnorms(base):
             layer.momentum = recipe.model.bn_momentum
-    return arguments, base
-
-
-def _build(
-    recipe: RecipeSpec,
-    run: RunFolder,
-    data: TrainingData,
-    accelerator: Accelerator,
-    arguments: dict[str, Any],
-    base: nn.Module,
-) -> TrainState:
-    device, several = accelerator.device, accelerator.num_processes > 1
     base = base.to(device, torch.float64 if recipe.precision == "fp64" else torch.float32)
     if recipe.train.channels_last:
         base = base.to(memory_format=torch.channels_last)
     base = convert(base, recipe.model.bn, recipe.model.bn_group_size)
-    total_steps = recipe.train.epochs * data.steps_per_epoch
-    ema = build_ema(base, recipe.ema, total_steps) if recipe.ema.decay else None
+    ema = build_ema(base, recipe.ema, recipe.train.epochs * data.steps_per_epoch) if recipe.ema.decay else None
     attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
     if attack_model.untraced is not None and batchnorms(base):
-        accelerator.print(
-            f"BatchNorm is not folded while attacking: torch.fx cannot trace the model ({attack_model.untraced})."
-        )
+        accelerator.print(f"BatchNorm is not folded: torch.fx cannot trace the model ({attack_model.untraced}).")
     with warnings.catch_warnings():
         # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = Objective(recipe.objective, data.shards.num_classes).to(device)
-    guard = Guard.build(recipe.guard, data.shards.num_classes, device)
+    objective = Objective(recipe.objective, num_classes).to(device)
+    guard = Guard(recipe.guard, num_classes, device)
     sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
-    checks = StepChecks(device, (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None)
-    statistics = RunningStatistics(base, (lambda tensor: accelerator.reduce(tensor, "mean")) if several else None)
+    checks = StepChecks(device, partial(accelerator.reduce, reduction="sum"))
+    mean = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
     state = TrainState(
-        recipe, run, data, accelerator, base, model, attack_model, optimizer, objective, ema, data.validation(), guard,
-        checks, Clock(device), statistics, sums,
+        recipe, RunFolder(Path(recipe.run_dir)), data, accelerator, base, model, attack_model, optimizer, objective, ema,
+        data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), sums,
     )  # fmt: skip
     if recipe.precision == "fp16":
         prepare_for_skipped_steps(state)
-    on_main(accelerator, lambda: recover(run.path))
-    if accelerator.is_main_process:
-        _describe(state, arguments)
-        state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
-    resume(state)
     return state
 
 
 def prepare_for_skipped_steps(state: TrainState) -> None:
-    """Let training continue after a step that GradScaler skips: roll back what the step changed besides the weights."""
+    """Let training continue after a step that GradScaler skips: restore what the step changed besides the weights."""
     zero_momentum(state.optimizer.optimizer)
     statistics = [buffer for layer in batchnorms(state.base) for buffer in layer.buffers(recurse=False)]
-    state.rollback = Rollback([*statistics, *state.objective.buffers(), state.sums, state.guard.sums])
+    state.restored = [*statistics, *state.objective.buffers(), state.sums, state.guard.sums]
 
 
 def _describe(state: TrainState, arguments: dict[str, Any]) -> None:

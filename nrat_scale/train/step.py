@@ -12,7 +12,7 @@ for a GPU: the host reads `TrainState.checks` later.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -35,21 +35,22 @@ def train_step(state: TrainState, batch: Batch) -> None:
     done: list[MicroBatch] = []
     state.recent.append((batch, done))
     state.checks.begin(state.signals.received)
-    if state.rollback is not None:
-        state.rollback.begin()
+    before = [tensor.clone() for tensor in state.restored]
     with state.clock.section("data"):
         parts = list(micro_batches(state, batch))
+    epoch = state.step // state.data.steps_per_epoch
+    perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
-    reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural and not _awp_acts(state)
-    reuse = reuse and not _starts_precisely(state)
+    reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
+    reuse = reuse and not perturbed and not _starts_precisely(state)
     if state.objective.attacks and not reuse:
         parts = [attacked(state, part) for part in parts]
 
-    with _perturbed_weights(state, parts):
-        for number, part in enumerate(parts):
-            last = number + 1 == len(parts)
+    with _perturbed_weights(state, parts) if perturbed else contextlib.nullcontext():
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
-                # Two forwards, natural first: BatchNorm's batch and running statistics depend on both.
+                # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
                 with state.clock.section("outer"):
                     logits = state.model(part.x) if state.objective.family != "at" else None
                 part = attacked(state, part, logits) if reuse else part
@@ -67,8 +68,8 @@ def train_step(state: TrainState, batch: Batch) -> None:
     with state.clock.section("optimizer"):
         state.optimizer.zero_grad()
         state.statistics.end_step(len(parts))
-        if state.rollback is not None:
-            state.rollback.end(good)
+        for tensor, value in zip(state.restored, before, strict=True):
+            tensor.copy_(torch.where(good, tensor, value))
         if state.ema is not None:
             state.ema.update(state.base, step=state.step + 1)
         state.checks.post(state.step + 1)
@@ -93,33 +94,30 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
-    """The training attack: `part` with x_adv.
+    """`part` with the x_adv of the training attack.
 
-    Args:
-        logits: natural logits, computed as the attack runs the model; None: compute them if the inner loss needs them.
+    `logits` are natural logits in the attack's BatchNorm mode; if None, they are computed for an inner loss that needs them.
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        threat = state.recipe.threat
+        threat, module, forward = state.recipe.threat, state.attack_model.module, state.attack_model.forward
 
         def mixed(x: Tensor) -> Tensor:
             with state.accelerator.autocast():
-                return state.attack_model.forward(x)
+                return forward(x)
 
-        first = state.attack_model.forward if _starts_precisely(state) else mixed
-        model, encode, decode = in_space(state.attack_model.module, threat.space, mixed)
-        first_model, _, _ = in_space(state.attack_model.module, threat.space, first)
+        first = forward if _starts_precisely(state) else mixed
         if logits is None and state.objective.inner_needs_natural:
             with torch.no_grad():
                 logits = first(part.x)
-        found = search(
-            model,
-            encode(part.x),
-            _inner(state, logits, part.y),
-            threat,
-            apply_noise(encode(part.x), part.noise, threat),
-            first_model,
-        )
+        inner = state.objective.inner(logits, part.y)
+        if part.y.ndim == 2 and state.objective.spec.inner == "kl":
+            # With CutMix, DM_AT attacks KL(y || p') instead of KL(p || p'); it has the gradient of cross-entropy.
+            inner = partial(LOSSES["ce"], y=part.y)
+        model, encode, decode = in_space(module, threat.space, mixed)
+        first_model, _, _ = in_space(module, threat.space, first)
+        start = apply_noise(encode(part.x), part.noise, threat)
+        found = search(model, encode(part.x), inner, threat, start, first_model)
         state.checks.note("attack", ~found.finite)
         state.checks.note("ball", found.finite & ~found.inside)
         return replace(part, x_adv=decode(found.x_adv))
@@ -134,39 +132,18 @@ def _starts_precisely(state: TrainState) -> bool:
     return state.objective.inner_needs_natural and state.recipe.precision in ("bf16", "fp16")
 
 
-def _inner(state: TrainState, logits: Tensor | None, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """The loss that the attack maximises, a function of the adversarial logits."""
-    if y.ndim == 2 and state.objective.spec.inner == "kl":
-        # With CutMix, DM_AT attacks KL(y || p') instead of KL(p || p'); it has the gradient of cross-entropy.
-        return lambda logits_adv: LOSSES["ce"](logits_adv, y)
-    return state.objective.inner(logits, y)
-
-
-def _awp_acts(state: TrainState) -> bool:
-    return state.recipe.awp.gamma > 0 and state.step // state.data.steps_per_epoch >= state.recipe.awp.warmup_epochs
-
-
 def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib.AbstractContextManager[None]:
-    if not _awp_acts(state):
-        return contextlib.nullcontext()
-
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         return state.objective.loss(logits, model(part.x_adv) if part.x_adv is not None else None, part.y)
 
-    losses = [partial(loss, part) for part in parts]
-    return awp(
-        state.base, losses, state.recipe.awp.gamma, reduce=lambda gradient: state.accelerator.reduce(gradient, "mean")
-    )
+    mean = partial(state.accelerator.reduce, reduction="mean")
+    return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
 
 
 @torch.no_grad()
 def _finish_gradient(state: TrainState) -> Tensor:
-    """Record the norm of the averaged gradient, clip it, and make the optimizer skip a bad step.
-
-    Returns:
-        Whether the step counts, bool scalar, the same on all ranks.
-    """
+    """Record the gradient's norm, clip it, and make the optimizer skip a bad step; whether this one is good (bool scalar)."""
     good = state.checks.agree()
     align_gradients(state.base.parameters())
     gradients = [p.grad for p in state.base.parameters() if p.grad is not None]
@@ -176,9 +153,8 @@ def _finish_gradient(state: TrainState) -> Tensor:
         gradients[0].mul_(torch.where(good, 1.0, math.nan))
         state.accelerator.unscale_gradients()
     norm = torch.nn.utils.get_total_norm(gradients)
-    limit = state.recipe.train.max_grad_norm
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(state.base.parameters(), limit, norm)
+    if state.recipe.train.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(state.base.parameters(), state.recipe.train.max_grad_norm, norm)
     if state.accelerator.is_main_process:
         record_step(state, norm)
     if scaler is not None:

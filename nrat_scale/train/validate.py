@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
-from nrat_scale.train.compile import uncompiled
 from nrat_scale.train.state import TrainState
 
 
@@ -17,30 +16,32 @@ def validate(state: TrainState) -> dict[str, Any] | None:
 
     None on all ranks if one of them received a signal to stop; the resumed run validates again.
     """
-    model, held_out = state.evaluated, state.validation
-    training = model.training
+    model, held_out = state.base if state.ema is None else state.ema.module, state.validation
+    attack, dtype = state.recipe.train.validation_attack, next(model.parameters()).dtype
     rows = np.arange(state.accelerator.process_index, len(held_out.labels), state.accelerator.num_processes)
     images = Images(held_out.images, held_out.labels, np.arange(len(held_out.labels))).take(rows)
-    attack = state.recipe.train.validation_attack
     counts = [len(rows)]
+    training, compiled = model.training, model._compiled_call_impl
+    model._compiled_call_impl = None  # other batch sizes and modes would each compile one more graph
+    # The images are float32 under fp64, too.
+    cast = model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     model.eval()
     try:
-        with uncompiled(model), state.accelerator.autocast():
+        with state.accelerator.autocast():
             for name in ("natural", attack):
-                given, clean = _outcomes(state, name, model, images, rows)
-                counts += [int(given.sum()), int(clean.sum())]
+                counts += _correct(state, name, model, images, rows)
     except Interrupted:
         counts = [0] * 5
+    cast.remove()
     model.train(training)
-    counts.append(int(bool(state.signals)))
+    model._compiled_call_impl = compiled
+    counts.append(int(state.signals.received != 0))
     total = state.accelerator.reduce(torch.tensor(counts, device=state.accelerator.device), "sum").tolist()
     if total[5]:
         return None
-    n = total[0]
-
-    def record(correct: int) -> dict[str, Any]:
-        return {"correct": correct, "n": n, "accuracy": correct / n}
-
+    natural, natural_clean, robust, robust_clean = (
+        {"correct": correct, "n": total[0], "accuracy": correct / total[0]} for correct in total[1:5]
+    )
     known = held_out.clean_labels is not None
     return {
         "kind": "validation",
@@ -48,45 +49,24 @@ def validate(state: TrainState) -> dict[str, Any] | None:
         "step": state.step,
         "attack": attack,
         "labels": state.recipe.data.validation.labels,
-        "natural": record(total[1]),
-        "robust": record(total[3]),
-        "natural_clean": record(total[2]) if known else None,
-        "robust_clean": record(total[4]) if known else None,
+        "natural": natural,
+        "robust": robust,
+        "natural_clean": natural_clean if known else None,
+        "robust_clean": robust_clean if known else None,
     }
 
 
-def _outcomes(
-    state: TrainState, attack: str, model: nn.Module, images: Images, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outcomes bool [m] of the images `rows` for the labels used, and for the clean ones (all false if unknown).
+def _correct(state: TrainState, attack: str, model: nn.Module, images: Images, rows: np.ndarray) -> list[int]:
+    """How many of the images `rows` are correct for the labels used, and for the clean ones (0 if unknown).
 
     An attack depends on its label, so it is repeated for the images whose clean label differs.
     """
-    if state.recipe.precision == "fp64":
-        model = _Float64(model)
-    options: dict[str, Any] = {"seed": state.recipe.seed, "batch_size": 256, "stopped": lambda: bool(state.signals)}
-    outcome = correct_under(attack, model, images, state.recipe.threat, **options)
+    options: dict[str, Any] = {"seed": state.recipe.seed, "stopped": lambda: state.signals.received != 0}
+    given = correct_under(attack, model, images, state.recipe.threat, **options)
     if state.validation.clean_labels is None:
-        return outcome, np.zeros(len(outcome), bool)
+        return [int(given.sum()), 0]
     clean_labels = state.validation.clean_labels[torch.from_numpy(rows)]
-    differ = np.flatnonzero(clean_labels.ne(images.labels).numpy())
-    clean = outcome.copy()
-    if len(differ):
-        subset = dataclasses.replace(images, labels=clean_labels).take(differ)
-        clean[differ] = correct_under(attack, model, subset, state.recipe.threat, **options)
-    return outcome, clean
-
-
-class _Float64(nn.Module):
-    """Runs a float64 model on float32 images."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.train(model.training)
-        for name in ("mean", "std"):
-            if hasattr(model, name):
-                setattr(self, name, getattr(model, name))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.double())
+    differ = clean_labels.ne(images.labels).numpy()
+    subset = dataclasses.replace(images, labels=clean_labels).take(np.flatnonzero(differ))
+    again = correct_under(attack, model, subset, state.recipe.threat, **options)
+    return [int(given.sum()), int(given[~differ].sum() + again.sum())]

@@ -211,6 +211,7 @@ def _save_under_a_limit(run: Path, connection: Connection) -> None:
     connection.send(warnings)
 
 
+@pytest.mark.medium
 def test_a_best_checkpoint_is_written_when_the_disk_has_room_again(tmp_path: Path) -> None:
     """With real write errors the run keeps its previous checkpoint, and the best one is saved with a later save."""
     process, connection = in_child(_save_under_a_limit, tmp_path)

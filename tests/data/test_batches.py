@@ -225,7 +225,9 @@ def test_skipping_has_a_limit(local: DataSpec) -> None:
         damage(local.generated.shards, number)
     with pytest.raises(UserError, match=r"3 shards cannot be used, more than data.max_bad_shards 2.*sha256"):
         take(open_training_data(spec, 1), 0, 80)
-    with pytest.raises(UserError, match=f"shard-{numbers[0]:05d}.tar of data.generated.shards is damaged"):
+    with pytest.raises(
+        UserError, match=f"shard-{numbers[0]:05d}.tar of data.generated.shards cannot be used: its sha256"
+    ):
         open_training_data(replace(spec, on_bad_shard="stop"), 1)
 
 
@@ -234,7 +236,7 @@ def test_a_validation_shard_is_never_skipped(local: DataSpec) -> None:
     data = open_training_data(local, 1)
     used = data.sources[1].shards.shards_of(data.sources[1].held_out)
     damage(local.generated.shards, int(used[0]))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="cannot be used: its sha256"):
         open_training_data(replace(local, on_bad_shard="skip"), 1).validation()
 
 

@@ -15,5 +15,5 @@ def test_an_error_in_the_thread_reaches_the_consumer() -> None:
 
     seen = []
     with pytest.raises(ZeroDivisionError, match="in the thread"):
-        seen.extend(prefetched(items))
-    assert list(prefetched(lambda: iter(range(100)))) == list(range(100))
+        seen.extend(prefetched(items()))
+    assert list(prefetched(n for n in range(100))) == list(range(100))

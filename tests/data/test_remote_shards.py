@@ -15,7 +15,7 @@ from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
 from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.transfer import Cancelled
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.http_server import Fault, HttpServer
 
 NUM_IMAGES = 150  # five shards of 32 images, the last of 22, in blocks of 16
 
@@ -49,9 +49,9 @@ def local(folder) -> ShardSet:
 
 
 @pytest.fixture
-def server(folder) -> Iterator[FaultyServer]:
+def server(folder) -> Iterator[HttpServer]:
     """The shards at /data."""
-    with FaultyServer(files={f"/data/{path.name}": path.read_bytes() for path in folder.iterdir()}) as running:
+    with HttpServer(files={f"/data/{path.name}": path.read_bytes() for path in folder.iterdir()}) as running:
         yield running
 
 
@@ -90,9 +90,7 @@ def test_transfer_faults_do_not_change_the_data(server, opened, local):
 
 def test_a_cache_for_a_single_shard_is_enough(server, local, tmp_path):
     """Slow, but the maps of evicted shards stay valid."""
-    remote = open_shards(
-        f"{server.url}/data", cache=Cache(tmp_path, max(map(local.bytes_of, ([n] for n in range(5)))) * 1e-9)
-    )
+    remote = open_shards(f"{server.url}/data", cache=Cache(tmp_path, max(local.shard_bytes) * 1e-9))
     assert _same(remote, local) and _same(remote, local)
     assert len(list(tmp_path.glob("*.tar"))) == 1
 
@@ -186,7 +184,7 @@ def test_a_shard_that_the_index_does_not_list_is_named(opened, folder, remote):
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
-def _edited(server: FaultyServer, edit: Callable[[dict], object]) -> None:
+def _edited(server: HttpServer, edit: Callable[[dict], object]) -> None:
     index = json.loads(server.files["/data/index.json"])
     edit(index)
     server.files["/data/index.json"] = json.dumps(index).encode()
@@ -213,7 +211,7 @@ def test_a_shard_that_contradicts_the_index_is_named(server, opened, local, tmp_
     with pytest.raises(ShardUnusable) as caught:
         remote.images(np.array([40]))
     assert caught.value.name == remote.names[1] and words in caught.value.reason
-    assert f"The shard {remote.names[1]} of data.real.shards cannot be used" in str(caught.value)
+    assert f"{remote.names[1]} of data.real.shards cannot be used: " in str(caught.value)
     assert np.array_equal(remote.images(np.arange(32)), local.images(np.arange(32)))
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
 

@@ -203,5 +203,7 @@ def test_an_unreadable_shard_is_named(folder, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(nrat_scale.data.shards, "sha256_of", broken)
-    with pytest.raises(UserError, match=r"shard-00000\.tar of the data cannot be opened \(Input/output error\)"):
+    with pytest.raises(
+        UserError, match=r"shard-00000\.tar of the data cannot be used: it cannot be opened \(Input/output error\)"
+    ):
         open_shards(folder).verify()

@@ -25,6 +25,8 @@ WRONG: list[tuple[Callable[[], object], str]] = [
         "does not support data.augment.cutmix",
     ),
     (lambda: replace(SPEC, loader="webdataset", resident="always"), "does not support data.resident always"),
+    (lambda: replace(SPEC, real=RealSpec("https://x"), resident="always"), "only local shards can be kept"),
+    (lambda: replace(SPEC, batch_size=3, generated=GeneratedSpec("y", 0.3)), "3 real and 0 generated images"),
     (lambda: GeneratedSpec("x", 0.0), "data.generated.fraction is 0.0"),
     (lambda: ValidationSpec(size=0), "data.validation.size is 0"),
     (lambda: ValidationSpec(source="reel"), "data.validation.source is 'reel'. Did you mean 'real'"),

@@ -31,6 +31,7 @@ def direct(
     return np.concatenate(outcome)
 
 
+@pytest.mark.medium
 def test_the_standard_version_on_digits(model: nn.Module, images: Images, threat: ThreatSpec) -> None:
     """All four parts, over two blocks of which the last is short; the global random state is not used."""
     some = images.take(np.arange(4))
@@ -42,6 +43,7 @@ def test_the_standard_version_on_digits(model: nn.Module, images: Images, threat
     assert 0 < expected.sum() < correct_under("natural", model, some, threat).sum()
 
 
+@pytest.mark.medium
 def test_parts_in_l2_on_digits(model: nn.Module, images: Images) -> None:
     """Named parts in their order, in the l_2 norm."""
     some, parts = images.take(np.arange(8)), "apgd-ce+fab-t"

@@ -32,6 +32,7 @@ def outcomes(path: Path) -> dict[str, tuple[list[int], list[bool]]]:
     return {name: (ids.tolist(), right.tolist()) for name, (ids, right) in read_arrays(path).items()}
 
 
+@pytest.mark.medium
 def test_two_processes_measure_the_same_as_one(run: Path, tmp_path: Path) -> None:
     """Each image is evaluated exactly once and has the same outcome, AutoAttack included."""
     options = ["--attacks", "natural,pgd5x2,aa:apgd-ce", "--batch-size", "16", "--checkpoint", "best", "--images", "42"]
@@ -70,6 +71,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.medium
 def test_a_killed_evaluation_resumes_with_the_next_block(run: Path) -> None:
     """A finished block survives a kill, is not evaluated again, and the result is that of an uninterrupted evaluation."""
     command = [str(run), "--data", str(run.parent / "test"), "--attacks", "aa:apgd-ce", "--batch-size", "3"]

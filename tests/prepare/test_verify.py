@@ -36,7 +36,11 @@ def test_every_unusable_shard_is_named(tmp_path, cli):
     flip_bit(folder / "shard-00007.tar", 900)
     result = cli("verify", folder)
     assert is_one_sentence(result, "has 3 problems")
-    for words in ("shard-00003.tar: No such file", "shard-00005.tar: it has 5 bytes", "shard-00007.tar: its sha256"):
+    for words in (
+        "shard-00003.tar: it cannot be opened (No such file",
+        "shard-00005.tar: it has 5 bytes",
+        "shard-00007.tar: its sha256",
+    ):
         assert words in result.err
     for path in folder.glob("*.tar"):
         path.unlink()

@@ -6,7 +6,7 @@ import pytest
 
 import nrat_scale.remote.transfer
 from tests.support.contents import random_bytes
-from tests.support.faulty_server import FaultyServer
+from tests.support.http_server import HttpServer
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[FaultyServer]:
+def server() -> Iterator[HttpServer]:
     """A server without faults that has /a.tar of 50,000 bytes."""
-    with FaultyServer(files={"/a.tar": random_bytes(50_000)}) as running:
+    with HttpServer(files={"/a.tar": random_bytes(50_000)}) as running:
         yield running

@@ -40,11 +40,11 @@ def test_impossible_braces_are_refused(where, words):
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("hf://datasets/user/repo", HubAddress("user/repo", "dataset", None, "")),
-        ("hf://datasets/user/repo/", HubAddress("user/repo", "dataset", None, "")),
-        ("hf://datasets/user/repo/a/b.tar", HubAddress("user/repo", "dataset", None, "a/b.tar")),
-        ("hf://datasets/user/repo@v1", HubAddress("user/repo", "dataset", "v1", "")),
-        ("hf://datasets/user/repo@refs%2Fpr%2F1/a@b", HubAddress("user/repo", "dataset", "refs/pr/1", "a@b")),
+        ("hf://datasets/user/repo", HubAddress("user/repo", None, "")),
+        ("hf://datasets/user/repo/", HubAddress("user/repo", None, "")),
+        ("hf://datasets/user/repo/a/b.tar", HubAddress("user/repo", None, "a/b.tar")),
+        ("hf://datasets/user/repo@v1", HubAddress("user/repo", "v1", "")),
+        ("hf://datasets/user/repo@refs%2Fpr%2F1/a@b", HubAddress("user/repo", "refs/pr/1", "a@b")),
     ],
 )
 def test_hub_addresses(address, expected):

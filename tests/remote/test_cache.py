@@ -17,8 +17,8 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.transfer import Cancelled
 from tests.support.contents import GB, random_bytes, sha256_hex
-from tests.support.faulty_server import Fault, FaultyServer
-from tests.support.processes import started, told
+from tests.support.http_server import Fault, HttpServer
+from tests.support.processes import outputs, started
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ for url, size, sha256 in given["files"]:
             break
         except FileNotFoundError:
             pass  # removed by the other process in between
-    tell([url, hashlib.sha256(content).hexdigest()])
+    output([url, hashlib.sha256(content).hexdigest()])
 """
 
 
@@ -304,7 +304,7 @@ def _wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def _files(server: FaultyServer, count: int, size: int) -> list[tuple[str, int, str]]:
+def _files(server: HttpServer, count: int, size: int) -> list[tuple[str, int, str]]:
     contents = [random_bytes(size, seed=100 + number) for number in range(count)]
     server.files |= {f"/shard-{number}.tar": content for number, content in enumerate(contents)}
     return [(f"{server.url}/shard-{number}.tar", size, sha256_hex(content)) for number, content in enumerate(contents)]
@@ -319,7 +319,7 @@ def test_processes_of_a_node_share_one_transfer(server, tmp_path):
     orders = files, files[10:] + files[:10]
     processes = [started(FETCH, {**given, "files": order}) for order in orders]
     for process, order in zip(processes, orders, strict=True):
-        assert told(process) == [[url, sha256] for url, _, sha256 in order]
+        assert outputs(process) == [[url, sha256] for url, _, sha256 in order]
     assert sorted(request.path for request in server.requests) == sorted(f"/shard-{number}.tar" for number in range(20))
     assert all(server.bytes_served(f"/shard-{number}.tar") == 100_000 for number in range(20))
 
@@ -330,7 +330,7 @@ def test_two_processes_share_a_too_small_cache(server, tmp_path):
     given = {"cache": str(tmp_path), "limit": 150_000 * GB}
     processes = [started(FETCH, {**given, "files": order * 3}) for order in (files, files[::-1])]
     for process, order in zip(processes, (files, files[::-1]), strict=True):
-        assert told(process) == [[url, sha256] for url, _, sha256 in order * 3]
+        assert outputs(process) == [[url, sha256] for url, _, sha256 in order * 3]
     assert sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix in (".tar", ".part")) <= 150_000
 
 
@@ -357,9 +357,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 try:
     Cache(given["cache"]).fetch(*given["file"])
 except UserError as error:
-    tell(str(error))
+    output(str(error))
 """
     (file,) = _files(server, 1, 100_000)
-    (message,) = told(started(script, {"cache": str(tmp_path), "file": file}))
+    (message,) = outputs(started(script, {"cache": str(tmp_path), "file": file}))
     assert f"{file[2]}.tar cannot be written (File too large). Free some space" in message
     assert not list(tmp_path.glob("*.tar"))

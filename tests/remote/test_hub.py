@@ -58,7 +58,7 @@ def test_a_file_that_the_client_skipped_is_noticed(tmp_path: Path) -> None:
     """The client silently skips files that a .gitignore in the repository names; that push has failed."""
     (tmp_path / "a.tar").write_bytes(b"content")
     with pytest.raises(UserError, match=r"a\.tar did not arrive at hf://datasets/a/b"):
-        repository(Client()).upload({"a.tar": tmp_path / "a.tar"})
+        repository(Client()).upload(tmp_path, ["a.tar"])
 
 
 @pytest.mark.parametrize(

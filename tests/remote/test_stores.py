@@ -18,9 +18,9 @@ from nrat_scale.remote.cache import Cache
 from nrat_scale.remote.stores import OPENERS, PermanentError, RemoteFile, TransientError
 from nrat_scale.remote.transfer import fetch_bytes
 from tests.support.contents import random_bytes, sha256_hex
-from tests.support.faulty_server import HUB_COMMIT, Fault, FaultyServer
+from tests.support.http_server import HUB_COMMIT, Fault, HttpServer
 from tests.support.numbered_shards import numbered_shards
-from tests.support.processes import started, told
+from tests.support.processes import outputs, started
 
 # ---- a store from outside -------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ def fetched(url, size, sha256):
         answer = hashlib.sha256(cache.fetch(url, size, sha256).read_bytes()).hexdigest()
     except UserError as error:
         answer = str(error)
-    tell([url, answer, asked])
+    output([url, answer, asked])
 """
 FETCH = SPY + "for file in given['files']: fetched(*file)"
 
@@ -140,11 +140,12 @@ def run(store, tmp_path) -> Callable[..., list]:
 
     def run(files: list, script: str = FETCH, **environment: str | None) -> list:
         given = {"cache": str(tmp_path), "files": files}
-        return told(started(script, given, **{**store.environment, **environment}))
+        return outputs(started(script, given, **{**store.environment, **environment}))
 
     return run
 
 
+@pytest.mark.medium
 def test_s3_files_arrive_or_fail_with_a_reason(store, run):
     """In chunks of 8 MiB; a missing, too short or damaged object or a folder is named and retried only if that may help."""
     size = (8 << 20) + 1000
@@ -176,6 +177,7 @@ def test_s3_files_arrive_or_fail_with_a_reason(store, run):
         assert len(asked) == count
 
 
+@pytest.mark.medium
 def test_s3_transfers_resume(store, run, tmp_path):
     """Only the missing bytes are requested; a .part of a longer file is dropped."""
     url, size, sha256 = store.put("resumed.tar", random_bytes(10_000, seed=1))
@@ -186,7 +188,7 @@ from pathlib import Path
 path, url = Path(given["cache"]) / "file", given["files"][0][0]
 path.with_name("file.part").write_bytes(bytes(20_000))
 transfer.download(url, path, None, None)
-tell(transfer.sha256_of(path))
+output(transfer.sha256_of(path))
 """
     assert run([(url, size, sha256)], script) == [sha256]
 
@@ -206,7 +208,7 @@ sys.modules["s3fs"] = None
 try:
     transfer.fetch_bytes(given["files"][0][0], 1000)
 except UserError as error:
-    tell(str(error))
+    output(str(error))
 """
     assert run([store.put("x.tar", b"x")], script) == ["s3://bucket/x.tar needs s3fs: pip install s3fs"]
 
@@ -217,12 +219,13 @@ def test_an_unreachable_s3_endpoint_is_named(run):
     assert "127.0.0.1:9" in message and "Check address and network." in message
 
 
+@pytest.mark.medium
 def test_s3_transfers_are_shared_by_processes(store, tmp_path):
     """Two processes and one cache: each object is fetched by one of them."""
     files = [store.put(f"shared-{number}.tar", random_bytes(20_000, seed=10 + number)) for number in range(8)]
     given = {"cache": str(tmp_path), "files": files}
     processes = [started(FETCH, given, **store.environment) for _ in range(2)]
-    first, second = (told(process) for process in processes)
+    first, second = (outputs(process) for process in processes)
     for (url, _, sha256), one, other in zip(files, first, second, strict=True):
         assert one[:2] == other[:2] == [url, sha256]
         assert sorted([one[2], other[2]]) == [[], [[0, 20_000]]]
@@ -248,16 +251,16 @@ fetched(*given["files"][2])
 HUB = """
 for url in given["urls"]:
     try:
-        tell(transfer.fetch_bytes(url, 10**6).decode())
+        output(transfer.fetch_bytes(url, 10**6).decode())
     except UserError as error:
-        tell(str(error))
+        output(str(error))
 """
 
 
 @pytest.fixture
-def hub() -> Iterator[FaultyServer]:
+def hub() -> Iterator[HttpServer]:
     """A Hub that redirects files to another host name, which must not receive the token."""
-    with FaultyServer(hub=True, token="Bearer hf_secret") as server:
+    with HttpServer(hub=True, token="Bearer hf_secret") as server:
         for revision in ("main", "v1", "refs%2Fpr%2F1", HUB_COMMIT):
             path = f"/datasets/someone/images/resolve/{revision}/data/index.json"
             server.files[path] = server.files[f"/cdn{path}"] = revision.encode()
@@ -265,9 +268,9 @@ def hub() -> Iterator[FaultyServer]:
         yield server
 
 
-def _asked(hub: FaultyServer, urls: list[str], tmp_path, **environment: str | None) -> list[str]:
+def _asked(hub: HttpServer, urls: list[str], tmp_path, **environment: str | None) -> list[str]:
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": None, "HF_HUB_OFFLINE": None}
-    return told(started(HUB, {"urls": urls}, **{**settings, **environment}))
+    return outputs(started(HUB, {"urls": urls}, **{**settings, **environment}))
 
 
 def test_hf_files_follow_the_redirect_of_the_hub(hub, tmp_path):
@@ -301,6 +304,7 @@ def test_a_token_does_not_follow_a_redirect(hub, tmp_path):
     assert [request.authorization for request in hub.gets(f"/cdn{path}")] == [None]
 
 
+@pytest.mark.medium
 def test_hf_failures_have_a_reason(hub, tmp_path):
     """No permission and no such file have different messages and end at once; a busy Hub is retried."""
     url = "hf://datasets/someone/images/data/index.json"

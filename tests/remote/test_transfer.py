@@ -14,7 +14,7 @@ import nrat_scale.remote.transfer
 from nrat_scale.core.errors import UserError
 from nrat_scale.remote.transfer import ATTEMPTS, download, fetch_bytes
 from tests.support.contents import random_bytes, sha256_hex
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.http_server import Fault, HttpServer
 
 
 def _names(folder: Path) -> list[str]:
@@ -35,7 +35,7 @@ def get(server, tmp_path) -> Callable[[], bytes]:
     return get
 
 
-def _refused(server: FaultyServer, folder: Path, words: str) -> str:
+def _refused(server: HttpServer, folder: Path, words: str) -> str:
     """The message of a failed download of /a.tar: it has the address, and no file is left."""
     content = server.files.get("/a.tar", b"x")
     with pytest.raises(UserError, match=words) as caught:
@@ -138,11 +138,12 @@ CUTS = st.builds(
     ),
     size=st.integers(1, 4000),
 )
+@pytest.mark.medium
 def test_any_faults_below_the_limit_end_with_the_exact_bytes(faults, size):
     """Every byte is served once, except those that a fault makes necessary to fetch again."""
     content = random_bytes(size)
     with (
-        FaultyServer(files={"/a": content}, faults={"/a": list(faults)}) as server,
+        HttpServer(files={"/a": content}, faults={"/a": list(faults)}) as server,
         tempfile.TemporaryDirectory() as name,
     ):
         download(f"{server.url}/a", Path(name) / "a", size, sha256_hex(content))
@@ -306,10 +307,10 @@ def test_a_part_of_an_earlier_run_is_resumed_or_dropped(server, get, tmp_path, t
 def test_progress_is_reported(server, tmp_path):
     """The bytes so far, after a resumption too."""
     server.faults["/a.tar"] = [Fault(cut_after=20_000)]
-    told: list[int] = []
+    reported: list[int] = []
     content = server.files["/a.tar"]
-    download(f"{server.url}/a.tar", tmp_path / "a", len(content), sha256_hex(content), progress=told.append)
-    assert told == sorted(told) and told[-1] == 50_000
+    download(f"{server.url}/a.tar", tmp_path / "a", len(content), sha256_hex(content), progress=reported.append)
+    assert reported == sorted(reported) and reported[-1] == 50_000
 
 
 def test_a_full_disk_is_a_user_error(server, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("key", "content", "message"),
     [
-        ("results", "{", r"results\.json is damaged.*evaluate again"),
+        ("results", "{", r"results\.json is damaged.*Delete it"),
         (
             "results",
             '{"format": "other"}',
@@ -123,7 +123,7 @@ def test_damaged_files_are_named(tmp_path: Path, key: str, content: str, message
 
 def test_folders_that_are_not_runs(tmp_path: Path) -> None:
     """A missing folder, a folder without a run and an empty list are refused."""
-    with pytest.raises(UserError, match=r"There is no run directory .*nothing"):
+    with pytest.raises(UserError, match="nothing is not a run: there is no such folder"):
         write_report(read_runs([tmp_path / "nothing"]))
     with pytest.raises(UserError, match=r"is not a run: it has neither recipe\.yaml nor metrics\.jsonl"):
         write_report(read_runs([tmp_path]))

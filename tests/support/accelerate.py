@@ -1,5 +1,6 @@
-"""A fresh process for each test of training, as far as Accelerate is concerned."""
+"""What a new process would have: Accelerate keeps one state per process, and training changes settings of torch."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -7,10 +8,19 @@ import torch
 from accelerate.state import AcceleratorState
 
 
+@contextlib.contextmanager
+def new_process() -> Iterator[None]:
+    """Train inside the block as in a new process, on one thread: the small models of the tests are slower on two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nrat_scale.train.setup.use_all_cores", lambda: torch.set_num_threads(1))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_flush_denormal(False)
+
+
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Reset Accelerate's state, which is one per process, and the flush-denormal flag that training sets."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_flush_denormal(False)
+def fresh_process() -> Iterator[None]:
+    """Each test of the folder that imports this fixture runs in a `new_process`."""
+    with new_process():
+        yield

@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -38,12 +38,18 @@ def _train(arguments: Sequence[str], environment: dict[str, str], output: Path, 
 
 
 class Launched:
-    """The ranks of one launch, without a launcher that ends the others when one fails."""
+    """The ranks of one launch, without a launcher that ends the others when one fails; see `launched`."""
 
-    def __init__(self, arguments: Sequence[str], processes: int = 1, script: str = "") -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        processes: int = 1,
+        script: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="launched-"))
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-        environments: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": ""}]
+        environments: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": "", **(environment or {})}]
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -98,9 +104,18 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launched(arguments: Sequence[str], processes: int = 1, script: str = "") -> Iterator[Launched]:
-    """A launch that leaves no process behind."""
-    launch = Launched(arguments, processes, script)
+def launched(
+    arguments: Sequence[str], processes: int = 1, script: str = "", environment: Mapping[str, str] | None = None
+) -> Iterator[Launched]:
+    """A launch that leaves no process behind.
+
+    Args:
+        arguments: of `python -m nrat_scale.train`.
+        processes: ranks; several find each other as under torchrun.
+        script: runs instead of the command.
+        environment: changes of the environment.
+    """
+    launch = Launched(arguments, processes, script, environment)
     try:
         yield launch
     finally:

@@ -14,13 +14,13 @@ from nrat_scale.remote import stores, transfer
 from nrat_scale.remote.cache import Cache
 transfer.FIRST_PAUSE_SECONDS = 0.001
 given = json.loads(sys.argv[1])
-def tell(value):
+def output(value):
     print(json.dumps(value), flush=True)
 """
 
 
 def started(script: str, given: object, **environment: str | None) -> "subprocess.Popen[str]":
-    """Start a process that runs `script` with the variable `given`; the script returns values by `tell(value)`.
+    """Start a process that runs `script` with the variable `given`; the script returns values by `output(value)`.
 
     Args:
         environment: changes of the environment; None removes a variable.
@@ -35,7 +35,7 @@ def started(script: str, given: object, **environment: str | None) -> "subproces
     )
 
 
-def told(process: "subprocess.Popen[str]") -> list[Any]:
+def outputs(process: "subprocess.Popen[str]") -> list[Any]:
     """The values that the process returned; asserts that it succeeds within 20 seconds."""
     try:
         out, errors = process.communicate(timeout=20)

@@ -1,3 +1,3 @@
-"""Each test starts as a new process would."""
+"""Each test runs as in a new process."""
 
-from tests.support.accelerate import fresh_accelerate  # noqa: F401  (autouse in this folder)
+from tests.support.accelerate import fresh_process  # noqa: F401  (autouse in this folder)

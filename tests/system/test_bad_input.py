@@ -49,7 +49,7 @@ def test_every_damaged_shard_is_refused(whole: Path, tmp_path: Path) -> None:
     for kind, wrong in damages(content):
         (folder / ".verified.json").unlink(missing_ok=True)
         path.write_bytes(wrong)
-        with pytest.raises(UserError, match=r"shard-00000\.tar of data\.real\.shards is damaged"):
+        with pytest.raises(UserError, match=r"shard-00000\.tar of data\.real\.shards cannot be used"):
             open_training_data(spec, 0)
         counts[kind] += 1
     assert counts["a byte of the tar header"] == 512

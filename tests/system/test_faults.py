@@ -29,9 +29,10 @@ def test_killed_before_every_file_operation() -> None:
     assert row.trials > 40, "reads, writes, renames, pointers and removals of two saves"
 
 
+@pytest.mark.medium
 def test_killed_at_random_moments() -> None:
     """A process that saves without pause is killed; the run resumes from the last or the previous checkpoint, exactly."""
-    row = checkpoints(12)
+    row = checkpoints(6)
     assert row.wrong == []
     assert row.lost_steps <= 1
 

@@ -20,7 +20,9 @@ from nrat_scale.prepare.writer import write_shards
 from nrat_scale.recipe import load_recipe
 from nrat_scale.release import bundle
 from nrat_scale.train.loop import train
-from tests.support.runs import RECIPE, launch, make_shards
+from tests.support.accelerate import new_process
+from tests.support.launched import launched
+from tests.support.runs import RECIPE, make_shards
 
 pytestmark = pytest.mark.medium
 SHORT = ["precision=fp64", "train.epochs=2", "data.window=2"]
@@ -86,9 +88,9 @@ def test_two_processes_train_from_s3(data: Path, bucket: str) -> None:
     local = train(load_recipe(recipe(data, str(data)), [*SHORT, f"run_dir={data / 'local'}"]))
     upload(data, bucket)
     overrides = [*SHORT, f"run_dir={data / 's3'}", f"data.remote.cache={data / 'cache'}"]
-    result = launch([str(recipe(data, bucket)), *overrides], processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "2 process(es)" in result.stdout, "the launcher started one process only"
+    credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with launched([str(recipe(data, bucket)), *overrides], processes=2, environment=credentials) as launch:
+        assert "2 process(es)" in launch.succeed()
     one, two = (named_checkpoint(run, "last").tensors("model") for run in (local, data / "s3"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
@@ -110,10 +112,8 @@ def test_a_skipped_shard_is_recorded(data: Path, server: SimpleNamespace, monkey
     with pytest.raises(UserError, match=r"shard-00003\.tar of data\.generated\.shards cannot be used.*404"):
         train(load_recipe(path, [*overrides, f"run_dir={data / 'stopped'}"]))
     fresh = [*overrides, "data.on_bad_shard=skip", f"run_dir={data / 'run'}"]
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run = train(load_recipe(path, fresh))
+    with new_process():
+        run = train(load_recipe(path, fresh))
     evaluate_cli.main([str(run), "--data", str(data / "test"), "--attacks", "natural"])
     results = json.loads((run / "results.json").read_text())
     assert [e["shard"] for e in results["checkpoints"]["best"]["skipped_shards"]] == ["shard-00003.tar"]

@@ -51,6 +51,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.medium
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     """Modules, templates and styles: a file that only the clone has would be missed at the first use."""
     source = wheel.parent / "source"

@@ -1,24 +1,11 @@
-"""Recipes shared by the tests of training, and the state of a fresh process for each test."""
+"""Recipes shared by the tests of training; each test runs as in a new process."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
+from tests.support.accelerate import fresh_process  # noqa: F401  (autouse in this folder)
 from tests.support.runs import RECIPE, make_shards
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps one state per process; training sets flush_denormal for its process. The small models of the tests
-    only lose time to a second thread."""
-    monkeypatch.setattr("nrat_scale.train.setup.use_all_cores", lambda: torch.set_num_threads(1))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

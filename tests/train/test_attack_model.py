@@ -202,7 +202,7 @@ def test_refresh_follows_buffers_that_are_replaced(make_net):
 
 
 def test_weights_that_are_not_folded_follow_at_once():
-    """They share memory with the model, so no refresh is needed."""
+    """Unfolded weights share memory with the model, so they need no refresh."""
     model = settled(Chain())
     attack = AttackModel(model, "eval", fold=False)
     shaken(model, 1)
@@ -268,7 +268,7 @@ def test_layers_that_are_used_elsewhere_are_not_folded(tied):
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("before", [False, True])
 def test_hooked_layers_are_not_folded(place, before):
-    """The hook would not be called, or see another value."""
+    """If its layer were folded, a hook would not be called, or see another value."""
     model = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))
     if before:
         model[place].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
@@ -290,7 +290,7 @@ def test_grouped_batchnorm_is_folded_too():
 
 
 def test_the_same_network_without_an_obstacle_is_folded():
-    """The control of the cases above."""
+    """The network of the unsafe cases is folded if nothing is in the way."""
     model = settled(Unfoldable("none"))
     attack = AttackModel(model, "eval")
     assert attack.num_folded == 1
@@ -339,7 +339,7 @@ def test_batch_mode_equals_an_attack_on_the_model_bit_for_bit(make, num_folded):
 
 
 def test_unknown_mode_is_a_bug():
-    """The recipe is checked before."""
+    """Recipes are checked earlier, so another mode is a programming error."""
     with pytest.raises(AssertionError, match="train"):
         AttackModel(nn.Linear(1, 1), "train")
 
@@ -379,7 +379,7 @@ def test_layers_that_share_a_weight_share_it_in_the_attack_model():
 
 @pytest.mark.parametrize("bn", ["eval", "batch"])
 def test_only_the_model_needs_gradients(bn):
-    """The attack model's parameters never do; the model's keep their `requires_grad` and get no gradient."""
+    """The attack model's parameters have no `requires_grad`; the model's keep theirs and get no gradient."""
     model = settled(Chain())
     model.fc.bias.requires_grad_(False)
     wanted = {name: name != "fc.bias" for name, _ in model.named_parameters()}
@@ -422,7 +422,7 @@ def test_an_attack_in_the_middle_of_a_graph(bn, make):
 
 
 def test_channels_last_weights_stay_channels_last():
-    """Folded ones too, after every refresh."""
+    """Folded weights keep the memory format, too, after every refresh."""
     model = settled(ResNet18()).to(memory_format=torch.channels_last)
     attack = AttackModel(model, "eval")
     x = images(torch.float64, 16).contiguous(memory_format=torch.channels_last)

@@ -167,7 +167,7 @@ def test_training_takes_whole_groups_only():
 
 @LAYERS
 def test_evaluation_is_plain(kind, shape):
-    """It uses the running statistics, for any number of samples, and records nothing."""
+    """In evaluation mode the layer uses running statistics, for any number of samples, and records nothing."""
     plain = layer_of(kind).eval()
     layer, x = grouped(plain, 4), inputs(5, shape)
     assert torch.equal(layer(x), plain(x))
@@ -256,7 +256,7 @@ def test_the_other_kinds(make_net):
     ],
 )
 def test_wrong_settings_are_refused(arguments, message):
-    """With a way out."""
+    """The message names the key and the way out."""
     with pytest.raises(UserError, match=message):
         check_batchnorm(*arguments)
 
@@ -340,7 +340,7 @@ def test_a_layer_with_two_names_is_converted_under_both():
 
 
 def test_without_parameters_and_running_statistics():
-    """Type and device come from the input then."""
+    """Without parameters and statistics, dtype and device come from the input."""
     layer = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
     model = convert(nn.Sequential(layer), "groups", 2).train()
     x = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))

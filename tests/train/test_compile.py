@@ -27,7 +27,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def test_auto_is_off_on_a_cpu(recipe_path: Path, tmp_path: Path, compiler: list[object]) -> None:
-    """And `false` everywhere."""
+    """`auto` compiles nothing on a CPU, and `false` nothing anywhere."""
     for compile_ in ("auto", "false"):
         train(load_recipe(recipe_path, [f"train.compile={compile_}", f"run_dir={tmp_path / compile_}"]))
     assert compiler == []
@@ -75,7 +75,7 @@ def test_validation_runs_eager(wide_path: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_failure_to_compile(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`true` ends with a sentence; under `auto`, on a device of AUTO_DEVICES, the run prints the reason and is eager."""
+    """`true` ends the run with an error; under `auto`, on a device of AUTO_DEVICES, the run prints the reason and is eager."""
 
     def broken(function: object, *, dynamic: bool) -> object:
         raise RuntimeError("no C compiler found\nlong details")

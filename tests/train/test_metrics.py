@@ -36,12 +36,3 @@ def test_metrics_of_other_objectives_are_null(recipe_path: Path, tmp_path: Path)
         run = train(load_recipe(recipe_path, [f"objective.name={objective}", f"run_dir={tmp_path / objective}"]))
         row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
         assert [key for key, value in row.items() if value is None] == [missing]
-
-
-def test_progress_in_plain_lines(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal: a line every `log_every` steps with speed, share of the attack, rate and metrics."""
-    train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}", "train.log_every=5"]))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["5/12", "10/12"]
-    for word in ("epoch", "loss", "natural", "robust", "lr", "img/s", "attack", "gradient", "ETA"):
-        assert f"  {word}" in lines[0] or f" {word}" in lines[0], word

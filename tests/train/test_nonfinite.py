@@ -1,15 +1,24 @@
-"""Checks of a step on all ranks: each failure and signal is reported once, with its step and its kind; and their rollback."""
+"""Steps that are not finite: each failure and signal is reported once, with step and kind, and ends the run on all ranks."""
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nrat_scale.train.nonfinite import WRONG, Rollback, StepChecks, Verdict, images_not_finite
+from nrat_scale.checkpoint.folder import named_checkpoint
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.loop import train
+from nrat_scale.train.nonfinite import WRONG, StepChecks, Verdict, images_not_finite
+from nrat_scale.train.setup import start
 from nrat_scale.train.signals import SIGNALS
 from nrat_scale.train.state import MicroBatch
+from nrat_scale.train.step import train_step
+from tests.support.launched import launched
 
 CPU = torch.device("cpu")
 LOCAL = ("attack", "ball", "loss")  # the gradient is the same on all ranks
@@ -44,7 +53,7 @@ def ranks() -> list[StepChecks]:
 
 
 def test_no_verdict_while_all_steps_are_finite():
-    """For any number of steps: every step counts, and what was read is not kept."""
+    """Every step is good, and steps that were read are dropped."""
     checks = StepChecks(CPU)
     for step in range(1, 200):
         assert stepped(checks, step)
@@ -56,7 +65,7 @@ def test_no_verdict_while_all_steps_are_finite():
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("everything", [False, True])
 def test_a_verdict_has_kind_and_step(kind, everything):
-    """The step in which it happened, not the one in which it is read."""
+    """The verdict names the step of the failure, not the one in which it is read."""
     checks = StepChecks(CPU)
     assert stepped(checks, 6)
     when = {"late": kind} if kind == "gradient" else {"bad": kind}
@@ -66,7 +75,7 @@ def test_a_verdict_has_kind_and_step(kind, everything):
 
 
 def test_several_kinds_are_in_one_verdict():
-    """In the order of WRONG, not of noting."""
+    """Several failures of a step are in the order of WRONG, not of noting."""
     checks = StepChecks(CPU)
     checks.begin(0)
     checks.note("loss", TRUE)
@@ -104,7 +113,7 @@ def test_wrong_stays_wrong(kind):
 
 
 def test_later_notes_do_not_change_a_posted_step():
-    """Even if the host has not read it yet."""
+    """A failure in the next step leaves the counts of a step that the host has not read yet."""
     checks = StepChecks(CPU)
     assert stepped(checks, 1)
     assert not stepped(checks, 2, bad="ball")
@@ -113,7 +122,7 @@ def test_later_notes_do_not_change_a_posted_step():
 
 
 def test_unknown_kind_is_a_bug():
-    """Nobody would read it."""
+    """A misspelt kind raises."""
     with pytest.raises(ValueError, match="not in tuple"):
         StepChecks(CPU).note("weather", TRUE)
 
@@ -150,7 +159,7 @@ def test_each_kind_keeps_its_rank(ranks):
 
 
 def test_ranks_stay_wrong_together(ranks):
-    """In later steps too, without anything new."""
+    """A failure on one rank makes all later steps bad on both."""
     for step in (1, 2, 3):
         for rank in ranks:
             rank.begin(0)
@@ -229,7 +238,7 @@ def test_a_signal_does_not_hide_a_failure():
 
 
 def test_a_device_that_lags_is_not_waited_for():
-    """The last step is read after the next one, or if `everything` is asked for."""
+    """The last step is read after the next one, or with `everything`."""
     checks = StepChecks(CPU, lag=1)  # as on a GPU
     stepped(checks, 1, signum=int(signal.SIGINT))
     assert checks.read() is None
@@ -263,7 +272,7 @@ def test_a_gpu_is_read_one_step_later():
 
 
 def test_the_image_whose_attack_failed_is_named():
-    """Although BatchNorm spread its NaN over the logits of the batch; without an attack the natural logits count."""
+    """Even if BatchNorm spread its NaN over the logits of the batch; without an attack, natural logits are checked."""
     x, y = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     x_adv, logits, spread = x.clone(), torch.zeros(3, 2), torch.full((3, 2), torch.nan)
     x_adv[1], logits[2] = torch.nan, torch.inf
@@ -273,19 +282,64 @@ def test_the_image_whose_attack_failed_is_named():
     assert not images_not_finite([MicroBatch(x, y, y, x, x, None, x.flatten(1))]).any()
 
 
-# ---- rollback -------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+DIVERGING = ["objective.name=trades", "optim.lr=1e30", "optim.schedule=constant", "train.epochs=2"]
 
 
-def test_a_step_that_does_not_count_is_rolled_back():
-    """Tensors of several types and shapes are restored in place, bit for bit, from NaN too; a good step stays as it is."""
-    tensors = [torch.arange(3.0, dtype=torch.float64), torch.tensor(5), torch.zeros(2, 2)]
-    rollback, memory = Rollback(tensors), [tensor.data_ptr() for tensor in tensors]
-    for good in (True, False, False, True):
-        before = [tensor.clone() for tensor in tensors]
-        rollback.begin()
-        for tensor in tensors:
-            tensor.add_(torch.nan if tensor.is_floating_point() and not good else 2)
-        rollback.end(torch.tensor(good))
-        for tensor, old in zip(tensors, before, strict=True):
-            assert torch.equal(tensor, old + 2 if good else old)
-    assert [tensor.data_ptr() for tensor in tensors] == memory
+@pytest.mark.parametrize("lag", [0, 1], ids=["read at once", "read a step later"])
+def test_a_bad_step_changes_no_weights(wide_path: Path, tmp_path: Path, lag: int) -> None:
+    """Parameters and momentum stay those of the step before, whether the host reads the checks at once or a step later."""
+    state = start(load_recipe(wide_path, [*DIVERGING, f"run_dir={tmp_path / 'run'}"]))
+    state.checks = StepChecks(torch.device("cpu"), lag=lag)
+    before: list[torch.Tensor] = []
+    for batch in state.data.batches(0, 2 + lag):
+        kept = list(state.base.parameters())
+        kept += [value["momentum_buffer"] for value in state.optimizer.state.values()]
+        before = [tensor.detach().clone() for tensor in kept] if state.step < 2 else before
+        train_step(state, batch)
+        state.step += 1
+        verdict = state.checks.read()
+        assert (verdict is None) == (state.step < 2 + lag)
+    assert verdict is not None and verdict.step == 2
+    assert all(map(torch.equal, kept, before))
+
+
+def test_divergence_names_step_images_and_file(recipe_path: Path, tmp_path: Path) -> None:
+    """The file holds images and the weights from before the step; the run has no checkpoint of it or of a later one."""
+    good = train(load_recipe(recipe_path, [*DIVERGING, "train.max_steps=1", f"run_dir={tmp_path / 'good'}"]))
+    run = tmp_path / "run"
+    with pytest.raises(
+        FloatingPointError, match=r"Step 2 was not applied.*rank 0, images (real|generated) \d+, .*Lower optim"
+    ):
+        train(load_recipe(recipe_path, [*DIVERGING, f"run_dir={run}"]))
+    kept = load_file(RunFolder(run).bad_step(2, rank=0))
+    assert kept["x"].shape == kept["x_adv"].shape == (16, 1, 12, 12)
+    assert kept["ids"].shape == kept["generated"].shape == (16,)
+    for name, value in named_checkpoint(good, "last").tensors("model").items():
+        assert torch.equal(kept[f"model.{name}"], value), name
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+SABOTAGED = """
+import os
+from nrat_scale.core.errors import run_cli
+from nrat_scale.objectives import Objective
+from nrat_scale.train.__main__ import main
+loss, calls = Objective.loss, []
+def sabotaged(self, *given):
+    calls.append(1)
+    return loss(self, *given) * (float("nan") if len(calls) == 6 and os.environ["RANK"] == "1" else 1.0)
+Objective.loss = sabotaged
+run_cli(main)
+"""
+
+
+def test_a_bad_step_on_one_rank_stops_all(recipe_path: Path, tmp_path: Path) -> None:
+    """A loss that is NaN on rank 1 only: both ranks end, rank 1 is named and saves its images, no checkpoint is later."""
+    run = tmp_path / "run"
+    with launched([str(recipe_path), f"run_dir={run}"], processes=2, script=SABOTAGED) as launch:
+        assert launch.wait() == [1, 1]
+    assert "Step 6 was not applied" in launch.text("err") and "(rank 1, images" in launch.text("err")
+    assert [path.name for path in run.glob("bad-*")] == ["bad-step-00000006-rank1.safetensors"]
+    assert named_checkpoint(run, "last").step == 4

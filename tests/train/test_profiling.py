@@ -53,7 +53,7 @@ def test_sections_add_up_within_a_lap(now):
 
 
 def test_a_lap_starts_from_zero(now):
-    """And does not change the result of the lap before."""
+    """A new lap leaves the result of the lap before unchanged."""
     clock = Clock(torch.device("cpu"))
     with clock.section("outer"):
         now.host += 3.0
@@ -67,7 +67,7 @@ def test_a_lap_starts_from_zero(now):
 
 
 def test_a_section_that_ends_by_an_error_counts(now):
-    """And the error is raised."""
+    """A section that raises is timed, and the error propagates."""
     clock = Clock(torch.device("cpu"))
 
     def interrupted() -> None:
@@ -82,7 +82,7 @@ def test_a_section_that_ends_by_an_error_counts(now):
 
 @pytest.mark.parametrize("name", ["evaluation", "forward", "Data"])
 def test_unknown_names_are_a_bug(now, name):
-    """No report would show their time."""
+    """An unknown section raises: no report would show its time."""
     clock = Clock(torch.device("cpu"))
     with pytest.raises(AssertionError, match=name), clock.section(name):
         now.host += 1.0
@@ -90,7 +90,7 @@ def test_unknown_names_are_a_bug(now, name):
 
 
 def test_every_section_is_reported():
-    """Those of a step, in their order, also if nothing was measured."""
+    """A lap lists all sections in the order of a step, also if nothing was measured."""
     assert SECTIONS == ("data", "attack", "outer", "optimizer", "logging")
     total, by_section = Clock(torch.device("cpu")).lap()
     assert total >= 0 and by_section == seconds()
@@ -112,7 +112,7 @@ def test_a_gpu_is_timed_by_events_and_waited_for_at_the_lap_only(now):
 
 
 def test_a_profiler_shows_the_sections():
-    """Under their names, for `--profile`."""
+    """A profiler's events have the names of the sections."""
     clock = Clock(torch.device("cpu"))
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,

@@ -44,7 +44,7 @@ def test_saving_does_not_change_what_follows(recipe_path: Path, tmp_path: Path) 
 def test_a_full_disk_costs_checkpoints_not_the_run(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Saves that find no room are reported and missed; the last one must succeed."""
+    """A save that finds no room is skipped with a warning; the last one must succeed."""
     real, calls = shutil.disk_usage, []
 
     def full(path: object) -> Any:

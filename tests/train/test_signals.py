@@ -2,17 +2,11 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.core.run_folder import RunFolder
-from nrat_scale.recipe import load_recipe
-from nrat_scale.train import validate
-from nrat_scale.train.loop import train
-from nrat_scale.train.signals import Stopped
 from tests.support.launched import launched
 from tests.support.runs import digest
 
@@ -33,6 +27,7 @@ def uninterrupted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(("signum", "status", "rows"), [(signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 6)])
+@pytest.mark.medium
 def test_a_stopped_run_resumes_bit_for_bit(
     recipe_path: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals, status: int, rows: int
 ) -> None:
@@ -50,41 +45,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert digest(run) == digest(uninterrupted)
 
 
-@pytest.fixture(scope="module")
-def short(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three epochs that receives no signal."""
-    run = tmp_path_factory.mktemp("short") / "run"
-    with launched([str(recipe_path), f"run_dir={run}"]) as launch:
-        launch.succeed()
-    return run
-
-
-@pytest.mark.parametrize("call", [4, 6], ids=["second validation", "last validation"])
-def test_a_stop_during_validation(
-    recipe_path: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    """Validation is given up, saved as due, and done first by the resumed run: metrics and checkpoints are the same.
-
-    Also in the last epoch, when all steps are done but the run is not."""
-    real: Callable[..., object] = validate.correct_under
-    calls: list[str] = []
-
-    def signalled(attack, model, images, *rest, **options):
-        if len(images) == 20:  # all held-out images, not those with another clean label
-            calls.append(attack)
-            if len(calls) == call:  # `natural` and the attack by turns
-                os.kill(os.getpid(), signal.SIGTERM)
-        return real(attack, model, images, *rest, **options)
-
-    monkeypatch.setattr(validate, "correct_under", signalled)
-    recipe = load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"])
-    with pytest.raises(Stopped):
-        train(recipe)
-    kinds = [row["kind"] for row in RunFolder(tmp_path / "run").read_metrics()]
-    assert kinds == ["train", "validation"] * (call // 2 - 1) + ["train"]
-    assert digest(train(recipe)) == digest(short)
-
-
+@pytest.mark.medium
 def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> None:
     """A signal to one of two ranks stops both at the same step, and the run resumes."""
     run = tmp_path / "run"
@@ -99,8 +60,9 @@ def test_two_processes_stop_at_one_step(recipe_path: Path, tmp_path: Path) -> No
         assert f"resuming {run} from step {step}" in launch.succeed()
 
 
+@pytest.mark.medium
 def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """Nothing is damaged: the resumed run ends with the same bits."""
+    """A second signal damages nothing: the resumed run ends with the same bits."""
     run = tmp_path / "run"
     with launched(arguments(recipe_path, run)) as launch:
         launch.wait_for_rows(run, 4)
@@ -111,16 +73,3 @@ def test_a_second_signal_ends_the_run_at_once(recipe_path: Path, uninterrupted: 
     with launched(arguments(recipe_path, run)) as launch:
         launch.succeed()
     assert digest(run) == digest(uninterrupted)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: signal.Signals) -> None:
-    """One of two processes is killed or freezes: the other names it and ends instead of waiting for ever; the run resumes."""
-    run = tmp_path / "run"
-    with launched([*arguments(recipe_path, run), "train.timeout_minutes=0.15"], processes=2) as launch:
-        launch.wait_for_rows(run, 4)
-        os.kill(launch.pid(1), signum)
-        assert launch.wait(0) == [1]
-        assert "rank 0 has lost rank 1 of this run" in launch.text("err")
-    with launched(arguments(recipe_path, run), processes=2) as launch:
-        launch.succeed()

@@ -22,7 +22,7 @@ from nrat_scale.prepare.writer import write_shards
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train.setup import start
 from nrat_scale.train.state import MicroBatch, TrainState
-from nrat_scale.train.step import attacked, micro_batches, train_step
+from nrat_scale.train.step import micro_batches, train_step
 
 RECIPE = """
 threat: {eps: 8/255, step: 2/255, num_steps: 10}
@@ -125,22 +125,22 @@ class Flops(TorchDispatchMode):
 
 def forward_equivalents(model: nn.Module, x: Tensor, action: Callable[[], Any]) -> float:
     """The FLOPs of `action` in forward passes of `model` over x."""
-    with Flops() as one, torch.no_grad():
-        model(x)
     with Flops() as everything:
         action()
+    with Flops() as one, torch.no_grad():
+        model(x)
     return everything.total / one.total
 
 
-def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, float]:
-    """One step in float64: pixels of x_adv that differ from the textbook's, and the relative difference of the loss."""
+def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, float, float]:
+    """One step in float64: pixels of x_adv that differ from the textbook's, relative difference of the loss, forward passes."""
     ours = Ours(work, model, objective, batch, "precision=fp64", f"threat.bn={STEPPED[objective]}")
     part, textbook = ours.first_part(), ours.textbook()
-    x_adv = attacked(ours.state, part).x_adv
     expected, loss = textbook.step(part.x.contiguous(), part.y, part.noise.contiguous())
-    ours.step()
-    assert x_adv is not None
-    return int((x_adv != expected).sum()), abs(float(ours.state.sums[0]) / batch / loss - 1)
+    forwards = forward_equivalents(ours.state.base, part.x, ours.step)
+    ((_, (done,)),) = ours.state.recent
+    assert done.x_adv is not None
+    return int((done.x_adv != expected).sum()), abs(float(ours.state.sums[0]) / batch / loss - 1), forwards
 
 
 # ---- how long it takes ----------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def step(work: Path, names: list[str], rounds: int, batches: dict[str, int]) -> 
 
 
 def _compare(work: Path, name: str, objective: str, batch: int, rounds: int) -> None:
-    differing, loss = equality(work, name, objective, min(batch, 4))
+    differing, loss, _ = equality(work, name, objective, min(batch, 4))
     ours = Ours(work, name, objective, batch, f"threat.bn={STEPPED[objective]}")
     part, book = ours.first_part(), ours.textbook()
     given = (part.x.contiguous(), part.y, part.noise.contiguous())
