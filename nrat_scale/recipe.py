@@ -31,21 +31,10 @@ from nrat_scale.weights import AwpSpec, EmaSpec
 RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
 # Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
-    "run_dir",
-    "resume",
-    "train.max_steps",
-    "train.timeout_minutes",
-    "train.log_every",
-    "release.every_epochs",
-    "train.compile",
-    "data.resident",
-    "data.max_bad_shards",
-    "data.remote.cache",
-    "data.remote.cache_gb",
-    "data.real.prepare",
-    "data.generated.prepare",
-    *RETIRED,
-)
+    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile",
+    "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
+    "data.real.prepare", "data.generated.prepare", *RETIRED,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
 def check_value(key: str, value: object, holds: bool, bound: str) -> None:
     """Raise `UserError` ("KEY is VALUE; it must be BOUND.") unless `holds`."""
     if not holds:
-        raise UserError(f"{key} is {value}; it must be {bound}.")
+        raise UserError(f"{key} is {value!r}; it must be {bound}.")
 
 
 def printable(value: object) -> str:

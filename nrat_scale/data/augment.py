@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import check_value
 from nrat_scale.core.seeds import KeyedPermutation, torch_generator
 
 
@@ -24,10 +24,8 @@ class AugmentSpec:
     cutmix: float = 0.0  # probability of CutMix
 
     def __post_init__(self) -> None:
-        if self.crop < 0:
-            raise UserError(f"data.augment.crop is {self.crop}; it must be at least 0.")
-        if not 0.0 <= self.cutmix <= 1.0:
-            raise UserError(f"data.augment.cutmix is {self.cutmix}; it is a probability and must be in [0, 1].")
+        check_value("data.augment.crop", self.crop, self.crop >= 0, "at least 0")
+        check_value("data.augment.cutmix", self.cutmix, 0.0 <= self.cutmix <= 1.0, "a probability in [0, 1]")
 
 
 def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:

@@ -1,9 +1,8 @@
 """The specs of a recipe's `data` section."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.data.augment import AugmentSpec
 from nrat_scale.data.plan import mix_counts
 from nrat_scale.labels import NoiseSpec
@@ -11,16 +10,6 @@ from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
-
-
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} is '{value}'. {did_you_mean(value, choices)}")
-
-
-def _check_at_least_one(key: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UserError(f"{key} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -43,8 +32,7 @@ class GeneratedSpec:
     prepare: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.fraction <= 1.0:
-            raise UserError(f"data.generated.fraction is {self.fraction}; it must be in (0, 1].")
+        check_value("data.generated.fraction", self.fraction, 0.0 < self.fraction <= 1.0, "in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -58,10 +46,10 @@ class ValidationSpec:
     seed: int = 0  # of the choice; not the run's seed, so that runs with several seeds share one split
 
     def __post_init__(self) -> None:
-        _check_at_least_one("data.validation.size", self.size)
-        _check_choice("data.validation.source", self.source, (REAL, GENERATED))
-        _check_choice("data.validation.take", self.take, ("stratified", "first"))
-        _check_choice("data.validation.labels", self.labels, ("given", "clean"))
+        check_value("data.validation.size", self.size, self.size >= 1, "at least 1")
+        check_choice("data.validation.source", self.source, (REAL, GENERATED))
+        check_choice("data.validation.take", self.take, ("stratified", "first"))
+        check_choice("data.validation.labels", self.labels, ("given", "clean"))
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,7 @@ class RemoteSpec:
     cache_gb: float = DEFAULT_CACHE_GB  # size limit in 10^9 bytes; two windows of every remote source must fit
 
     def __post_init__(self) -> None:
-        if not self.cache_gb > 0:
-            raise UserError(f"data.remote.cache_gb is {self.cache_gb}; it must be greater than 0.")
+        check_value("data.remote.cache_gb", self.cache_gb, self.cache_gb > 0, "greater than 0")
 
 
 @dataclass(frozen=True)
@@ -101,10 +88,11 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):
-            _check_at_least_one(f"data.{name}", getattr(self, name))
-        _check_choice("data.loader", self.loader, ("indexed", "webdataset"))
-        _check_choice("data.resident", self.resident, ("auto", "always", "never"))
-        _check_choice("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
+            value = getattr(self, name)
+            check_value(f"data.{name}", value, value is None or value >= 1, "at least 1")
+        check_choice("data.loader", self.loader, ("indexed", "webdataset"))
+        check_choice("data.resident", self.resident, ("auto", "always", "never"))
+        check_choice("data.on_bad_shard", self.on_bad_shard, ("stop", "skip"))
         given = {kind: shards for kind in (REAL, GENERATED) if (shards := getattr(self, kind).shards) is not None}
         if not given:
             raise UserError("Nothing to train on: give data.real.shards, data.generated.shards, or both.")
