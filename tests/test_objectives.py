@@ -125,7 +125,7 @@ def test_at_least_float32_whatever_the_logits(name, dtype, autocast):
 # ---- presets --------------------------------------------------------------------------------------------------------
 
 
-# name: family, C, D, lam, inner, init, bn, smoothing and its mode (section 2, sections 4 and 6 of docs/objectives.md)
+# name: family, C, D, lam, inner, init, bn, smoothing and its mode (docs/objectives.md)
 TABLE = {
     "natural": ("natural", "ce", "", None, "ce", None, None, 0.0, "off"),
     "pgd_at": ("at", "ce", "", None, "ce", "uniform", "eval", 0.0, "off"),

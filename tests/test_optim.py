@@ -28,17 +28,9 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(
-            [
-                nn.BatchNorm1d(4),
-                nn.BatchNorm2d(4),
-                nn.SyncBatchNorm(4),
-                nn.GroupNorm(2, 4),
-                nn.LayerNorm(4),
-                nn.InstanceNorm2d(4, affine=True),
-                nn.RMSNorm(4),
-            ]
-        )
+        batch_norms = [nn.BatchNorm1d(4), nn.BatchNorm2d(4), nn.SyncBatchNorm(4)]
+        other_norms = [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4, affine=True), nn.RMSNorm(4)]
+        self.norms = nn.ModuleList([*batch_norms, *other_norms])
         self.others = nn.ModuleList(
             [
                 nn.Linear(4, 4),
@@ -123,6 +115,14 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, sk
         del optimizer.found_inf
 
 
+def plain_loop(model: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
+    """Torch's optimizer of `spec` without fused or foreach kernels."""
+    common = {"weight_decay": spec.weight_decay, "foreach": False}
+    if spec.name == "sgd":
+        return torch.optim.SGD(model.parameters(), spec.lr, spec.momentum, nesterov=spec.nesterov, **common)
+    return torch.optim.AdamW(model.parameters(), spec.lr, (spec.momentum, 0.999), **common)
+
+
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     found = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
@@ -174,17 +174,13 @@ def test_fused_steps_are_the_steps_of_the_formula(name, dtype):
     """Fused kernels and torch's plain loop give the same weights and state."""
     model, twin = Mixed().to(dtype), Mixed().to(dtype)
     twin.load_state_dict(model.state_dict())
-    optimizer = build_optimizer(model, OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01))
+    spec = OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01)
+    optimizer, other = build_optimizer(model, spec), plain_loop(twin, spec)
     assert all(group["fused"] for group in optimizer.param_groups)
-    if name == "sgd":
-        other = torch.optim.SGD(twin.parameters(), 0.05, 0.8, weight_decay=0.01, foreach=False)
-    else:
-        other = torch.optim.AdamW(twin.parameters(), 0.05, (0.8, 0.999), weight_decay=0.01, foreach=False)
     for seed in range(4):
         stepped(model, optimizer, seed)
         stepped(twin, other, seed)
-    for one, two in zip(state(model, optimizer), state(twin, other), strict=True):
-        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(state(model, optimizer), state(twin, other))
 
 
 @STEPPED
@@ -195,12 +191,8 @@ def test_fused_steps_of_channels_last_weights(name, dtype):
     twin.load_state_dict(model.state_dict())
     model = model.to(memory_format=torch.channels_last)
     spec = OptimSpec(name, lr=0.05, momentum=0.8, weight_decay=0.01, nesterov=name == "sgd")
-    optimizer = build_optimizer(model, spec)
+    optimizer, other = build_optimizer(model, spec), plain_loop(twin, spec)
     assert all(group["fused"] for group in optimizer.param_groups)
-    if name == "sgd":
-        other = torch.optim.SGD(twin.parameters(), 0.05, 0.8, weight_decay=0.01, nesterov=True, foreach=False)
-    else:
-        other = torch.optim.AdamW(twin.parameters(), 0.05, (0.8, 0.999), weight_decay=0.01, foreach=False)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         for one, two in zip(model.parameters(), twin.parameters(), strict=True):
@@ -210,19 +202,15 @@ def test_fused_steps_of_channels_last_weights(name, dtype):
         align_gradients(model.parameters())
         optimizer.step()
         other.step()
-    for one, two in zip(state(model, optimizer), state(twin, other), strict=True):
-        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(state(model, optimizer), state(twin, other))
     assert model.init_conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_aligning_changes_the_memory_format_only():
     """In both directions; an aligned gradient stays the same tensor, and a missing one stays missing."""
     channels_last = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
-    contiguous, unused, linear = (
-        nn.Conv2d(3, 4, 3, bias=False),
-        nn.Linear(2, 2, bias=False),
-        nn.Linear(2, 2, bias=False),
-    )
+    contiguous = nn.Conv2d(3, 4, 3, bias=False)
+    unused, linear = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     values = torch.arange(108.0).view(4, 3, 3, 3)
     channels_last.weight.grad = values.clone()
     contiguous.weight.grad = values.to(memory_format=torch.channels_last, copy=True)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import nrat_scale
 from nrat_scale.core.errors import UserError
 from nrat_scale.loading.load import load
+from nrat_scale.loading.release_folder import verify
+from tests.support.small_releases import same_logits, write_release
 
 
 def _images(count: int, channels: int, size: int) -> Tensor:
@@ -156,3 +158,30 @@ def test_missing_folder_is_refused(source):
     """A mistyped path does not start a download."""
     with pytest.raises(UserError, match="is not a release folder and does not have the Hub's form"):
         load(source)
+
+
+def test_a_release_of_an_earlier_version_loads() -> None:
+    """A release that abbf399 wrote matches its manifest and has the logits of the run's weights that it was made from."""
+    golden = Path(__file__).parents[1] / "golden" / "abbf399"
+    verify(golden / "release", everything=True)
+    arguments = json.loads((golden / "run" / "model.json").read_text())["model_args"]
+    for checkpoint in (golden / "run" / "checkpoints").glob("step-*"):
+        if (checkpoint / "ema.safetensors").read_bytes() == (golden / "release" / "model.safetensors").read_bytes():
+            weights = checkpoint / "ema.safetensors"
+    constants = {name: arguments.pop(name) for name in ("mean", "std")}
+    file = load(weights, arch="cnn4", **constants, **arguments)
+    assert same_logits(load(golden / "release"), file, (3, 1, 16, 16))
+
+
+def test_a_release_of_a_timm_model_takes_pixels(tmp_path: Path) -> None:
+    """The constants of `pretrained_cfg`, as timm's own repositories have them, are applied first."""
+    net = timm.create_model("test_resnet", num_classes=4).eval()
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    changes = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": cfg}
+    loaded = load(write_release(tmp_path / "r", net, **changes))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net((x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1))
+        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="must be a list of numbers"):
+        load(write_release(tmp_path / "r", net, **{**changes, "pretrained_cfg": {"mean": "grey"}}))

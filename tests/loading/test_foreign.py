@@ -1,9 +1,7 @@
-"""Weight files and releases load exactly or are refused in a sentence; nothing in them is ever run."""
+"""Weight files load exactly or are refused in a sentence; nothing in them is ever run."""
 
 import json
 import pickle
-import struct
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,8 @@ from torch import Tensor, nn
 from nrat_scale.core.errors import UserError
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import verify
-from nrat_scale.loading.robustbench import register_robustbench
-from nrat_scale.models import ModelSpec, create, model_arguments
-
-ARGUMENTS = model_arguments(ModelSpec(kwargs={"width": 4, "hidden": 8}), 10, 1, (0.3,), (0.2,))
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return create("cnn4", ARGUMENTS).eval()
-
-
-def same(a: nn.Module, b: nn.Module, shape: tuple[int, ...] = (3, 1, 8, 8)) -> bool:
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return torch.equal(a(x), b(x))
-
+from nrat_scale.models import create
+from tests.support.small_releases import ARGUMENTS, same_logits
 
 # ---- RobustBench's layouts, from names and shapes -------------------------------------------------------------------
 
@@ -155,8 +137,8 @@ def test_the_usual_wrappings(model: nn.Module, tmp_path: Path, wrap: Any) -> Non
     torch.save(content, tmp_path / "w.pt")
     holds = any("mean" in name or "mu" in name for name in content)
     constants = {} if holds else {"mean": [0.3], "std": [0.2]}
-    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, **constants), model)
-    assert not same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.1], std=[0.2]), model)
+    assert same_logits(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, **constants), model)
+    assert not same_logits(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.1], std=[0.2]), model)
 
 
 def test_classes_and_channels_follow_from_a_safetensors_file(tmp_path: Path) -> None:
@@ -172,7 +154,7 @@ def test_values_beside_the_state_dict(model: nn.Module, tmp_path: Path, extra: d
     """An accuracy saved as a tensor does not hide the state dict; of two state dicts none is chosen, and both are named."""
     state = dict(model.state_dict())
     torch.save({"net": state, **extra}, tmp_path / "w.pt")
-    assert same(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
+    assert same_logits(load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8, mean=[0.3], std=[0.2]), model)
     torch.save({"state_dict": state, "ema": state, **extra}, tmp_path / "w.pt")
     with pytest.raises(UserError, match="'state_dict', 'ema'"):
         load(tmp_path / "w.pt", arch="cnn4", width=4, hidden=8)
@@ -185,7 +167,7 @@ def test_two_normalisations_are_refused(model: nn.Module, tmp_path: Path) -> Non
     arguments = {"arch": "cnn4", "width": 4, "hidden": 8}
     with pytest.raises(UserError, match=r"more than one mean of a normalisation: \[0\.5\] and \[0\.25\]"):
         load(tmp_path / "w.pt", **arguments)
-    assert same(load(tmp_path / "w.pt", mean=[0.3], std=[0.2], **arguments), model)
+    assert same_logits(load(tmp_path / "w.pt", mean=[0.3], std=[0.2], **arguments), model)
 
 
 @pytest.mark.parametrize("how", ["given", "saved", "timm's"])
@@ -226,24 +208,6 @@ def test_damaged_files_are_refused_or_read(
     except UserError as error:
         sentence = str(error)
     assert not sentence or sentence.isprintable()
-
-
-def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_path: Path) -> None:
-    """Line ends and escape sequences in names of tensors, containers, arguments and architectures are escaped."""
-    evil = "\x1b[2J\nerror: all is well" + "x" * 500
-    torch.save({**model.state_dict(), evil: torch.zeros(1)}, tmp_path / "a.pt")
-    torch.save({evil: {}}, tmp_path / "b.pt")
-    loads = [partial(load, tmp_path / name, arch="cnn4", width=4, hidden=8) for name in ("a.pt", "b.pt")]
-    for number, changes in enumerate(
-        ({"architecture": evil}, {"model_args": {**ARGUMENTS, evil: 1}}, {"model_args": {"width": evil}})
-    ):
-        loads.append(partial(load, write_release(tmp_path / f"r{number}", model, **changes)))
-    save_file({evil: torch.zeros(1)}, write_release(tmp_path / "r", model) / "model.safetensors")
-    for refused in (*loads, partial(load, tmp_path / "r")):
-        with pytest.raises(UserError) as caught:
-            refused()
-        assert str(caught.value).isprintable(), str(caught.value)
-        assert "x" * 100 not in str(caught.value)
 
 
 @pytest.mark.parametrize("opcodes", [b"\x80\x02h\x07.", b"\x80\x02e.", b"\x80\x02(Rq\x00."])
@@ -300,167 +264,3 @@ def test_differences_are_named(model: nn.Module, tmp_path: Path) -> None:
         load(tmp_path / "constants.pt", arch="cnn4")
     with pytest.raises(UserError, match="has no weights of"):
         pretrained("wrn28_10_silu")
-
-
-# ---- releases -------------------------------------------------------------------------------------------------------
-
-
-def write_release(folder: Path, model: nn.Module, **changes: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    config = {"architecture": "cnn4", "num_classes": 10, "model_args": ARGUMENTS}
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    return folder
-
-
-def test_a_release_of_an_earlier_version_loads() -> None:
-    """A release that abbf399 wrote matches its manifest and has the logits of the run's weights that it was made from."""
-    golden = Path(__file__).parents[1] / "golden" / "abbf399"
-    verify(golden / "release", everything=True)
-    arguments = json.loads((golden / "run" / "model.json").read_text())["model_args"]
-    for checkpoint in (golden / "run" / "checkpoints").glob("step-*"):
-        if (checkpoint / "ema.safetensors").read_bytes() == (golden / "release" / "model.safetensors").read_bytes():
-            weights = checkpoint / "ema.safetensors"
-    constants = {name: arguments.pop(name) for name in ("mean", "std")}
-    file = load(weights, arch="cnn4", **constants, **arguments)
-    assert same(load(golden / "release"), file, (3, 1, 16, 16))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architecture": "evil"}, "is unknown"),
-        ({"model_args": {**ARGUMENTS, "width": 10**9}}, "no model is that large"),
-        ({"architecture": "wrn28_10", "model_args": {"depth": 6 * 10**5 + 4}}, "no model is that large"),
-        ({"model_args": {**ARGUMENTS, "width": 50000}}, "does not fit"),
-        ({"model_args": {**ARGUMENTS, "pretrained_cfg": "x"}}, "not a property"),
-        ({"model_args": {**ARGUMENTS, "width": {"a": 1}}}, "expected a number"),
-        ({"model_args": {**ARGUMENTS, "padding": "x" * (1 << 20)}}, "no configuration is that large"),
-    ],
-)
-def test_a_configuration_with_huge_arguments_is_refused(
-    model: nn.Module, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    """The error comes before anything of that size is allocated (50,000 channels would be 90 GB)."""
-    with pytest.raises(UserError, match=message):
-        load(write_release(tmp_path / "r", model, **changes))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "arguments", "message"),
-    [
-        ("resnet18", {"layers": [10**6, 2, 2, 2]}, "far more layers"),
-        ("convnext_atto", {"depths": [10**6, 2, 2, 2]}, "far more layers"),
-        ("convnext_atto", {"depths": [2**20] * 1000}, "no model is that large"),
-        ("vit_tiny_patch16_224", {"depth": 1000}, "far more layers"),
-        ("test_vit", {"device": "cpu", "embed_dim": 4096}, "not a property"),
-        ("test_vit", {"dtype": "float64"}, "not a property"),
-        ("resnet10t", {"act_layer": "nope"}, "does not take these arguments"),  # KeyError
-        ("resnet10t", {"block": "x"}, "does not take these arguments"),  # AttributeError
-        ("wrn28_10", {"width": 0}, "factor of 1 or more"),
-    ],
-)
-def test_a_harmful_configuration_of_a_timm_model_is_refused(
-    model: nn.Module, tmp_path: Path, architecture: str, arguments: dict[str, Any], message: str
-) -> None:
-    """Millions of layers, a device that would allocate, values that the constructor does not know."""
-    with pytest.raises(UserError, match=message) as caught:
-        load(write_release(tmp_path / "r", model, architecture=architecture, model_args=arguments))
-    assert "\n" not in str(caught.value)
-
-
-def test_the_size_of_unsaved_buffers_is_bounded(tmp_path: Path) -> None:
-    """The attention mask of Swin grows with the image size (to 55 GB here), but no shape in the file does."""
-    arguments = {"num_classes": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "img_size": 56}
-    net = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
-    changes = {"architecture": "swin_tiny_patch4_window7_224", "num_classes": 2}
-    load(write_release(tmp_path / "r", net, model_args=arguments, **changes))
-    with pytest.raises(UserError, match="MiB of constants"):
-        load(write_release(tmp_path / "r", net, model_args={**arguments, "img_size": 2**16}, **changes))
-
-
-def test_a_release_of_a_timm_model_takes_pixels(tmp_path: Path) -> None:
-    """The constants of `pretrained_cfg`, as timm's own repositories have them, are applied first."""
-    net = timm.create_model("test_resnet", num_classes=4).eval()
-    cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    changes = {"architecture": "test_resnet", "num_classes": 4, "model_args": {}, "pretrained_cfg": cfg}
-    loaded = load(write_release(tmp_path / "r", net, **changes))
-    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = net((x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1))
-        torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="must be a list of numbers"):
-        load(write_release(tmp_path / "r", net, **{**changes, "pretrained_cfg": {"mean": "grey"}}))
-
-
-@settings(max_examples=60, deadline=None)
-@given(position=st.integers(0, 900), value=st.integers(0, 255), cut=st.integers(0, 8000))
-def test_damaged_weights_are_refused_or_the_same(
-    tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int
-) -> None:
-    """One changed byte of the header or a truncated file ends in a sentence, or in the same tensors; never in a crash."""
-    torch.manual_seed(0)
-    net = create("cnn4", ARGUMENTS).eval()
-    folder = write_release(tmp_path_factory.mktemp("r"), net)
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[position] = value
-    path.write_bytes(data[: len(data) - cut])
-    try:
-        load(folder)
-    except UserError as error:
-        sentence = str(error)
-    else:
-        sentence = ""
-    assert "\n" not in sentence
-    assert sentence or not cut
-
-
-def test_a_wrong_safetensors_header_is_refused(model: nn.Module, tmp_path: Path) -> None:
-    """A header longer than the file, sizes that do not add up, impossible shapes, other types."""
-    path = write_release(tmp_path / "r", model) / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(struct.pack("<Q", 1 << 60) + content[8:])
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        load(tmp_path / "r")
-    path.write_bytes(content + b"\0" * 8)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        load(tmp_path / "r")
-    header = b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,0]}}'
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        load(tmp_path / "r")
-    state = model.state_dict()
-    save_file({key: value.double() for key, value in state.items()}, path)
-    assert same(load(tmp_path / "r"), model), "a release of a float64 run"
-    save_file({key: value.int() for key, value in state.items()}, path)
-    with pytest.raises(UserError, match=r"has type 'I32' instead of torch\.float32"):
-        load(tmp_path / "r")
-
-
-# ---- RobustBench ----------------------------------------------------------------------------------------------------
-
-
-def test_only_what_robustbench_asks_for_is_registered(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other data sets and threat models are refused; a relative folder still loads after a change of directory."""
-    for dataset, threat_model in (
-        ("cifar-10", "Linf"),
-        ("mnist", "Linf"),
-        ("cifar10", "linf"),
-        ("cifar10", "corruptions_3d"),
-    ):
-        with pytest.raises(UserError, match="would never ask for it"):
-            register_robustbench("user/repo", "Nobody", dataset, threat_model)
-    write_release(tmp_path / "r", model)
-    monkeypatch.chdir(tmp_path)
-    name = register_robustbench("r", "Relative-Folder")
-    assert name == register_robustbench(tmp_path / "r", "relative_folder") == "relative_folder_cifar10_linf"
-    monkeypatch.chdir("/")
-    ask = partial(
-        timm.create_model, name, num_classes=10, pretrained=True, checkpoint_path=""
-    )  # as RobustBench calls it
-    assert same(ask().eval(), model)
-    with pytest.raises(UserError, match="takes no in_chans"):
-        ask(in_chans=3)
