@@ -73,6 +73,8 @@ def result_rows(results: dict[str, Any]) -> list[Row]:
         record = records[name]
         entries = {**value_at(record, "attacks", {}), "worst": record.get("worst")}
         scores = {str(attack): score for attack, entry in entries.items() if (score := read_score(entry))}
+        if any(value_at(other, "attacks", {}).keys() - entries for other in records.values()):
+            scores.pop("worst", None)  # over fewer attacks than in another row, hence not comparable
         flags = [str(flag) for flag in record.get("flags") or [] if flag != RELEASED_CODE_WARNING]
         checkpoint = "best = last" if same and name == "best" else name
         rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags))

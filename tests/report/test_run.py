@@ -32,6 +32,19 @@ def test_result_rows() -> None:
     assert result_rows({}) == []
 
 
+def test_worst_cases_of_different_attacks_are_not_compared() -> None:
+    """The worst case of a checkpoint that met fewer attacks than another one is not shown."""
+    score = {"correct": 70, "n": 100, "accuracy": 0.7, "low": 0.6, "high": 0.78}
+    records = {
+        "best": {"step": 8, "attacks": {"natural": score, "pgd20": score, "aa": score}, "worst": score},
+        "last": {"step": 9, "attacks": {"natural": score, "pgd20": score}, "worst": score},
+    }
+    best, last = result_rows({"checkpoints": records})
+    assert "worst" in best.scores and "worst" not in last.scores
+    records["last"]["attacks"]["aa"] = score
+    assert all("worst" in row.scores for row in result_rows({"checkpoints": records}))
+
+
 # ---- absent and null ------------------------------------------------------------------------------------------------
 
 
