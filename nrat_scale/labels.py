@@ -29,10 +29,8 @@ HUMAN_SETS = {
     "random2": "random_label2",
     "random3": "random_label3",
 }
-_NO_HUMAN_LABELS = (
-    "Label noise 'cifar10n' needs data.real.noise.human_labels: the .npz that tools/shard_dataset.py cifar10n writes, "
-    "or an .npy file."
-)
+_CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
+_NO_HUMAN_LABELS = f"Label noise 'cifar10n' needs data.real.noise.human_labels: {_CIFAR10N}, or an .npy file."
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class NoiseSpec:
     rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
     seed: int = 0  # of the noise alone, so that runs with different training seeds can share one noise
     class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
-    human_labels: str | None = None  # of `cifar10n`: the .npz of `shard_dataset.py cifar10n`, or an .npy of int64 [n]
+    human_labels: str | None = None  # of `cifar10n`: the .npz of `nrat_scale.prepare cifar10n`, or an .npy of int64 [n]
     human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
 
     def __post_init__(self) -> None:
@@ -230,7 +228,7 @@ def load_human_labels(path: str, which: str) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
     except _UNREADABLE as error:
-        formats = "an .npy array of integers, nor as the .npz that tools/shard_dataset.py cifar10n writes"
+        formats = f"an .npy array of integers, nor as {_CIFAR10N}"
         raise UserError(f"The human labels {path} cannot be read as {formats} ({first_line(error)}).") from error
 
 
@@ -252,7 +250,7 @@ def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) ->
     return np.asarray(counts.reshape(num_classes, num_classes))
 
 
-def describe(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
+def describe_noise(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
     """The noise as a run stores it: counts, realised rate, transition matrix and a hash of the given labels."""
     return {
         "kind": spec.kind,

@@ -133,7 +133,7 @@ def _lse(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means: Tensor | None = None) -> Tensor:
-    """Improved KL (Cui et al., NeurIPS 2024), alpha = beta = 1.
+    """Improved KL [B] (Cui et al., NeurIPS 2024), alpha = beta = 1.
 
     1/4 sum_jk w_j w_k ((z_j - z_k) - (z'_j - z'_k))^2 - sum_k sg(p_k) log p'_k; gradients reach both logits through the
     first term. w is the mean prediction of the image's class.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
-from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe, load_human_labels, transition_matrix
+from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe_noise, load_human_labels, transition_matrix
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 SEEDS = st.integers(-(2**40), 2**40)
@@ -353,7 +353,7 @@ def test_description_of_the_noise():
     """Counts, realised rate, matrix and a hash of the labels."""
     spec = NoiseSpec("symmetric", 0.4, 7)
     noisy = corrupt(BALANCED, spec.kind, spec.rate, spec.seed, 10)
-    description = describe(BALANCED, noisy, 10, spec)
+    description = describe_noise(BALANCED, noisy, 10, spec)
     matrix = description.pop("transition_matrix")
     assert np.array_equal(matrix, transition_matrix(BALANCED, noisy, 10))
     assert description == {
@@ -367,5 +367,5 @@ def test_description_of_the_noise():
     }
     changed = noisy.copy()
     changed[0] = (changed[0] + 1) % 10
-    assert describe(BALANCED, changed, 10, spec)["sha256"] != description["sha256"]
-    assert describe(BALANCED[:0], BALANCED[:0], 10, spec)["realised_rate"] == 0.0
+    assert describe_noise(BALANCED, changed, 10, spec)["sha256"] != description["sha256"]
+    assert describe_noise(BALANCED[:0], BALANCED[:0], 10, spec)["realised_rate"] == 0.0

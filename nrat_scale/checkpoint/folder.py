@@ -11,7 +11,7 @@ from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint,
 from nrat_scale.checkpoint.state import RESUMED, is_count
 from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
-from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.core.run_folder import QUEUED, RunFolder
 
 _TEMPORARY = re.compile(r"\.(step-[0-9]{8}|(best|last)\.json)\.[0-9a-f]{12}\.tmp")
 _REPLACED = re.compile(r"\.(step-[0-9]{8})\.replaced-[0-9a-f]{8}")
@@ -100,7 +100,7 @@ def _read_pointer(run: Path, name: str) -> tuple[Path, int]:
         not {"step", "epoch", "folder"} <= pointer.keys() <= {"step", "epoch", "folder", "selected"}
         or not all(is_count(pointer[key]) for key in ("step", "epoch"))
         or not isinstance(pointer.get("selected", False), bool)
-        # redundant on purpose: with a flipped digit it must not name another checkpoint
+        # Redundant: a flipped digit in the pointer must not select another checkpoint.
         or pointer["folder"] != RunFolder(run).checkpoint(pointer["step"]).name
     ):
         raise UserError(f"The pointer {path} is damaged: it does not name one step, its epoch and its folder.")
@@ -124,7 +124,7 @@ def named_checkpoint(run: Path, name: str) -> Checkpoint:
 def prune(run: Path, keep: int) -> None:
     """Remove old checkpoints: all but the `keep` newest (at least one) and those that best.json and last.json name.
 
-    Checkpoints newer than last.json are damaged, and the run resumed from an older one: they neither count nor are removed.
+    Checkpoints newer than last.json are damaged; they are not counted in `keep` and not removed.
     If a pointer is damaged, its checkpoint is unknown: nothing is removed, with a warning.
 
     Raises:
@@ -172,7 +172,7 @@ def queue_release(run: Path, checkpoint: Checkpoint) -> Path:
         if sha256_of(copy) != sha256:
             raise UserError(f"{source} could not be copied: the copy has another sha256.")
         facts = {"step": checkpoint.step, "epoch": epoch, "weights": checkpoint.evaluated, "sha256": sha256}
-        write_json(staged / "queued.json", facts)
+        write_json(staged / QUEUED, facts)
         os.replace(staged, folder)
         fsync_folder(folder.parent)
     finally:

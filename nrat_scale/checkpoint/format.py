@@ -24,7 +24,7 @@ from nrat_scale.core import files
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.run_folder import RunFolder
 
-MANIFEST, STATE = "manifest.json", "state.json"
+STATE = "state.json"
 _FILE = re.compile(r"\w+\.safetensors|state\.json", re.ASCII)  # a manifest must not name files outside its folder
 _OVERHEAD_BYTES = 1 << 20  # headers, state, manifest, pointers
 
@@ -71,7 +71,7 @@ def save_checkpoint(run: Path, tensors: dict[str, Tensors], state: dict[str, Any
     Raises:
         UserError: it cannot be written (disk full, no permission), or reads back differently.
     """
-    assert all(fits(state.get(key)) for key, fits in NAMED.items()), "a state names its step and epoch"
+    assert all(fits(state.get(key)) for key, fits in NAMED.items()), "state must contain step and epoch"
     state = {**state, "schema": SCHEMA}
     folder = RunFolder(run).checkpoint(state["step"])
     files.make_folder(folder.parent)
@@ -100,7 +100,7 @@ def _write_files(folder: Path, tensors: dict[str, Tensors], state: dict[str, Any
         if values
     }
     manifest[STATE] = _write(folder / STATE, json_bytes(state))
-    _write(folder / MANIFEST, json_bytes(manifest))
+    _write(folder / files.MANIFEST, json_bytes(manifest))
     files.fsync_folder(folder)
     try:
         return _verified(folder).sha256
@@ -178,15 +178,15 @@ def is_intact(folder: Path) -> bool:
 
 
 def _verified(folder: Path) -> Checkpoint:
-    manifest = _read_object(folder / MANIFEST)
+    manifest = _read_object(folder / files.MANIFEST)
     for name, entry in manifest.items():
         if not _FILE.fullmatch(name):
-            raise DamagedError(f"{MANIFEST} names {quoted(name)}, which is not a file of a checkpoint")
+            raise DamagedError(f"{files.MANIFEST} names {quoted(name)}, which is not a file of a checkpoint")
         if mismatch := files.manifest_mismatch(folder / name, entry):
             raise DamagedError(mismatch)
     unnamed = {STATE, *(path.name for path in folder.glob("*.safetensors"))} - manifest.keys()
     if unnamed:
-        raise DamagedError(f"{MANIFEST} does not name {min(unnamed)}")
+        raise DamagedError(f"{files.MANIFEST} does not name {min(unnamed)}")
     return Checkpoint(folder, _read_object(folder / STATE), {name: entry["sha256"] for name, entry in manifest.items()})
 
 

@@ -25,8 +25,8 @@ class Saver:
     save is in progress: the next waits for it before it copies, so host memory holds one copy of the tensors.
 
     A save that fails with ENOSPC, EDQUOT, EIO or EFBIG is a warning and does not end the run; earlier checkpoints and
-    pointers stay. The copy of a best checkpoint that failed stays in memory and is written before the next save, so that
-    the selected weights are not lost. The next `save` or `wait` raises any other error.
+    pointers stay. If saving a best checkpoint fails, its copy stays in memory and is retried before the next save. The next
+    `save` or `wait` raises any other error.
 
     As a context manager it waits at the end; an error of the block takes precedence over one of the thread.
 

@@ -10,7 +10,7 @@ from nrat_scale.core.errors import UserError, quoted
 
 Tensors = dict[str, Tensor]
 
-SCHEMA = 1  # "schema" in state.json (1 if missing); raise it with a change that older versions would misread
+SCHEMA = 1  # Increase it with any change that older versions would misread; a missing key means 1.
 
 
 def is_count(value: object) -> bool:

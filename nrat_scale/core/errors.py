@@ -72,6 +72,6 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` has closed the pipe; without this, the flush at exit would fail again
+    except BrokenPipeError:  # the pipe is closed (`... | head`); flushing at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -9,6 +9,8 @@ from typing import Any
 
 from nrat_scale.core.errors import UserError
 
+MANIFEST = "manifest.json"
+
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
@@ -54,7 +56,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write `content` by an atomic rename: readers, and a crash, see the old file or the new one, never a part.
+    """Write `content` by atomic rename: readers see the old or the new file, even after a crash.
 
     Raises `UserError` if the folder is read-only or the disk is full.
     """

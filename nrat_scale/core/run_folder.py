@@ -8,7 +8,8 @@ from typing import Any
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"  # also of a release folder
+RECIPE, RESULTS, OUTCOMES = "recipe.yaml", "results.json", "results.npz"  # also of a release folder
+QUEUED = "queued.json"  # in a folder of `RunFolder.releases`: describes its weights
 
 
 class RunFolder:
@@ -25,7 +26,7 @@ class RunFolder:
         self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
         self.checkpoints = path / "checkpoints"  # step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
         self.releases = path / "releases"  # weights queued for publication (release.every_epochs)
-        self.results = path / RESULTS  # accuracies; results.npz beside it: outcomes per image
+        self.results = path / RESULTS  # accuracies; `OUTCOMES` beside it: outcomes per image
         self.profile = path / "profile"  # profiler traces
         self.alive = path / ".alive"  # liveness files of the ranks
 
@@ -59,7 +60,7 @@ class RunFolder:
         return read_json(self.label_noise, "description of the label noise") if self.label_noise.is_file() else None
 
     def read_skipped_shards(self) -> list[dict[str, Any]]:
-        """The shards that the run does without: source, name, number of images, reason."""
+        """Shards skipped by this run: source, name, number of images, reason."""
         path = self.skipped_shards
         return list(read_json(path, "log of skipped shards").get("skipped", [])) if path.is_file() else []
 

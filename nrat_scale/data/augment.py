@@ -34,7 +34,7 @@ def cutmix_partners(global_size: int, seed: int, step: int) -> np.ndarray:
 
 
 def crop_and_flip(images: Tensor, places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int) -> Tensor:
-    """Random crop and flip of uint8 [b, C, H, W]; `places` are their indices in the global batch, int64 [b] on the CPU."""
+    """uint8 [b, C, H, W], cropped and flipped at random; `places` (int64 [b], CPU) are indices in the global batch."""
     generator = torch_generator("cpu", seed, "augment", step)
     offsets = torch.randint(0, 2 * spec.crop + 1, (global_size, 2), generator=generator)
     mirrored = torch.rand(global_size, generator=generator) < 0.5

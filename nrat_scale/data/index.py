@@ -26,7 +26,7 @@ FORMAT, VERSION = "nrat_scale.shards", 2
 INDEX = "index.json"
 PERMUTATION = "shards"  # name of the permutation's random stream, as in `seeds.derive`
 TAR_BLOCK = 512  # bytes
-REMAKE = "Make the shards again with tools/shard_dataset.py."
+REMAKE = "Make the shards again with python -m nrat_scale.prepare."
 V = TypeVar("V")
 _SHARD_NAME = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)*[A-Za-z0-9][A-Za-z0-9._-]*\.tar")
 

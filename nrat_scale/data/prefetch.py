@@ -32,7 +32,7 @@ class ShardPrefetcher:
         """Fetch these shards; earlier ones that are no longer wanted are dropped from the queue."""
         new = [number for number in numbers if number not in self._wanted]
         self._wanted = numbers
-        # The processes of a node share one cache, so each starts with a different shard.
+        # Processes of a node share one cache; each starts at a different shard.
         turn = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(new))
         with self._changed:
             queued = [number for number in self._queue if number in numbers]

@@ -29,7 +29,7 @@ _MAX_INDEX_BYTES = 1 << 30
 _CHUNK_IMAGES = 4096  # copied at a time
 _MAX_ATTEMPTS = 10  # to open a shard that other processes evict from a too small cache
 _MAX_OPEN = 4096  # memory maps of local shards; Linux allows 65,530
-_RESTORE = "Restore it, or make the shards again with tools/shard_dataset.py."
+_RESTORE = "Restore it, or make the shards again with python -m nrat_scale.prepare."
 _VERIFIED = ".verified.json"  # shard and sha256 -> stamp of the file that was hashed
 
 
@@ -266,7 +266,7 @@ def open_shards(
     """The shards at `where`, with a checked index; call `verify` before trusting the images.
 
     Args:
-        where: a folder written by `tools/shard_dataset.py`, or its address (https://, s3://, hf://datasets/...); with
+        where: a folder written by `python -m nrat_scale.prepare`, or its address (https://, s3://, hf://datasets/...); with
             `/NAME.tar` or `/shard-{00000..00009}.tar` at the end, only those of its shards.
         what: names the data in errors, for instance the recipe key that gives `where`.
         commands: make these shards; shown if they are missing.
@@ -280,8 +280,6 @@ def open_shards(
         return ShardSet(folder, index, what, only, cache or Cache())
     path = Path(folder) / INDEX
     if not path.is_file():
-        way_out = (
-            "\n  ".join(["Prepare them with:", *commands]) if commands else "Make them with tools/shard_dataset.py."
-        )
-        raise UserError(f"There are no shards of {what} at {folder} (no {INDEX}). {way_out}")
+        way_out = "\n  ".join(["", *commands]) or " python -m nrat_scale.prepare"
+        raise UserError(f"There are no shards of {what} at {folder} (no {INDEX}). Prepare them with:{way_out}")
     return ShardSet(Path(folder), read_json(path, f"index of {what}"), what, only)

@@ -113,8 +113,8 @@ class TrainingSource:
     ) -> tuple[np.ndarray, T]:
         """(positions [m], `take` of these positions) of the samples numbered [m].
 
-        If the recipe allows it, a sample in an unusable shard is replaced by another one: a function of its position and
-        of the skipped shards. The substitute comes from the shards that `near` returns (those of the same window), or
+        If the recipe allows it, a sample in an unusable shard is replaced by another one; the substitute depends only on
+        the position and the skipped shards. It comes from the shards that `near` returns (those of the same window), or
         from any shard if `near` is None or all of those are skipped. `take` reads shards, as `shards.labels` does.
 
         Raises `ShardUnusable` if a shard is unusable and none may be skipped, `UserError` beyond the limit.

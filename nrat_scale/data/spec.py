@@ -12,6 +12,11 @@ from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 REAL, GENERATED = "real", "generated"
 
 
+def _check_not_empty(kind: str, shards: str | None, exclude: str | None) -> None:
+    check_value(f"data.{kind}.shards", shards, shards != "", "a folder, an address or null")
+    check_value(f"data.{kind}.exclude", exclude, exclude != "", "an .npy file or null")
+
+
 @dataclass(frozen=True)
 class RealSpec:
     """Real, labelled training images."""
@@ -20,6 +25,9 @@ class RealSpec:
     noise: NoiseSpec = field(default_factory=NoiseSpec)  # drawn over the whole set before the validation split
     exclude: str | None = None  # .npy of source ids (integers [m]) never trained on, such as a test split in the shards
     prepare: str | None = None  # the commands that make the shards, one a line, shown if the shards are missing
+
+    def __post_init__(self) -> None:
+        _check_not_empty(REAL, self.shards, self.exclude)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class GeneratedSpec:
     prepare: str | None = None
 
     def __post_init__(self) -> None:
+        _check_not_empty(GENERATED, self.shards, self.exclude)
         check_value("data.generated.fraction", self.fraction, 0.0 < self.fraction <= 1.0, "in (0, 1]")
 
 
@@ -79,9 +88,7 @@ class DataSpec:
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     remote: RemoteSpec = field(default_factory=RemoteSpec)
     window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
-    loader: str = (
-        "indexed"  # by the sample plan, the same for any number of ranks; or `webdataset`: by that library's pipeline
-    )
+    loader: str = "indexed"  # by the sample plan, equal for any number of ranks; or `webdataset`, by that library
     resident: str = "auto"
     on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good
     max_bad_shards: int = 1  # that may be skipped

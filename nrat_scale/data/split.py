@@ -12,8 +12,8 @@ def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
     """The sorted positions int64 [size] that validation holds out: a function of (index, spec), not of label noise.
 
     `stratified` takes classes in proportion to their number in the index (largest remainders first), by the stored
-    labels. It visits shards, and the samples of each, in a keyed random order: written shards are permuted, so one or
-    two of them are enough, and no other remote shard is fetched.
+    labels. It visits shards, and the samples of each, in a keyed random order. Shards are permuted when written, so the
+    split reads one or two shards and fetches no others.
 
     Raises:
         UserError: there are too few images, or a class would be missing.
@@ -73,7 +73,5 @@ def read_excluded(path: str, shards: ShardSet, key: str) -> np.ndarray:
         raise UserError(f"{path} ({key}) must hold integers of shape [m], not {ids.dtype} of shape {list(ids.shape)}.")
     positions = shards.positions_of(ids)
     if (positions < 0).any():
-        raise UserError(
-            f"{path} ({key}) names the source id {ids[positions < 0][0]}, which {shards.folder} does not have."
-        )
+        raise UserError(f"{path} ({key}) names the source id {ids[positions < 0][0]}, which {shards.folder} lacks.")
     return np.unique(positions)

@@ -162,7 +162,7 @@ def _window(spec: DataSpec, shards: ShardSet) -> int | None:
             f"data.remote.cache_gb is {spec.remote.cache_gb}, but two windows of {window} shards of {shards.folder} need "
             f"{needed:.3f} GB. Raise it, or lower data.window."
         )
-    shards.max_open = 3 * window + 1  # an open map keeps an evicted file on disk
+    shards.max_open = 3 * window + 1  # an open map keeps the evicted file's bytes on disk, so they count
     return window
 
 

@@ -41,8 +41,8 @@ class Block:
     """An evaluation block: the images that one call of an attack sees."""
 
     model: nn.Module  # the attacked model, in evaluation mode; maps [0, 1] images to logits [B, K]
-    x: Tensor  # images [B, C, H, W] in [0, 1]
-    y: Tensor  # labels [B]
+    x: Tensor  # images, float32 [B, C, H, W] in [0, 1]
+    y: Tensor  # labels, int64 [B]
     ids: np.ndarray  # int64 [B]; each seeds the noise of its image
     threat: ThreatSpec  # of which the attack uses eps, step, norm and space
     seed: int = 0
@@ -85,7 +85,7 @@ def attack_title(name: str) -> str:
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The CW loss of each image [B]: max over k != y of z_k, minus z_y; above 0 the image is misclassified."""
+    """CW loss [B] (Carlini and Wagner 2017): max over k != y of z_k, minus z_y; above 0 the image is misclassified."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     return others - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -125,7 +125,7 @@ def _parse_components(match: re.Match[str]) -> dict[str, Any]:
     components = tuple(match[1].split("+"))
     for name in components:
         if name not in COMPONENTS:
-            raise UserError(f"AutoAttack has no part '{name}' (in '{match[0]}'). {did_you_mean(name, COMPONENTS)}")
+            raise UserError(f"AutoAttack has no component '{name}' (in '{match[0]}'). {did_you_mean(name, COMPONENTS)}")
     return {"title": match[0], "components": components}
 
 

@@ -81,7 +81,7 @@ def request_threat(
         what: names the target in the error.
         trained: the threat that the target was trained for, if known.
     """
-    if trained is not None and norm in (None, trained.norm):  # a radius means nothing in another norm
+    if trained is not None and norm in (None, trained.norm):  # a trained radius does not transfer to another norm
         return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
     norm = norm or "linf"
     if eps is None:

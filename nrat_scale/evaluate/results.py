@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import nrat_scale
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import ThreatSpec, threat_text
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
@@ -59,9 +59,7 @@ class BlockLog:
                 seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
                 blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
             except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"The finished block {path} is damaged. Remove it, and it is evaluated again."
-                ) from error
+                raise UserError(f"The finished block {path} is damaged. Remove it to evaluate it again.") from error
         return blocks
 
     def write(self, first: int, block: FinishedBlock) -> None:
@@ -177,7 +175,7 @@ def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str
 def results_text(results: dict[str, Any], labels: list[str]) -> str:
     """The accuracies and flags of these checkpoints, for a terminal."""
     threat = results["threat"]
-    lines = [f"{results['data']['dataset']}, {threat['norm']} eps {threat['eps']:.4g}, 95 % Wilson intervals"]
+    lines = [f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'])}, 95 % Wilson intervals"]
     for label in labels:
         record = results["checkpoints"][label]
         worst = {} if record["worst"] is None else {"worst case": record["worst"]}

@@ -100,8 +100,8 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
         n, left, other = _common(outcomes[strong], outcomes[weak])
         natural = _common(outcomes["natural"], outcomes[weak])[1] if "natural" in outcomes else 1.0
         if n and (why := _contradiction(attacks[strong], attacks[weak], left, other, natural)):
-            seen = f"{attack_title(strong)} leaves {100 * left:.1f} % right, {attack_title(weak)} {100 * other:.1f} %"
-            flags.append(f"On the same {n} images {seen}: {why}")
+            seen = f"{100 * left:.1f} % under {attack_title(strong)} and {100 * other:.1f} % under {attack_title(weak)}"
+            flags.append(f"On the same {n} images accuracy is {seen}: {why}")
     return flags
 
 

@@ -55,9 +55,8 @@ class TargetOptions:
     """
 
     checkpoints: Sequence[str] = CHECKPOINTS  # of a run
-    weights: Sequence[str] = (
-        "evaluated",
-    )  # of a run, from WEIGHT_CHOICES; evaluated: the EMA if there is one, else raw
+    # Of a run, from WEIGHT_CHOICES; `evaluated`: the EMA if there is one, else raw.
+    weights: Sequence[str] = ("evaluated",)
     arch: str | None = None  # of a weight file: a name known to timm
     mean: Sequence[float] | None = None  # normalisation of a weight file
     std: Sequence[float] | None = None

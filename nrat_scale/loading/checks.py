@@ -97,9 +97,7 @@ def check_tensors(name: str, arguments: dict[str, Any], found: Described, where:
         tensor, (kind, shape) = expected[key], found[key]
         if tensor.shape != shape:
             words.append(f"{quoted(key)} has shape {list(shape)} instead of {list(tensor.shape)}")
-        elif kind is not None and tensor.is_floating_point() != kind.startswith(
-            ("F", "BF")
-        ):  # any precision is converted
+        elif kind is not None and tensor.is_floating_point() != kind.startswith(("F", "BF")):  # precision is converted
             words.append(f"{quoted(key)} has type {quoted(kind)} instead of {tensor.dtype}")
     if words:
         more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""

@@ -13,10 +13,10 @@ from huggingface_hub.errors import (
 )
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.core.files import manifest_mismatch, read_json
+from nrat_scale.core.files import MANIFEST, manifest_mismatch, read_json
 from nrat_scale.core.run_folder import RECIPE, RESULTS
 
-CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
     LocalEntryNotFoundError: "the Hub cannot be reached, and its cache has no copy",
     RepositoryNotFoundError: "the Hub has no such model, or it is private",
@@ -74,8 +74,7 @@ def _download(source: str) -> Path:
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 hf_hub_download(repo, name, revision=commit, force_download=True)
     except (EntryNotFoundError, HFValidationError, OSError) as error:
-        reasons = [text for kind, text in _REASONS.items() if isinstance(error, kind)] or [
-            first_line(error).rstrip(".")
-        ]
-        raise UserError(f"{source} is neither a folder nor a release on the Hub: {reasons[0]}.") from error
+        known = (text for kind, text in _REASONS.items() if isinstance(error, kind))
+        reason = next(known, first_line(error).rstrip("."))
+        raise UserError(f"{source} is neither a folder nor a release on the Hub: {reason}.") from error
     return folder

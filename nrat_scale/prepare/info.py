@@ -36,12 +36,12 @@ def info(where: str, sheet: Path | None = None) -> str:
         *(f"  {name}: {count}" for name, count in zip(shards.class_names, shards.class_counts, strict=True)),
         "source files:",
         *(f"  {_file_line(file)}" for file in shards.source_files),
-        "parts:",
+        "segments:",
     ]
-    for part in shards.segments:
-        ids = f"source ids {part.first_id}..{part.first_id + part.num_ids - 1}"
-        order = "ids stored" if part.seed is None else f"permuted with seed {part.seed}"
-        lines.append(f"  {part.num_images} images, {ids}, {order}")
+    for segment in shards.segments:
+        ids = f"source ids {segment.first_id}..{segment.first_id + segment.num_ids - 1}"
+        order = "ids stored" if segment.seed is None else f"permuted with seed {segment.seed}"
+        lines.append(f"  {segment.num_images} images, {ids}, {order}")
     if shards.is_remote:
         lines.append("The stored order was not checked: the shards are remote.")
     elif (warning := _order_warning(shards)) is not None:

@@ -29,7 +29,7 @@ def verify(where: str) -> str:
 
 def _problems(shards: ShardSet) -> list[str]:
     """A sentence for each shard that is damaged or contradicts the index, and for duplicate ids."""
-    shards.check(full=True)  # `fetch` raises for the shards that it finds unusable
+    shards.check(full=True)  # `fetch` raises on the shards that it marks as unusable; they are reported below
     problems: list[str] = []
     for number, name in enumerate(shards.names):
         try:

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nrat_scale import models
+from nrat_scale.core import files
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import fsync_folder, make_folder, manifest_entry, sha256_of, temporary_sibling, write_json
-from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
+from nrat_scale.core.run_folder import OUTCOMES, RECIPE, RESULTS, RunFolder
 from nrat_scale.evaluate.results import write_arrays
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import CONFIG, MANIFEST, WEIGHTS
+from nrat_scale.loading.release_folder import CONFIG, WEIGHTS
 from nrat_scale.recipe import to_yaml
 from nrat_scale.release.card import model_card
 from nrat_scale.release.contents import Contents, Weights, checkpoint_weights, gather
@@ -41,7 +41,7 @@ from nrat_scale.report.run import read_run
 CURVES, CARD, ONNX, EXPORTED = "curves.png", "README.md", "model.onnx", "model.pt2"
 INFO, ISSUE = "robustbench/model_info.json", "robustbench/new_model_issue.md"
 # Every file that a release can hold; no other file is ever pushed.
-FILES = (WEIGHTS, CONFIG, RECIPE, RESULTS, "results.npz", CURVES, CARD, INFO, ISSUE, ONNX, EXPORTED, MANIFEST)
+FILES = (WEIGHTS, CONFIG, RECIPE, RESULTS, OUTCOMES, CURVES, CARD, INFO, ISSUE, ONNX, EXPORTED, files.MANIFEST)
 EXPORTERS = {ONNX: export_onnx, EXPORTED: export_torch}
 
 
@@ -69,15 +69,15 @@ def release(
         if _is_this(to, contents, exports):
             return to
         raise UserError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
-    make_folder(to.parent)
-    staged = temporary_sibling(to)
+    files.make_folder(to.parent)
+    staged = files.temporary_sibling(to)
     try:
         staged.mkdir()
         _write(staged, run, contents, exports)
         if to.exists():
             to.rmdir()  # empty, as checked above
         os.replace(staged, to)
-        fsync_folder(to.parent)
+        files.fsync_folder(to.parent)
     except OSError as error:
         raise UserError(f"The release cannot be written to {to} ({error.strerror}).") from error
     finally:
@@ -87,22 +87,22 @@ def release(
 
 def _is_this(folder: Path, contents: Contents, exports: Sequence[str]) -> bool:
     """Whether `folder` already holds a release with these weights, results and exports."""
-    if not all((folder / name).is_file() for name in (WEIGHTS, MANIFEST, *exports)):
+    if not all((folder / name).is_file() for name in (WEIGHTS, files.MANIFEST, *exports)):
         return False
-    same_weights = sha256_of(folder / WEIGHTS) == contents.weights.sha256
+    same_weights = files.sha256_of(folder / WEIGHTS) == contents.weights.sha256
     return same_weights and RunFolder(folder).read_results() == contents.results
 
 
 def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) -> None:
     weights, description = contents.weights, contents.description
     shutil.copyfile(weights.path, folder / WEIGHTS)
-    if sha256_of(folder / WEIGHTS) != weights.sha256:
+    if files.sha256_of(folder / WEIGHTS) != weights.sha256:
         raise UserError(f"{weights.path} is damaged: it has another sha256. Choose another checkpoint.")
     model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
-    write_json(folder / CONFIG, _timm_config(model, description))
+    files.write_json(folder / CONFIG, _timm_config(model, description))
     (folder / RECIPE).write_text(to_yaml(contents.recipe))
     if contents.results is not None:
-        write_json(folder / RESULTS, contents.results)
+        files.write_json(folder / RESULTS, contents.results)
     if contents.outcomes:
         write_arrays(folder / RESULTS, contents.outcomes)
     report = read_run(run, run.name)
@@ -111,7 +111,7 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) 
     (folder / CARD).write_text(model_card(contents))
     info = robustbench_info(contents)
     (folder / INFO).parent.mkdir()
-    write_json(folder / INFO, info)
+    files.write_json(folder / INFO, info)
     (folder / ISSUE).write_text(new_model_issue(contents, info))
 
     model.load_state_dict(load_file(weights.path))
@@ -121,8 +121,8 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) 
         assert torch.equal(model(x), load(folder)(x)), "the release does not give the run's logits"
     for name in exports:
         EXPORTERS[name](model, x, folder / name)
-    files = {name: manifest_entry(folder / name) for name in FILES if (folder / name).is_file()}
-    write_json(folder / MANIFEST, {"format": "nrat_scale.release", "version": 1, "files": files})
+    entries = {name: files.manifest_entry(folder / name) for name in FILES if (folder / name).is_file()}
+    files.write_json(folder / files.MANIFEST, {"format": "nrat_scale.release", "version": 1, "files": entries})
 
 
 def _timm_config(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
-from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.core.run_folder import QUEUED, RunFolder
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.loading.release_folder import WEIGHTS
 from nrat_scale.recipe import RecipeSpec, load_recipe
@@ -66,7 +66,7 @@ def queued_weights(run: Path) -> list[Weights]:
         raise UserError(f"{queue} holds no checkpoints. Queue them during training with release.every_epochs=N.")
     weights = []
     for folder in folders:
-        facts = read_json(folder / "queued.json", "description of the queued weights")
+        facts = read_json(folder / QUEUED, "description of the queued weights")
         weights.append(Weights(folder.name, folder / WEIGHTS, facts["sha256"], facts["weights"], facts["epoch"]))
     return weights
 

@@ -161,9 +161,8 @@ def _noise(run: Run) -> dict[str, Any] | None:
         names = run.class_names if len(run.class_names) == len(matrix) else range(len(matrix))
         for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
             total = sum(counts) or 1
-            cells = [
-                (count, f"{(count / total) ** 0.7:.2f}") for count in counts
-            ]  # the exponent makes small shares visible
+            # The exponent makes small shares visible.
+            cells = [(count, f"{(count / total) ** 0.7:.2f}") for count in counts]
             facts["matrix"].append((str(i) if str(name) == str(i) else f"{i} {name}", cells))
     return facts
 

@@ -133,7 +133,8 @@ def read_run(path: Path, name: str) -> Run:
     """
     folder = RunFolder(path)
     if not folder.recipe.is_file() and not folder.metrics.is_file():
-        problem = "it has neither recipe.yaml nor metrics.jsonl" if path.is_dir() else "there is no such folder"
+        files = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
+        problem = files if path.is_dir() else "there is no such folder"
         raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
     optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
     results, best, last, noise, model = map(_read_optional, optional)

@@ -28,7 +28,7 @@ class AttackModel:
         fold: fold BatchNorm into convolutions if `bn` is `eval`.
 
     Attributes:
-        module: maps images to logits.
+        module: maps images [B, C, H, W] to logits [B, K].
         forward: what attacks call: `module` or its compiled version.
         num_folded: number of folded BatchNorm layers.
         untraced: why torch.fx cannot trace the model, which prevents folding; None if it can, or folding is off.
@@ -49,9 +49,7 @@ class AttackModel:
         elif fold:
             try:
                 pairs = _foldable(self.module)
-            except (
-                Exception
-            ) as error:  # torch.fx can fail in arbitrary ways on user models; attack the unfolded model then
+            except Exception as error:  # torch.fx can fail in arbitrary ways on user models: attack the unfolded one
                 pairs, self.untraced = [], first_line(error)
             self._folded = [_fold(model, self.module, names) for names in pairs]
         self.num_folded = len(self._folded)

@@ -114,7 +114,7 @@ class RunningStatistics:
         self._mean = mean
         buffers = [b for layer in batchnorms(model) for b in layer.buffers(recurse=False) if b.is_floating_point()]
         dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
-        self._by_dtype = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]  # one exchange for each
+        self._by_dtype = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]  # one all-reduce per dtype
 
     @torch.no_grad()
     def end_step(self, pieces: int, *, reduce: bool = True) -> None:

@@ -146,7 +146,7 @@ def _batches(state: TrainState, progress: Progress) -> Iterator[Batch]:
 def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
     """Raise if a recent step was not finite, else return the signal that stops all ranks, 0 for none.
 
-    On a GPU the flags of the last step are still in flight; `everything` waits for them.
+    On a GPU the checks of the last step are still in flight; `everything` waits for them.
     """
     verdict = state.checks.read(everything=everything)
     if verdict is None:
@@ -198,7 +198,7 @@ def _validate_and_save(state: TrainState, progress: Progress) -> None:
     if state.validation_due:
         row = validate(state)
         if row is None:
-            # Several ranks may have received different signals: all stop by the largest.
+            # Ranks may have received different signals; all use the largest number.
             signum = torch.tensor([state.signals.received], device=state.accelerator.device)
             _save_and_stop(state, int(gather(signum).max()))
         state.validation_due = False

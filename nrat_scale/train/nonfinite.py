@@ -1,7 +1,7 @@
 """Steps that are not finite: detected on the device, agreed on by all ranks, reported by the host without waiting.
 
 If a loss, gradient or attack is NaN or Inf on any rank, `found_inf` makes all ranks skip this update and every later one
-on the device. The host reads the flags at the end of the step on a CPU, one step later on a GPU, and ends the run before it
+on the device. The host reads the checks at the end of the step on a CPU, one step later on a GPU, and ends the run before it
 saves. BatchNorm's running statistics and the sums of metrics are not restored, because nothing reads them afterwards.
 
 Under fp16 an overflow is not an error: GradScaler skips the step, `train_step` restores both, and training continues.
@@ -81,7 +81,7 @@ class StepChecks:
         return ~self._everywhere[: len(WRONG)].any()
 
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:
-        """After `agree`, note a failure that all ranks share; whether nothing is wrong so far (bool scalar)."""
+        """After `agree`, add a failure that is equal on all ranks; returns whether all checks pass (bool scalar)."""
         self._everywhere[tuple(WRONG).index(kind)] += bad
         self.note(kind, bad)
         return ~self._everywhere[: len(WRONG)].any()

@@ -64,9 +64,7 @@ class Profile:
         self._profiler: Any = None
         needed, left = num_steps + _WARMUP_STEPS, state.last_step - state.step
         if num_steps and left < needed:
-            state.accelerator.print(
-                f"warning: no profile: --profile {num_steps} needs {needed} steps, and {left} are left."
-            )
+            state.accelerator.print(f"warning: no profile: --profile {num_steps} needs {needed} steps, {left} remain.")
 
     def update(self, state: "TrainState") -> None:
         """Start or end the profile; call it before each step and after the last."""

@@ -27,7 +27,7 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
     `final` waits until it is durable. Raises `UserError` on all ranks if an earlier save failed with an error that is not
     transient, or a final one with any.
     """
-    # One row per rank: their sum would be rounded differently from the uninterrupted run's.
+    # Save one row per rank: summing first would round differently from the uninterrupted run.
     sums, guard_sums = (gather(sums[None]).tolist() for sums in (state.sums, state.guard.sums))
 
     def write() -> None:

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from nrat_scale import labels as label_noise
 from nrat_scale import models
 from nrat_scale.checkpoint.folder import recover
 from nrat_scale.checkpoint.saver import Saver
@@ -24,6 +23,7 @@ from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.labels import describe_noise
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
@@ -169,7 +169,7 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     if real is not None and real.given is not None and real.clean is not None:
         order = real.shards.in_source_order()
         clean, given = real.clean[order], real.given[order]
-        noise = label_noise.describe(clean, given, shards.num_classes, state.recipe.data.real.noise)
+        noise = describe_noise(clean, given, shards.num_classes, state.recipe.data.real.noise)
         write_json(state.run.label_noise, noise)
         if not state.run.label_noise_arrays.is_file():
             np.savez(state.run.label_noise_arrays, clean=clean, given=given, noisy=clean != given)

@@ -93,10 +93,10 @@ def test_positions_out_of_range_are_refused(folder):
 
 
 def test_missing_shards_say_how_to_make_them(tmp_path):
-    """The message has the commands of the recipe, or else names the tool."""
-    with pytest.raises(UserError, match=r"data\.real\.shards at .*nowhere.*\n  python tools/shard_dataset\.py digits"):
-        open_shards(tmp_path / "nowhere", "data.real.shards", commands=["python tools/shard_dataset.py digits"])
-    with pytest.raises(UserError, match=r"tools/shard_dataset\.py"):
+    """The message has the commands of the recipe, or else names the command."""
+    with pytest.raises(UserError, match=r"data\.real\.shards at .*nowhere.*\n  python -m nrat_scale\.prepare digits"):
+        open_shards(tmp_path / "nowhere", "data.real.shards", commands=["python -m nrat_scale.prepare digits"])
+    with pytest.raises(UserError, match=r"Prepare them with: python -m nrat_scale\.prepare"):
         open_shards(tmp_path)
 
 

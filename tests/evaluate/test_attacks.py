@@ -27,7 +27,7 @@ def test_attacks_by_name() -> None:
     assert parse_attack("aa-apgd").components == ("apgd-ce", "apgd-t")
     assert parse_attack("aa:square+fab").components == ("square", "fab")
     for wrong in ("pgd", "pgd0", "pgd20x0", "cw-20", "AA", "aa:", "aa:squares", "natural1", "pgd20x", ""):
-        with pytest.raises(UserError, match=r"Unknown attack|AutoAttack has no part 'squares'|Known"):
+        with pytest.raises(UserError, match=r"Unknown attack|AutoAttack has no component 'squares'|Known"):
             parse_attack(wrong)
 
 

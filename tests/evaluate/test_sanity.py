@@ -76,7 +76,10 @@ def outcome(n: int, right: int) -> Outcome:
 @pytest.mark.parametrize(
     ("outcomes", "words"),
     [
-        ({"pgd20": outcome(100, 50), "aa": outcome(100, 51)}, "AutoAttack leaves 51.0 % right, PGD-20 50.0 %"),
+        (
+            {"pgd20": outcome(100, 50), "aa": outcome(100, 51)},
+            "accuracy is 51.0 % under AutoAttack and 50.0 % under PGD-20",
+        ),
         ({"cw20": outcome(200, 50), "aa": outcome(100, 51)}, "it failed"),
         ({"natural": outcome(100, 90), "fgsm": outcome(100, 50), "pgd20": outcome(100, 50)}, "one step"),
         ({"pgd20": outcome(100, 50), "pgd50": outcome(100, 46)}, "converged"),

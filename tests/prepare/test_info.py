@@ -10,7 +10,7 @@ from tests.support.preparation import NAMES, is_one_sentence, random_source, sma
 
 
 def test_info_describes_the_shards(tmp_path, cli):
-    """Counts, shape, class sizes, source files and parts, without a warning."""
+    """Counts, shape, class sizes, source files and segments, without a warning."""
     folder = small_shards(tmp_path / "a", seed=5)
     result = cli("info", folder)
     assert result.status == 0 and "70 images of shape [8, 6, 3] (custom) in 3 shards" in result.out

@@ -67,7 +67,10 @@ def _append(path: Path, text: str) -> None:
 
 FIRST = "n01443537"
 TINY_MISTAKES = {
-    "nothing there": (lambda d: shutil.rmtree(d), "val", "There is no folder of validation images"),
+    "nothing there": (lambda d: shutil.rmtree(d), "val", "There is no list of classes"),
+    "other classes": (lambda d: (d / "wnids.txt").write_text(f"{FIRST}\n"), "train", "does not list the 200 classes"),
+    "classes damaged": (lambda d: (d / "wnids.txt").write_bytes(b"\xff\xfe"), "val", "damaged"),
+    "no validation images": (lambda d: shutil.rmtree(d / "val"), "val", "There is no folder of validation images"),
     "no classes": (lambda d: (d / "wnids.txt").unlink(), "val", "There is no list of classes"),
     "list damaged": (lambda d: (d / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe"), "val", "damaged"),
     "class missing": (lambda d: shutil.rmtree(d / "train" / FIRST), "train", FIRST),

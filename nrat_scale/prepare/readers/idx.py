@@ -35,7 +35,8 @@ def _read_idx(path: Path, kind: str) -> np.ndarray:
             wrong = f"begins with {found:#x}, expected {magic:#x}"
             raise UserError(f"The {what} {path} {wrong}. Give the images first, then the labels.")
         shape = struct.unpack(f">{num_dims}I", header[4:])
-        size = math.prod(shape)  # as stated: the file itself bounds the memory, as gzip expands at most 1032 times
+        # The header's size is not trusted; gzip expands at most 1032 times, so the file bounds memory.
+        size = math.prod(shape)
         data = stream.read(min(size + 1, 1100 * path.stat().st_size))  # one more byte, to detect a longer file
     if min(shape) < 1 or len(data) != size:
         wrong = f"states {list(shape)}, that is {size} bytes, but there are {len(data) if len(data) < size else 'more'}"

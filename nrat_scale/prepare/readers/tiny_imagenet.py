@@ -29,6 +29,10 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     """
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     names = DATASETS["tiny_imagenet"].class_names
+    with reading(wnids := folder / "wnids.txt", "list of classes"):
+        classes = sorted(wnids.read_text("ascii").split())
+    if classes != list(names):
+        raise UserError(f"{wnids} does not list the {len(names)} classes of Tiny ImageNet. {_UNPACK_AGAIN}")
     listed = _train_images(folder, names) if split == "train" else _val_images(folder, names)
     labels = np.array([label for _, label in listed], np.int64)
     counts = np.bincount(labels, minlength=len(names))
@@ -38,7 +42,7 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
         expected = f"{TINY_PER_CLASS[split]} as published"
         raise UserError(f"The class {names[label]} has {found}, expected {expected}. {_UNPACK_AGAIN}")
     images, facts = _decoded_files(folder, split, [path for path, _ in listed], scratch)
-    files = [file_facts(folder / "wnids.txt", "list of classes"), facts]
+    files = [file_facts(wnids, "list of classes"), facts]
     if split == "val":
         files.append(file_facts(folder / "val" / "val_annotations.txt", "list of labels"))
     return LabelledArrays.of(images, labels, "tiny_imagenet", files)
