@@ -52,6 +52,7 @@ def test_titles(name: str, title: str) -> None:
     assert attack_title(name) == title
 
 
+@pytest.mark.medium
 def test_an_attack_is_added_by_one_entry(
     run: Path, images: Images, measured: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

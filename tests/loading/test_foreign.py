@@ -71,6 +71,7 @@ class DMLayout(nn.Module):
         return self.logits(F.avg_pool2d(out, 8).flatten(1))
 
 
+@pytest.mark.medium
 def test_wide_resnet_weights_go_both_ways(tmp_path: Path) -> None:
     """RobustBench's state dict loads strictly into our model and ours into theirs, and the logits agree."""
     torch.manual_seed(1)

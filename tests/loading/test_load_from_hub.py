@@ -58,6 +58,7 @@ def released(server: SimpleNamespace) -> SimpleNamespace:
     return server
 
 
+@pytest.mark.medium
 def test_a_release_loads_from_the_hub(released: SimpleNamespace, tmp_path: Path) -> None:
     """One line fetches a release, in evaluation mode with the published weights; a missing one ends in a sentence."""
     result = load("someone/robust", released, tmp_path)
@@ -83,6 +84,7 @@ run_cli(main)
 """
 
 
+@pytest.mark.medium
 def test_a_pretrained_timm_model_normalises_its_input(server: SimpleNamespace, tmp_path: Path) -> None:
     """`pretrained` fetches timm's weights and takes [0, 1] images; without the Hub it ends in a sentence."""
     name = "test_resnet.r160_in1k"

@@ -139,6 +139,7 @@ def test_files_that_the_hub_does_not_have(hub, tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"mine"]
 
 
+@pytest.mark.medium
 def test_a_damaged_beginning_is_fetched_again(hub, tmp_path):
     """A .part with other bytes fails the hash at the end, and the next attempt starts anew. An address works too."""
     hub.stated = {"svhn/1m.npz": CONTENT}

@@ -324,6 +324,7 @@ def test_processes_of_a_node_share_one_transfer(server, tmp_path):
     assert all(server.bytes_served(f"/shard-{number}.tar") == 100_000 for number in range(20))
 
 
+@pytest.mark.medium
 def test_two_processes_share_a_too_small_cache(server, tmp_path):
     """Each evicts files of the other; all bytes are right, neither fails and the limit holds in the end."""
     files = _files(server, 6, 100_000)

@@ -144,6 +144,7 @@ def test_folders_that_are_not_runs(tmp_path: Path) -> None:
         write_report(read_runs([]))
 
 
+@pytest.mark.medium
 def test_the_command_fails_with_a_sentence(tmp_path: Path) -> None:
     """Exit status 2 and one line on stderr, without a warning from an import."""
     command = [sys.executable, "-W", "error", "-m", "nrat_scale.report", str(tmp_path)]

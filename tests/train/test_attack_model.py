@@ -97,6 +97,7 @@ def test_the_folded_model_equals_the_model(make, num_folded):
     assert_same_state(model, before)
 
 
+@pytest.mark.medium
 @EVERY_MODEL
 def test_refresh_follows_the_model(make, num_folded):
     """After steps that change weights and statistics in place, and after parameters get new memory, as in
@@ -332,6 +333,7 @@ def test_an_attack_in_the_middle_of_a_graph(bn, make):
     assert_same_state(model, state(undisturbed))
 
 
+@pytest.mark.medium
 def test_channels_last_weights_stay_channels_last():
     """Folded weights keep the memory format, too, after every refresh."""
     model = settled(ResNet18()).to(memory_format=torch.channels_last)

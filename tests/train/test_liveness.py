@@ -10,6 +10,7 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from tests.support.launched import launched
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_lost_rank_ends_the_run(recipe_path: Path, tmp_path: Path, signum: signal.Signals) -> None:
     """One of two processes is killed or freezes: the other names it and ends instead of waiting for ever; the run resumes."""

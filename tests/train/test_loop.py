@@ -148,6 +148,7 @@ LEARNING = [
 ]  # fmt: skip
 
 
+@pytest.mark.medium
 def test_the_guard_does_not_change_a_healthy_run(recipe_path: Path, tmp_path: Path) -> None:
     """With and without the guard, the metrics are the same."""
     off, on = (
@@ -164,6 +165,7 @@ def test_the_guard_does_not_change_a_healthy_run(recipe_path: Path, tmp_path: Pa
     assert rows(train(load_recipe(recipe_path, on))) == rows(first)
 
 
+@pytest.mark.medium
 def test_a_collapse_can_be_rewound(recipe_path: Path, tmp_path: Path) -> None:
     """From the last good checkpoint with a smaller rate; later checkpoints are set aside, and an interruption after the rewind
     changes nothing."""

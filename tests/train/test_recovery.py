@@ -57,6 +57,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     assert named_checkpoint(run, "last").step == 12
 
 
+@pytest.mark.medium
 def test_epochs_are_queued_for_a_release(recipe_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The evaluated weights at the end of every epoch that the recipe names, once, also after an interruption. If they
     cannot be copied, the run prints a warning and continues."""

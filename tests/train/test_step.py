@@ -31,6 +31,7 @@ def test_images_labels_augmentation_and_noise_are_those_of_the_global_batch(
             assert torch.equal(torch.cat([getattr(part, name) for part in slices]), getattr(one, name)), name
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("objective", "most"), [("nrat", 27), ("trades", 27), ("dm_at", 26)])
 def test_the_step_is_the_textbook_step_and_costs_no_more(tmp_path: Path, objective: str, most: int) -> None:
     """In float64 the same adversarial images, pixel for pixel, and the same loss; by torch's FLOP formulas at most 27
