@@ -17,6 +17,8 @@ from nrat_scale.core.files import parse_json
 from nrat_scale.loading.release_folder import CONFIG
 
 _CONFIG_BYTES = 1 << 20
+_FLOATING = {"F64", "F32", "F16", "BF16"}  # converted into each other when weights are loaded
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 _LARGEST_ARGUMENT = 1 << 20  # above any depth, width or number of classes
 _LARGEST_DEPTH = 1000  # layers
 _MOST_PARAMETERS = 10_000  # parameter tensors; the deepest timm models have some thousands
@@ -97,7 +99,7 @@ def check_tensors(name: str, arguments: dict[str, Any], found: Described, where:
         tensor, (kind, shape) = expected[key], found[key]
         if tensor.shape != shape:
             words.append(f"{quoted(key)} has shape {list(shape)} instead of {list(tensor.shape)}")
-        elif kind is not None and tensor.is_floating_point() != kind.startswith(("F", "BF")):  # precision is converted
+        elif kind not in (None, _KINDS.get(tensor.dtype)) and not {kind, _KINDS.get(tensor.dtype)} <= _FLOATING:
             words.append(f"{quoted(key)} has type {quoted(kind)} instead of {tensor.dtype}")
     if words:
         more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""

@@ -1,5 +1,6 @@
 """The Tiny ImageNet reader: exactly the published images, or one plain sentence."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,8 @@ TINY_MISTAKES = {
     "path in the list": (
         lambda d: _append(d / "val" / "val_annotations.txt", f"../../wnids.txt\t{FIRST}\n"), "val", "missing or listed twice",
     ),
+    "list too large": (lambda d: os.truncate(d / "val" / "val_annotations.txt", 1 << 25), "val", "too many to be one"),
+    "classes too large": (lambda d: os.truncate(d / "wnids.txt", 1 << 25), "train", "too many to be one"),
     "no list": (lambda d: (d / "val" / "val_annotations.txt").unlink(), "val", "There is no list of labels"),
 }  # fmt: skip
 

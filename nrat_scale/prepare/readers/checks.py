@@ -42,6 +42,14 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"The {what} {path} cannot be read ({error.strerror or error}).") from error
 
 
+def read_small(path: Path, what: str, most: int) -> bytes:
+    """The bytes of a file whose published size is far below `most`; a larger one is refused without being read."""
+    with reading(path, what):
+        if path.stat().st_size > most:
+            raise UserError(f"The {what} {path} has {path.stat().st_size} bytes, too many to be one. {COPY_AGAIN}")
+        return path.read_bytes()
+
+
 def file_facts(path: Path, what: str) -> dict[str, Any]:
     """Name, size and sha256 of an input file, for the index."""
     with reading(path, what):

@@ -10,11 +10,12 @@ import numpy as np
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare.input import LabelledArrays
-from nrat_scale.prepare.readers.checks import file_facts, reading
+from nrat_scale.prepare.readers.checks import file_facts, read_small, reading
 from nrat_scale.prepare.readers.images import decode, gather
 
 TINY_PER_CLASS = {"train": 500, "val": 50}  # as published, to detect lost files
 _SIDE = 64
+_MOST_TEXT = 1 << 24  # bytes; wnids.txt has 2 KB, val_annotations.txt 270 KB
 _UNPACK_AGAIN = "Unpack tiny-imagenet-200.zip again."
 
 
@@ -30,7 +31,7 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     folder = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     names = DATASETS["tiny_imagenet"].class_names
     with reading(wnids := folder / "wnids.txt", "list of classes"):
-        classes = sorted(wnids.read_text("ascii").split())
+        classes = sorted(read_small(wnids, "list of classes", _MOST_TEXT).decode("ascii").split())
     if classes != list(names):
         raise UserError(f"{wnids} does not list the {len(names)} classes of Tiny ImageNet. {_UNPACK_AGAIN}")
     listed = _train_images(folder, names) if split == "train" else _val_images(folder, names)
@@ -75,7 +76,7 @@ def _val_images(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     existing = set(_files_in(images, "folder of validation images"))
     listed: dict[str, int] = {}
     with reading(path, "list of labels"):
-        lines = path.read_text("ascii").splitlines()
+        lines = read_small(path, "list of labels", _MOST_TEXT).decode("ascii").splitlines()
     for number, line in enumerate(lines, 1):
         file, wnid = [*line.split("\t"), "", ""][:2]
         if wnid not in names:
