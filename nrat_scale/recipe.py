@@ -22,6 +22,7 @@ from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
+from nrat_scale.labels import GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
@@ -35,6 +36,11 @@ _NOT_IDENTITY = (
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
+# Keys added since runs were stored -> their defaults. At its default a key is not part of the identity, so that a run that
+# was stored without it can be resumed.
+_ADDED: dict[str, Any] = {
+    f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()
+}
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
-    return {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
+    values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
+    return {key: value for key, value in values.items() if key not in _ADDED or value != _ADDED[key]}
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     """The first key in which two recipes of different identity differ, for an error message."""
-    there, here = _identifying(old), _identifying(new)
+    there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
             return f"{key} is {there.get(key)} there and {here.get(key)} here"

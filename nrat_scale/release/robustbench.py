@@ -47,9 +47,8 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     notes = []
     if contents.recipe.data.generated.shards:
         notes.append("It uses generated images in training.")
-    if contents.noise is not None and contents.noise.get("num_noisy"):
-        rate, kind = 100 * contents.noise["realised_rate"], contents.noise["kind"]
-        notes.append(f"{rate:.1f} % of its real training labels are wrong ({kind} label noise).")
+    for source, noise in contents.noise.items():
+        notes.append(f"{contents.noise_text(source)} are wrong ({noise['kind']} label noise).")
     measured = contents.attacks.get("aa", {"n": 0})["n"]
     if measured != total:
         problem = f"run on {measured} of {total} images only" if measured else "not run"

@@ -92,7 +92,7 @@ class Run:
     validation: list[dict[str, Any]]  # one row of metrics.jsonl per validation
     best: dict[str, Any]  # best.json
     last: dict[str, Any]  # last.json
-    noise: dict[str, Any]  # label_noise.json
+    noise: dict[str, dict[str, Any]]  # by source, the description of its label noise; empty if it has none
     class_names: list[Any]
     results: dict[str, Any]  # results.json
     rows: list[Row]  # the evaluated checkpoints in it
@@ -136,8 +136,9 @@ def read_run(path: Path, name: str) -> Run:
         files = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
         problem = files if path.is_dir() else "there is no such folder"
         raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
-    optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
-    results, best, last, noise, model = map(_read_optional, optional)
+    optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.model)
+    results, best, last, model = map(_read_optional, optional)
+    noise = {kind: _read_optional(folder.noise_files(kind)[0]) for kind in ("real", "generated")}
     if results and (results.get("format"), results.get("version")) != (FORMAT, 1):
         raise UserError(f"{folder.results} is not an {FORMAT} file of version 1. Delete it and evaluate again.")
     rows = folder.read_metrics()
