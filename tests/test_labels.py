@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import math
 import random
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
-from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe_noise, load_human_labels, transition_matrix
+from nrat_scale.labels import (
+    NOISES,
+    GeneratedNoiseSpec,
+    NoiseSpec,
+    corrupt,
+    describe_noise,
+    load_human_labels,
+    transition_matrix,
+)
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 SEEDS = st.integers(-(2**40), 2**40)
@@ -22,6 +32,11 @@ BALANCED = np.tile(np.arange(10), 5000)  # 50,000 labels, as CIFAR-10 has
 def _labels(count: int, num_classes: int, seed: int) -> np.ndarray:
     """Unbalanced labels; some classes may be empty."""
     return np.random.default_rng(seed).integers(0, num_classes, count) ** 2 % num_classes
+
+
+def _floor(rate: float, n: int) -> int:
+    """The floor of the exact product of the decimal number that `rate` prints as."""
+    return math.floor(Decimal(str(rate)) * int(n))
 
 
 def _images(count: int, seed: int = 0) -> np.ndarray:
@@ -116,13 +131,41 @@ def test_known_answer(kind):
     seed=SEEDS,
 )
 def test_symmetric_flips_exactly_the_rate_of_each_class(count, num_classes, rate, seed):
-    """int(rate * n_c) labels of each class, none to itself."""
+    """floor(rate * n_c) labels of each class, none to itself."""
     labels = _labels(count, num_classes, seed % 1000)
     noisy = corrupt(labels, "symmetric", rate, seed, num_classes)
     for label in range(num_classes):
         members = labels == label
-        assert (noisy[members] != label).sum() == int(rate * members.sum())
+        assert (noisy[members] != label).sum() == _floor(rate, members.sum())
     assert count == 0 or (noisy.min() >= 0 and noisy.max() < num_classes)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "asymmetric_released", "asymmetric_blocks"])
+@pytest.mark.parametrize("n", [100, 500, 5000])
+def test_counts_are_exact_decimal_products(kind, n):
+    """57 % of 5,000 are 2,850, although 0.57 * 5000 is 2849.9999999999995 in floats; every rate in percent."""
+    labels = np.full(n, 9)
+    for percent in range(101):
+        noisy = corrupt(labels, kind, percent / 100, 0, 10)
+        assert (noisy != 9).sum() == percent * n // 100
+
+
+@pytest.mark.parametrize(
+    ("rate", "n", "expected"),
+    [
+        (0.57, 5000, 2850),
+        (np.float64(0.57), 5000, 2850),
+        (np.float32(0.57), 5000, 2850),  # prints as 0.57, and is 0.5699999928
+        (0.1 + 0.2, 10, 3),
+        (1 / 3, 3, 0),  # 0.3333333333333333 as a recipe would write it
+        (1e-05, 100_000, 1),
+        (0.0145, 2000, 29),  # 28.999999999999996
+        (1, 7, 7),
+    ],
+)
+def test_the_rate_is_the_decimal_number_that_it_prints_as(rate, n, expected):
+    """Also of NumPy's floats, in scientific notation, with more than two decimals."""
+    assert (corrupt(np.zeros(n, np.int64), "symmetric", rate, 0, 10) != 0).sum() == expected
 
 
 def test_symmetric_flips_are_uniform():
@@ -150,7 +193,7 @@ def test_symmetric_seeds_are_unrelated():
 @REPEATABLE
 @given(count=st.integers(0, 400), rate=st.one_of(st.floats(0, 1), st.just(1.0)), seed=SEEDS, use_default=st.booleans())
 def test_asymmetric_flips_clean_labels_by_the_map(count, rate, seed, use_default):
-    """int(rate * n_c) clean labels of each source class flip to its target; other classes do not change."""
+    """floor(rate * n_c) clean labels of each source class flip to its target; other classes do not change."""
     labels = _labels(count, 10, seed % 1000)
     class_map = CIFAR10_MAP if use_default else {0: 1, 1: 0, 7: 9}
     noisy = corrupt(labels, "asymmetric", rate, seed, 10, class_map=None if use_default else class_map)
@@ -158,7 +201,7 @@ def test_asymmetric_flips_clean_labels_by_the_map(count, rate, seed, use_default
         given_labels = noisy[labels == label]
         flipped = given_labels != label
         if label in class_map:
-            assert flipped.sum() == int(rate * len(given_labels))
+            assert flipped.sum() == _floor(rate, len(given_labels))
             assert (given_labels[flipped] == class_map[label]).all()
         else:
             assert not flipped.any()
@@ -213,6 +256,19 @@ def test_bidirectional_map_with_a_class_in_two_pairs_is_refused():
     """0 <-> 1 and 1 <-> 2 give two targets to class 1."""
     with pytest.raises(UserError, match="one pair only"):
         corrupt(BALANCED, "asymmetric_bidirectional", 0.4, 0, 10, class_map={0: 1, 1: 2})
+
+
+def test_blocks_of_five_label_numbers():
+    """CIFAR-100 as in the code of APL: i to i + 1 within 5 j .. 5 j + 4, the last to the first; not Patrini's map."""
+    clean = np.tile(np.arange(100), 500)
+    counts = transition_matrix(clean, corrupt(clean, "asymmetric_blocks", 0.4, 0, 100), 100)
+    assert (np.diag(counts) == 300).all()
+    for block in range(0, 100, 5):
+        for i in range(5):
+            assert counts[block + i, block + (i + 1) % 5] == 200
+    patrini = corrupt(clean, "asymmetric", 0.4, 0, 100, class_map=DATASETS["cifar100"].asymmetric_map)
+    moved = transition_matrix(clean, patrini, 100)[0].nonzero()[0].tolist()
+    assert [DATASETS["cifar100"].class_names[label] for label in moved] == ["apple", "mushroom"]
 
 
 # ---- human and instance-dependent -----------------------------------------------------------------------------------
@@ -301,7 +357,10 @@ def test_rates_zero_and_one(kind):
         ({"kind": "asymmetric", "class_map": {0: 10}}, "0 -> 10 must name two different classes in 0..9"),
         ({"kind": "asymmetric", "class_map": {-1: 3}}, "-1 -> 3 must name two different classes"),
         ({"kind": "asymmetric_released", "class_map": {4: 4}}, "4 -> 4 must name two different classes"),
+        ({"kind": "asymmetric_blocks", "class_map": {0: 1}}, "has its own class map.*data.real.noise.class_map"),
+        ({"kind": "asymmetric_blocks", "num_classes": 12}, "needs a multiple of five classes, not 12"),
         ({"kind": "cifar10n"}, "data.real.noise.human_labels"),
+        ({"kind": "cifar10n", "key": "data.generated.noise"}, "data.generated.noise.human_labels"),
         ({"kind": "cifar10n", "human_labels": np.zeros(9, np.int64)}, "9 human labels for 10 images"),
         ({"kind": "cifar10n", "human_labels": np.full(10, 10)}, "human labels range from 10 to 10"),
         ({"kind": "cifar10n", "human_labels": np.zeros(10)}, "human labels must be integers"),
@@ -328,12 +387,16 @@ def test_wrong_arguments_are_refused(arguments, message):
         ({"kind": "none", "rate": 0.2}, "kind is 'none'.*Name a kind"),
         ({"kind": "cifar10n"}, "data.real.noise.human_labels"),
         ({"human_set": "worst"}, "human_set is 'worst'. Did you mean 'worse'"),
+        ({"kind": "asymmetric_blocks", "class_map": {0: 1}}, "has its own class map"),
     ],
 )
 def test_a_spec_checks_itself(arguments, message):
-    """A recipe with contradicting or unknown noise fails before any data are read."""
-    with pytest.raises(UserError, match=message):
+    """A recipe with contradicting or unknown noise fails before any data are read, and names the section of its noise."""
+    with pytest.raises(UserError, match=message) as of_real:
         NoiseSpec(**arguments)
+    with pytest.raises(UserError) as of_generated:
+        GeneratedNoiseSpec(**arguments)
+    assert str(of_generated.value) == str(of_real.value).replace("data.real.noise", "data.generated.noise")
 
 
 # ---- what a run stores ----------------------------------------------------------------------------------------------

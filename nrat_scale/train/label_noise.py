@@ -62,7 +62,7 @@ def _restored(source: TrainingSource, arrays: Path, sha256: object) -> np.ndarra
     order = source.shards.in_source_order()
     given = clean = np.zeros(0, np.int64)
     try:
-        with np.load(arrays, allow_pickle=False) as stored:
+        with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             given, clean = stored["given"], stored["clean"]
     except (OSError, ValueError, LookupError, EOFError, BadZipFile):
         pass  # an empty array fails the comparison below
