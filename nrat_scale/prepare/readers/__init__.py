@@ -3,7 +3,7 @@
 A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it. A missing,
 damaged or unexpected file raises a `UserError` that names it. Arguments that several readers have:
 
-    dataset    a key of `DATASETS`, or None: the classes are "0".."K-1"
+    classes    names and first number of the classes; by default "0".."K-1"
     scratch    an existing folder for decompressed or decoded images, deleted after the conversion
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 from nrat_scale.prepare.readers.cifar import SPLITS, read_cifar
 from nrat_scale.prepare.readers.digits import read_digits
 from nrat_scale.prepare.readers.idx import read_idx
@@ -43,6 +43,23 @@ _NAMES = ", ".join(DATASETS)
 _DATASET = argument(
     "--dataset", choices=list(DATASETS), metavar="NAME", help=f"sets the class names: {_NAMES} (default: 0, 1, 2, ...)"
 )
+_CLASSES = (
+    _DATASET,
+    argument(
+        "--classes",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        default=(),
+        metavar="NAME,NAME,...",
+        help="names of all classes in label order, instead of --dataset",
+    ),
+    argument(
+        "--labels-start", type=int, default=0, metavar="N", help="number of the first class (default: %(default)s)"
+    ),
+)
+
+
+def _classes(given: Namespace) -> Classes:
+    return Classes(given.dataset, given.classes, given.labels_start)
 
 
 def _cifar(dataset: str, summary: str, binary: str) -> Reader:
@@ -63,15 +80,16 @@ def _cifar(dataset: str, summary: str, binary: str) -> Reader:
 
 READERS: dict[str, Reader] = {
     "npz": Reader(
-        lambda given, scratch: read_npz(given.files, given.dataset, scratch),
+        lambda given, scratch: read_npz(given.files, _classes(given), scratch),
         "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
         (
             argument("files", nargs="+", metavar="FILE", help="path or hf://datasets/USER/REPO/FILE; one or more"),
-            _DATASET,
+            *_CLASSES,
         ),
         (
             "1m.npz --dataset cifar10 --out data/cifar10_1m",
             "part0.npz part1.npz part2.npz --out data/parts",
+            "animals.npz --classes cat,dog,bird --labels-start 1 --out data/animals",
             "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
         ),
     ),
@@ -95,18 +113,18 @@ READERS: dict[str, Reader] = {
         ("data --split train --out data/tiny_imagenet/train",),
     ),
     "reshard": Reader(
-        lambda given, scratch: read_tars(given.files, given.dataset, scratch),
+        lambda given, scratch: read_tars(given.files, _classes(given), scratch),
         "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
         (
             argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'"),
-            _DATASET,
+            *_CLASSES,
         ),
         ("'other/{0000..0010}.tar' --dataset cifar10 --out data/other",),
     ),
     "idx": Reader(
-        lambda given, scratch: read_idx(given.images, given.labels, given.dataset),
+        lambda given, scratch: read_idx(given.images, given.labels, _classes(given)),
         "MNIST, Fashion-MNIST and similar data sets: IDX files, plain or .gz",
-        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), _DATASET),
+        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
         ("train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist/train",),
     ),
     "digits": Reader(
