@@ -104,6 +104,7 @@ class LabelledArrays:
         dataset: name of the data set (a key of `DATASETS`, or "custom").
         class_names: in label order; K of them.
         files: name, size and sha256 of each input file.
+        note: what the reader did to the images, for the summary.
 
     Raises:
         UserError: images and labels do not match, or a label is not in 0..K-1.
@@ -114,6 +115,7 @@ class LabelledArrays:
     dataset: str
     class_names: tuple[str, ...]
     files: tuple[dict[str, Any], ...] = ()
+    note: str = ""
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -139,6 +141,7 @@ class LabelledArrays:
         classes: Classes,
         files: Sequence[dict[str, Any]],
         num_classes: int | None = None,
+        note: str = "",
     ) -> "LabelledArrays":
         """With the class names of `classes`.
 
@@ -160,6 +163,6 @@ class LabelledArrays:
             )
         width = max(high - classes.start + 1, num_classes or 0)
         names = classes.known_names or tuple(str(label + classes.start) for label in range(width))
-        source = cls(images, labels, classes.dataset or "custom", names, tuple(files))
+        source = cls(images, labels, classes.dataset or "custom", names, tuple(files), note)
         classes.check_no_gap(np.bincount(labels, minlength=len(names)))
         return source

@@ -229,7 +229,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path, cli):
     """Missing, a folder, other content, cut short, or without the right members."""
     whole = io.BytesIO()
     np.savez(whole, image=IMAGES, label=LABELS)
-    for content in (b"PK but not really", b"", npy(IMAGES), whole.getvalue()[:-40]):
+    for content in (b"PK but not really", b"", whole.getvalue()[:-40]):
         (tmp_path / "a.npz").write_bytes(content)
         assert_refused(cli, tmp_path, ["npz", tmp_path / "a.npz"], "a.npz is damaged or cut short")
     assert_refused(cli, tmp_path, ["npz", tmp_path / "no.npz"], "There is no npz file at", "no.npz")

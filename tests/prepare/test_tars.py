@@ -306,7 +306,7 @@ def test_names_of_tars(tmp_path, cli, monkeypatch):
     _tar(tmp_path / "a.tar", *ONE)
     for names, words in [
         (["no.tar"], "There is no tar at no.tar"),
-        (["."], "cannot be read (Is a directory)"),
+        (["."], "prepare folder . --out DIR"),
         (["{a..c}.tar"], "There is no tar at b.tar"),
         (["a.tar", "a.tar"], "a.tar is given twice"),
         (["a.tar", "./a.tar"], "is given twice"),

@@ -14,10 +14,14 @@ from typing import Any, NamedTuple
 
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare.input import Classes, LabelledArrays
+from nrat_scale.prepare.readers.arrays import read_arrays
 from nrat_scale.prepare.readers.cifar import SPLITS, read_cifar
 from nrat_scale.prepare.readers.digits import read_digits
+from nrat_scale.prepare.readers.encoded import FITS, Fit
+from nrat_scale.prepare.readers.folder import read_folder
 from nrat_scale.prepare.readers.idx import read_idx
 from nrat_scale.prepare.readers.npz import read_npz
+from nrat_scale.prepare.readers.parquet import read_hf, read_parquet
 from nrat_scale.prepare.readers.svhn import read_svhn
 from nrat_scale.prepare.readers.tars import read_tars
 from nrat_scale.prepare.readers.tiny_imagenet import TINY_PER_CLASS, read_tiny_imagenet
@@ -43,7 +47,7 @@ _NAMES = ", ".join(DATASETS)
 _DATASET = argument(
     "--dataset", choices=list(DATASETS), metavar="NAME", help=f"sets the class names: {_NAMES} (default: 0, 1, 2, ...)"
 )
-_CLASSES = (
+_NAMES_OF_CLASSES = (
     _DATASET,
     argument(
         "--classes",
@@ -52,14 +56,37 @@ _CLASSES = (
         metavar="NAME,NAME,...",
         help="names of all classes in label order, instead of --dataset",
     ),
+)
+_CLASSES = (
+    *_NAMES_OF_CLASSES,
     argument(
         "--labels-start", type=int, default=0, metavar="N", help="number of the first class (default: %(default)s)"
     ),
 )
 
 
+_FIT = (
+    argument("--size", type=int, metavar="N", help="scale images to N x N (default: all must have one size already)"),
+    argument(
+        "--fit",
+        choices=FITS,
+        default=FITS[0],
+        help="with --size: scale the shorter side and crop the centre, or stretch (default: %(default)s)",
+    ),
+    argument("--channels", type=int, choices=(1, 3), help="default: 1 if all images are grey, else 3"),
+)
+_COLUMNS = (
+    argument("--image-column", metavar="NAME", help="default: the column with a usual name, such as `image` or `img`"),
+    argument("--label-column", metavar="NAME", help="default: the column with a usual name, such as `label`"),
+)
+
+
 def _classes(given: Namespace) -> Classes:
-    return Classes(given.dataset, given.classes, given.labels_start)
+    return Classes(given.dataset, given.classes, getattr(given, "labels_start", 0))
+
+
+def _fit(given: Namespace) -> Fit:
+    return Fit(given.size, given.fit, given.channels)
 
 
 def _cifar(dataset: str, summary: str, binary: str) -> Reader:
@@ -92,6 +119,48 @@ READERS: dict[str, Reader] = {
             "animals.npz --classes cat,dog,bird --labels-start 1 --out data/animals",
             "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
         ),
+    ),
+    "folder": Reader(
+        lambda given, scratch: read_folder(given.root, _fit(given), _classes(given), scratch),
+        "a folder of images (png, jpg, webp) with one subfolder for each class, as torchvision's ImageFolder",
+        (argument("root", type=Path, metavar="ROOT"), *_FIT, *_NAMES_OF_CLASSES),
+        ("photos/train --size 64 --out data/photos/train",),
+    ),
+    "arrays": Reader(
+        lambda given, scratch: read_arrays(given.images, given.labels, _classes(given)),
+        ".npy files: images (uint8 [N, H, W, C], [N, C, H, W] or [N, H, W]) and labels (integers [N], or one-hot [N, K])",
+        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
+        ("images.npy labels.npy --classes cat,dog,bird --out data/animals",),
+    ),
+    "parquet": Reader(
+        lambda given, scratch: read_parquet(
+            given.files, given.image_column, given.label_column, _fit(given), _classes(given), scratch
+        ),
+        "parquet files with encoded images and labels (needs the extra hf)",
+        (argument("files", type=Path, nargs="+", metavar="FILE"), *_COLUMNS, *_FIT, *_CLASSES),
+        ("train-*.parquet --size 32 --out data/animals",),
+    ),
+    "hf": Reader(
+        lambda given, scratch: read_hf(
+            given.name,
+            given.split,
+            given.config,
+            given.image_column,
+            given.label_column,
+            _fit(given),
+            _classes(given),
+            scratch,
+        ),
+        "a data set of the Hugging Face Hub, through its `datasets` library (needs the extra hf)",
+        (
+            argument("name", metavar="DATASET", help="USER/NAME, or a local folder of such a data set"),
+            argument("--split", required=True),
+            argument("--config", metavar="NAME", help="of a data set with several configurations"),
+            *_COLUMNS,
+            *_FIT,
+            *_CLASSES,
+        ),
+        ("uoft-cs/cifar10 --split train --out data/cifar10/train",),
     ),
     "cifar10": _cifar("cifar10", "CIFAR-10 as published (Python or binary version)", "cifar-10-batches-bin"),
     "cifar100": _cifar(

@@ -6,6 +6,7 @@ whose members are not adjacent. This reader checks every header before it decode
 
 import json
 import re
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,9 @@ def read_tars(names: Sequence[str], classes: Classes, scratch: Path) -> Labelled
     'data/{0000..0010}.tar'.
     """
     paths = _expanded(names)
+    if folder := next((path for path in paths if path.is_dir()), None):
+        command = f"python -m nrat_scale.prepare folder {shlex.quote(str(folder))} --out DIR"
+        raise UserError(f"{folder} is a folder. Name its tars ({folder}/*.tar); for a folder of images: {command}")
     total = sum(count_samples(path) for path in paths)  # checks every header before the first image is decoded
     allowed = range(classes.start, classes.start + (len(classes.known_names) or MAX_CLASSES))
     labels: list[int] = []
@@ -127,6 +131,9 @@ def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[tuple[str, dict[
             if any(later == key for later, *_ in members):
                 raise _Refused(_NOT_ADJACENT, key)
             found = ", ".join(f".{extension}" for extension in sample)
+            if "/" in key.strip("./") and not sample.keys() & set(_LABELS):
+                unpack = "if its folders are the classes, unpack it and run: python -m nrat_scale.prepare folder FOLDER"
+                raise _Refused(f"the sample has {found} and no label; {unpack}", key)
             raise _Refused(f"the sample has {found}, expected {_EXPECTED}", key)
         keys.add(key)
         yield key, sample
