@@ -42,13 +42,15 @@ class RealSpec:
 
 @dataclass(frozen=True)
 class GeneratedSpec:
-    """Generated images with the labels they were generated for; `exclude` and `prepare` are those of `RealSpec`."""
+    """Generated images with the labels they were generated for."""
 
     shards: str | None = None  # folder or address of shards; None trains on real images alone
     fraction: float = 0.7  # generated part of every batch, in (0, 1]: floor(batch_size * fraction) images
-    exclude: str | None = None
-    prepare: str | None = None
-    noise: GeneratedNoiseSpec = field(default_factory=GeneratedNoiseSpec)  # as `RealSpec.noise`; none in publications
+    exclude: str | None = None  # as `data.real.exclude`
+    prepare: str | None = None  # as `data.real.prepare`
+    noise: GeneratedNoiseSpec = field(
+        default_factory=GeneratedNoiseSpec
+    )  # as `data.real.noise`; publications have none
 
     def __post_init__(self) -> None:
         _check_not_empty(GENERATED, self.shards, self.exclude)
@@ -88,11 +90,7 @@ class RemoteSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The training data.
-
-    `resident` keeps all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and
-    take at most half of its free memory. It changes no batch.
-    """
+    """The training data."""
 
     batch_size: int = 128  # images of the global batch, over all processes and accumulation steps
     epoch_samples: int | None = None  # rounded up to whole batches; by default the real (else the generated) images
@@ -103,6 +101,8 @@ class DataSpec:
     remote: RemoteSpec = field(default_factory=RemoteSpec)
     window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
     loader: str = "indexed"  # by the sample plan, equal for any number of ranks; or `webdataset`, by that library
+    # Keep all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and take at most
+    # half of its free memory. It changes no batch.
     resident: str = "auto"
     on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good
     max_bad_shards: int = 1  # that may be skipped
