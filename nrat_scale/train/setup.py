@@ -126,7 +126,8 @@ def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, bas
         base = base.to(memory_format=torch.channels_last)
     base = convert(base, recipe.model.bn, recipe.model.bn_group_size)
     ema = build_ema(base, recipe.ema, recipe.train.epochs * data.steps_per_epoch) if recipe.ema.decay else None
-    attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+    attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm, compute=compute)
     if attack_model.untraced is not None and batchnorms(base):
         accelerator.print(f"BatchNorm is not folded: torch.fx cannot trace the model ({attack_model.untraced}).")
     with warnings.catch_warnings():

@@ -100,13 +100,13 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        threat, module, forward = state.recipe.threat, state.attack_model.module, state.attack_model.forward
+        threat, module = state.recipe.threat, state.attack_model.module
 
         def mixed(x: Tensor) -> Tensor:
             with state.accelerator.autocast():
-                return forward(x)
+                return state.attack_model.low_forward(x)
 
-        first = forward if _starts_precisely(state) else mixed
+        first = state.attack_model.forward if _starts_precisely(state) else mixed
         if logits is None and state.objective.inner_needs_natural:
             with torch.no_grad():
                 logits = first(part.x)
