@@ -247,10 +247,10 @@ def _key_lines(attacks: Mapping[str, dict[str, Any]]) -> list[str]:
     shared = dict(next(iter(keyed.values()), {}))
     for fields in keyed.values():
         shared = {name: value for name, value in shared.items() if fields.get(name) == value}
-    lines = [f"key: {_fields_text(shared)}"]
+    lines = [f"keys: {_fields_text(shared)}"]
     for attack, fields in keyed.items():
         own = {name: value for name, value in fields.items() if name not in shared}
-        lines.append(f"key {attacks[attack].get('key', 'unknown')} of {attack}: {_fields_text(own) or 'as above'}")
+        lines.append(f"key of {attack}: {_fields_text({'': attacks[attack].get('key', 'unknown'), **own}).strip()}")
     return lines
 
 
