@@ -152,7 +152,9 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
         checkpoints[label] = {**record, "attacks": {}}
         for name, entry in record.get("attacks", {}).items():
             outcome = arrays.get(f"{label}/{name}")
-            if outcome is not None and outcome_digest(outcome) == entry.get("outcome_sha256"):
+            if outcome is None or not isinstance(entry, dict) or entry.get("n") != len(outcome[0]):
+                continue
+            if outcome_digest(outcome) == entry.get("outcome_sha256"):
                 checkpoints[label]["attacks"][name] = entry
                 outcomes[f"{label}/{name}"] = outcome
     return checkpoints, outcomes
