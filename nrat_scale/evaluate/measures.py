@@ -17,7 +17,7 @@ from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
-from nrat_scale.evaluate.autoattack import autoattack_log
+from nrat_scale.evaluate.autoattack import AutoAttackLog
 
 
 class Interrupted(Exception):
@@ -81,11 +81,10 @@ def correct_under(
         FloatingPointError: logits or gradients are not finite.
     """
     parsed, outcome = parse_attack(attack), np.zeros(len(images), bool)
-    with autoattack_log():
-        for rows in images.blocks(batch_size):
-            if stopped():
-                raise Interrupted
-            outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
+    for rows in images.blocks(batch_size):
+        if stopped():
+            raise Interrupted
+        outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
     return outcome
 
 
@@ -98,6 +97,7 @@ def block_outcome(
     seed: int = 0,
     source: nn.Module | None = None,
     broken: np.ndarray | None = None,
+    log: AutoAttackLog | None = None,
 ) -> np.ndarray:
     """Which images of one block the model still classifies correctly under `attack`: bool [n].
 
@@ -111,6 +111,7 @@ def block_outcome(
         seed: of the random starts and of AutoAttack.
         source: make the adversarial images on this model instead (transfer attack).
         broken: bool [n], images that an earlier attack broke: they are not attacked and count as wrong.
+        log: receives AutoAttack's warnings and which component broke each image.
 
     Raises:
         FloatingPointError: logits or gradients are not finite.
@@ -129,9 +130,16 @@ def block_outcome(
             break
         rows = np.arange(len(images)) if kind.whole_blocks else np.flatnonzero(outcome)
         index = torch.from_numpy(rows).to(device)
-        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart)
+        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart, log)
         outcome[rows] &= _predictions(model, kind.perturb(attack, block)).eq(block.y).cpu().numpy()
     return outcome
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, images: Images) -> int:
+    """The number of logits of `model`."""
+    logits: Tensor = model(to_float(images.pixels[:1].to(next(model.parameters()).device)))
+    return logits.shape[1]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from nrat_scale.attacks import ThreatSpec, threat_text
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.data.shards import ShardSet
-from nrat_scale.evaluate.autoattack import autoattack_package
+from nrat_scale.evaluate.autoattack import autoattack_package, autoattack_version
 
 FORMAT = "nrat_scale.results"
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
@@ -32,11 +32,12 @@ Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """The outcome of one block: bool [m], the seconds it took, and AutoAttack's warnings."""
+    """The outcome of one block."""
 
-    right: np.ndarray
+    right: np.ndarray  # bool [m]
     seconds: float
-    warnings: list[str]
+    warnings: list[str]  # of AutoAttack
+    broken_by: np.ndarray | None = None  # int8 [m]: number of AutoAttack's component that broke each image, -1 for none
 
 
 class BlockLog:
@@ -57,7 +58,9 @@ class BlockLog:
             try:
                 right = np.array(["01".index(letter) for letter in value["right"]], bool)
                 seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
-                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
+                components = value.get("broken_by")  # none in blocks of other attacks
+                broken_by = None if components is None else np.array(components, np.int8)
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings, broken_by)
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"The finished block {path} is damaged. Remove it to evaluate it again.") from error
         return blocks
@@ -67,6 +70,7 @@ class BlockLog:
         make_folder(self._folder)
         text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
+        value |= {} if block.broken_by is None else {"broken_by": block.broken_by.tolist()}
         write_json(self._folder / f"block-{first:08d}.json", value)
 
     def clear(self) -> None:
@@ -108,14 +112,14 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
 
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
     """The content of results.json before the first measurement."""
-    packages = ("torch", "timm", autoattack_package())
+    versions = {"torch": version("torch"), "timm": version("timm"), autoattack_package(): autoattack_version()}
     facts = {"fingerprint": shards.fingerprint, "dataset": shards.dataset, "num_images": len(shards)}
     return {
         "format": FORMAT,
         "version": 1,
         "data": {"folder": Path(shards.folder).name, **facts},
         "threat": {"norm": threat.norm, "eps": threat.eps, "step": threat.step, "space": threat.space},
-        "versions": {"nrat_scale": nrat_scale.__version__, **{name: version(name) for name in packages}},
+        "versions": {"nrat_scale": nrat_scale.__version__, **versions},
         "checkpoints": {},
     }
 
@@ -152,7 +156,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 
 
-_MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "outcome_sha256"}
+_MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "broken_by", "left_out", "outcome_sha256"}
 
 
 def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> bool:
@@ -172,6 +176,19 @@ def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str
     raise UserError(f"The results hold {key} with other settings: {words}. Give another --out; no number is replaced.")
 
 
+def left_out_notes(attacks: Mapping[str, Any]) -> list[str]:
+    """A sentence for each attack without the parts of AutoAttack that the number of classes does not define.
+
+    Args:
+        attacks: attack -> its entry in results.json.
+    """
+    return [
+        f"{attack} is not the standard version of AutoAttack: {'; '.join(map(str, entry['left_out']))}."
+        for attack, entry in attacks.items()
+        if isinstance(entry, dict) and entry.get("left_out")
+    ]
+
+
 def results_text(results: dict[str, Any], labels: list[str]) -> str:
     """The accuracies and flags of these checkpoints, for a terminal."""
     threat = results["threat"]
@@ -182,5 +199,6 @@ def results_text(results: dict[str, Any], labels: list[str]) -> str:
         for attack, entry in {**record["attacks"], **worst}.items():
             accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
             lines.append(f"  {label:8s} {attack:10s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}")
+        lines += [f"  {label:8s} NOTE: {note}" for note in left_out_notes(record["attacks"])]
         lines += [f"  {label:8s} FLAG: {flag}" for flag in record["flags"]]
     return "\n".join(lines)

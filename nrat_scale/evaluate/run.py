@@ -18,11 +18,13 @@ from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.files import make_folder, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate import results
-from nrat_scale.evaluate.attacks import TRANSFER, Attack
-from nrat_scale.evaluate.autoattack import autoattack_log
-from nrat_scale.evaluate.measures import Images, block_outcome, read_images
+from nrat_scale.evaluate.attacks import TRANSFER, Attack, for_classes, needs_gradient
+from nrat_scale.evaluate.autoattack import AutoAttackLog
+from nrat_scale.evaluate.differentiable import check_differentiable
+from nrat_scale.evaluate.measures import Images, block_outcome, count_classes, read_images
+from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import check_model, contradictions
+from nrat_scale.evaluate.sanity import check_model, contradictions, square_warning
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
@@ -56,6 +58,7 @@ class _Measured:
     """The results of one set of weights: facts, and per attack its entry of results.json and its outcome."""
 
     facts: dict[str, Any]
+    num_classes: int  # of the attacked model
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     outcomes: dict[str, results.Outcome] = field(default_factory=dict)
 
@@ -73,8 +76,14 @@ class _Evaluation:
     def start(self, target: Target) -> _Measured:
         """Check the model, and collect earlier results of the same weights."""
         images = read_images(self.shards, _CHECKED_IMAGES)
-        flags = check_model(target.model, images, self.request.threat, target.label)
-        measured = _Measured({**target.identity, "flags": flags})
+        source, attacks = self.request.source, self.request.attacks
+        follows_gradient = any(map(needs_gradient, attacks))
+        if source is not None and follows_gradient:
+            check_differentiable(source.model, images, source.label)
+        own = follows_gradient and source is None
+        flags = check_model(target.model, images, self.request.threat, target.label, follows_gradient=own)
+        attacked = target.model if source is None else source.model
+        measured = _Measured({**target.identity, "flags": flags}, count_classes(attacked, images))
         for label, record in self.results["checkpoints"].items():
             if record.get("sha256") == target.identity["sha256"]:
                 measured.entries |= record["attacks"]
@@ -84,7 +93,8 @@ class _Evaluation:
     def measure(self, target: Target, measured: _Measured) -> None:
         """Run the attacks that have no result yet."""
         request, before, broken = self.request, list[str](), set[int]()  # earlier attacks, ids of the images they broke
-        for attack in request.attacks:
+        for requested in request.attacks:
+            attack, left_out = for_classes(requested, measured.num_classes)
             key = request.key(attack)
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
             dropped = list(before) if request.drops_broken(attack) else []
@@ -96,13 +106,17 @@ class _Evaluation:
                 skipped = np.isin(images.ids, list(broken) if dropped else [])
                 blocks = self._run_blocks(attack, target, images, skipped, log)
                 outcome = images.ids, np.concatenate([block.right for block in blocks])
+                broken_by = _broken_by(attack, blocks)
+                square = None if request.source is not None else square_warning(broken_by, len(images))
                 assert len(outcome[1]) == len(images)
                 measured.outcomes[key] = outcome
                 measured.entries[key] = {
                     **accuracy_record(outcome[1]),
                     **settings,
                     "seconds": round(sum(block.seconds for block in blocks), 2),
-                    "warnings": sorted({warning for block in blocks for warning in block.warnings}),
+                    "warnings": merge_warnings([*(block.warnings for block in blocks), [square] if square else []]),
+                    **({"broken_by": broken_by} if broken_by else {}),
+                    **({"left_out": left_out} if left_out else {}),
                     "outcome_sha256": results.outcome_digest(outcome),
                 }
                 self._write(target, measured)
@@ -129,9 +143,10 @@ class _Evaluation:
                 rows, began = wanted[first], time.perf_counter()
                 given = images.take(rows), request.threat
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
-                with autoattack_log(bar.set_postfix_str) as warnings:
-                    right = block_outcome(attack, target.model, *given, **options)
-                mine[first] = results.FinishedBlock(right, time.perf_counter() - began, warnings)
+                heard = AutoAttackLog(bar.set_postfix_str)
+                right = block_outcome(attack, target.model, *given, **options, log=heard)
+                seconds = time.perf_counter() - began
+                mine[first] = results.FinishedBlock(right, seconds, heard.warnings, heard.broken_by)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
         for part in gather_object([mine]):
@@ -165,3 +180,9 @@ class _Evaluation:
             write_json(self.out, self.results)
 
         on_main(self.state, write)
+
+
+def _broken_by(attack: Attack, blocks: Sequence[results.FinishedBlock]) -> dict[str, int]:
+    """Component of AutoAttack -> number of images that it was the first to break; empty for other attacks."""
+    numbers = [block.broken_by for block in blocks if block.broken_by is not None]  # None: nothing left to attack
+    return {name: sum(int((found == i).sum()) for found in numbers) for i, name in enumerate(attack.components)}
