@@ -61,16 +61,11 @@ def _missing_gradient(model: nn.Module, x: Tensor) -> str | None:
             raise
         except RuntimeError as error:  # an operation without a derivative, or one that refuses tensors with a gradient
             return f"PyTorch: {first_line(error)}"
-    if gradient is None:
-        return detached
-    vary = len(logits) > 1 and differ(logits[1:], logits[:-1])
-    if vary and not bool(gradient.any()) and not are_probabilities(logits):  # saturated probabilities are flagged
-        return "its gradient is 0 at every image although its outputs differ, as if it rounded"
-    return None
+    return detached if gradient is None else None
 
 
 def logits_without_gradient(model: nn.Module, x: Tensor) -> list[str]:
-    """A flag if some logits have no gradient although they differ between images."""
+    """A flag if logits have no gradient although they differ between images: detached ones, or rounded ones."""
     with frozen(model), torch.enable_grad():
         x = x[:_IMAGES_PER_LOGIT].detach().requires_grad_()
         logits = model(x)
