@@ -59,6 +59,8 @@ class AttackKind:
     parse: Callable[[re.Match[str]], dict[str, Any]]  # -> title and other fields of `Attack`; may raise `UserError`
     perturb: Callable[[Attack, Block], Tensor] | None  # -> x_adv, shaped like block.x; None: natural images
     whole_blocks: bool = False  # the outcome depends on the whole block: no image may be dropped from it
+    # Raise it by hand with every change of the attack's code that can change an outcome: earlier results no longer count.
+    version: int = 1
 
 
 def parse_attack(name: str) -> Attack:

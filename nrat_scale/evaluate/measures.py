@@ -5,6 +5,7 @@ are seeded by image id, AutoAttack by block, so that the results do not depend o
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.attacks import ThreatSpec
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.seeds import KeyedPermutation
 from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
@@ -19,9 +21,40 @@ from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 
+# In errors that torch raises as RuntimeError: of the CPU's allocator, cuDNN and cuBLAS.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+class OutOfMemory(UserError):
+    """The memory of the device is exhausted."""
+
 
 class Interrupted(Exception):
     """The caller's `stopped` ended an evaluation early."""
+
+
+@contextmanager
+def memory_errors(what: str, batch_size: int) -> Iterator[None]:
+    """Raise `OutOfMemory`, with the way out, if the memory of the device is exhausted.
+
+    Args:
+        what: names the computation in the message.
+        batch_size: images per evaluation block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise
+        way_out = "Free memory on the device, or choose another one with --device."
+        if batch_size > 1:
+            way_out = (
+                f"Give a smaller --batch-size, such as {batch_size // 2}. The size belongs to the key of a result: results of "
+                "another size need another --out."
+            )
+        message = f"{what} does not fit into the memory of the device (blocks of {batch_size} images). {way_out}"
+        raise OutOfMemory(message) from error
 
 
 @dataclass(frozen=True)
