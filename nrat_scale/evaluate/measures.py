@@ -181,4 +181,4 @@ def _predictions(model: nn.Module, x: Tensor) -> Tensor:
     if not bool(logits.isfinite().all()):
         # argmax of NaN is 0 and would count as a prediction of class 0.
         raise FloatingPointError("The model's logits are not finite: its accuracy would be meaningless.")
-    return logits.argmax(1)
+    return logits.float().argmax(1) if logits.dtype == torch.bool else logits.argmax(1)

@@ -235,17 +235,20 @@ def left_out_notes(attacks: Mapping[str, Any]) -> list[str]:
     Args:
         attacks: attack -> its entry in results.json.
     """
+    left_out = {name: entry.get("left_out") for name, entry in attacks.items() if isinstance(entry, dict)}
     return [
-        f"{attack} is not the standard version of AutoAttack: {'; '.join(map(str, entry['left_out']))}."
-        for attack, entry in attacks.items()
-        if isinstance(entry, dict) and entry.get("left_out")
+        f"{name} is not the standard version of AutoAttack: {'; '.join(map(str, reasons))}."
+        for name, reasons in left_out.items()
+        if reasons and isinstance(reasons, list)
     ]
 
 
 def results_text(results: dict[str, Any], labels: list[str]) -> str:
     """The accuracies and flags of these checkpoints, for a terminal."""
     threat = results["threat"]
-    lines = [f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'])}, 95 % Wilson intervals"]
+    lines = [
+        f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'], threat.get('space', 'pixel'))}, 95 % Wilson intervals"
+    ]
     for label in labels:
         record = results["checkpoints"][label]
         worst = {} if record["worst"] is None else {"worst case": record["worst"]}
