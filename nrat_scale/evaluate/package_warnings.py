@@ -81,8 +81,7 @@ def merge_warnings(blocks: Iterable[Sequence[str]]) -> list[str]:
 @contextmanager
 def _sole_handler(logger: logging.Logger, take: Callable[[logging.LogRecord], None]) -> Iterator[None]:
     """Send the warnings of `logger` and its children to `take` alone."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = take  # type: ignore[method-assign]
+    handler = _Taker(take)
     handlers, propagate, level, disabled = logger.handlers, logger.propagate, logger.level, logger.disabled
     logger.handlers, logger.propagate, logger.disabled = [handler], False, False
     logger.setLevel(logging.WARNING)
@@ -91,6 +90,17 @@ def _sole_handler(logger: logging.Logger, take: Callable[[logging.LogRecord], No
     finally:
         logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
         logger.setLevel(level)
+
+
+class _Taker(logging.Handler):
+    """Gives each warning to `take`."""
+
+    def __init__(self, take: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._take = take
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._take(record)
 
 
 class _Lines(TextIOBase):
