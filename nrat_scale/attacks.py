@@ -243,4 +243,6 @@ def fraction_text(value: float) -> str:
 def threat_text(norm: str, eps: float, space: str = "pixel") -> str:
     """A threat model in text, everywhere: `l_inf, eps = 8/255`, `l_2, eps = 0.5`; a norm of another version as it is."""
     short = norm == "l2" and len(repr(eps)) <= len("0.125")  # radii in l_2 are usually no grey levels
-    return f"{NORMS.get(norm, norm)}, eps = {eps if short else fraction_text(eps)}" + ("" if space == "pixel" else f" in {space} space")
+    return f"{NORMS.get(norm, norm)}, eps = {eps if short else fraction_text(eps)}" + (
+        "" if space == "pixel" else f" in {space} space"
+    )
