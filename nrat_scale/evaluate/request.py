@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch import nn
 
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
@@ -110,7 +110,9 @@ def request_threat(
         return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
     norm = norm or "linf"
     if eps is None:
-        raise UserError(f"{what} names no {norm} radius that it was trained for. Give --eps, such as --eps 8/255.")
+        raise UserError(
+            f"{what} names no {NORMS[norm]} radius that it was trained for. Give --eps, such as --eps 8/255."
+        )
     return ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm)
 
 

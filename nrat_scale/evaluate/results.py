@@ -27,7 +27,7 @@ from nrat_scale.core.errors import UserError, printable, warn
 from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
 from nrat_scale.core.locks import locked
 from nrat_scale.data.shards import ShardSet
-from nrat_scale.evaluate.autoattack import autoattack_package
+from nrat_scale.evaluate.autoattack import autoattack_package, autoattack_version
 from nrat_scale.evaluate.key import KEY_FIELDS, MODEL_FIELDS, EvaluationKey, ModelKey, difference, value_text
 
 FORMAT = "nrat_scale.results"
@@ -36,11 +36,12 @@ Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """The outcome of one block: bool [m], the seconds it took, and AutoAttack's warnings."""
+    """The outcome of one block."""
 
-    right: np.ndarray
+    right: np.ndarray  # bool [m]
     seconds: float
-    warnings: list[str]
+    warnings: list[str]  # of AutoAttack
+    broken_by: np.ndarray | None = None  # int8 [m]: number of AutoAttack's component that broke each image, -1 for none
 
 
 class BlockLog:
@@ -62,7 +63,9 @@ class BlockLog:
             try:
                 right = np.array(["01".index(letter) for letter in value["right"]], bool)
                 seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
-                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
+                components = value.get("broken_by")  # none in blocks of other attacks
+                broken_by = None if components is None else np.array(components, np.int8)
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings, broken_by)
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"The finished block {path} is damaged. Remove it to evaluate it again.") from error
         return blocks
@@ -71,6 +74,7 @@ class BlockLog:
         """Write and fsync a finished block."""
         text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
+        value |= {} if block.broken_by is None else {"broken_by": block.broken_by.tolist()}
         with locked(self._results):  # another evaluation may be removing the folder
             make_folder(self._folder)
             write_json(self._folder / f"block-{first:08d}.json", value)
@@ -115,8 +119,8 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
 
 def package_versions() -> dict[str, str]:
     """The packages that an outcome depends on, by name."""
-    packages = ("torch", "timm", autoattack_package())
-    return {"nrat_scale": nrat_scale.__version__, **{name: version(name) for name in packages}}
+    installed = {name: version(name) for name in ("torch", "timm")}
+    return {"nrat_scale": nrat_scale.__version__, **installed, autoattack_package(): autoattack_version()}
 
 
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
@@ -227,16 +231,33 @@ def merged_entries(
     return entries
 
 
+def left_out_notes(attacks: Mapping[str, Any]) -> list[str]:
+    """A sentence for each attack without the parts of AutoAttack that the number of classes does not define.
+
+    Args:
+        attacks: attack -> its entry in results.json.
+    """
+    left_out = {name: entry.get("left_out") for name, entry in attacks.items() if isinstance(entry, dict)}
+    return [
+        f"{name} is not the standard version of AutoAttack: {'; '.join(map(str, reasons))}."
+        for name, reasons in left_out.items()
+        if reasons and isinstance(reasons, list)
+    ]
+
+
 def results_text(results: dict[str, Any], labels: list[str]) -> str:
     """The accuracies and flags of these checkpoints, for a terminal."""
     threat = results["threat"]
-    lines = [f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'])}, 95 % Wilson intervals"]
+    lines = [
+        f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'], threat.get('space', 'pixel'))}, 95 % Wilson intervals"
+    ]
     for label in labels:
         record = results["checkpoints"][label]
         worst = {} if record["worst"] is None else {"worst case": record["worst"]}
         for attack, entry in {**record["attacks"], **worst}.items():
             accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
             lines.append(f"  {label:8s} {attack:10s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}")
+        lines += [f"  {label:8s} NOTE: {note}" for note in left_out_notes(record["attacks"])]
         lines += [f"  {label:8s} FLAG: {flag}" for flag in record["flags"]]
         lines += [f"  {label:8s} {text}" for text in _key_lines(record["attacks"])]
     return "\n".join(lines)

@@ -23,12 +23,21 @@ from nrat_scale.core.files import write_json
 from nrat_scale.core.locks import locked
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate import results
-from nrat_scale.evaluate.attacks import TRANSFER, Attack
-from nrat_scale.evaluate.autoattack import autoattack_log
+from nrat_scale.evaluate.attacks import TRANSFER, Attack, for_classes, needs_gradient
+from nrat_scale.evaluate.autoattack import AutoAttackLog
+from nrat_scale.evaluate.differentiable import check_differentiable
 from nrat_scale.evaluate.key import machine_facts
-from nrat_scale.evaluate.measures import Images, OutOfMemory, block_outcome, memory_errors, read_images
+from nrat_scale.evaluate.measures import (
+    Images,
+    OutOfMemory,
+    block_outcome,
+    count_classes,
+    memory_errors,
+    read_images,
+)
+from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import check_model, contradictions
+from nrat_scale.evaluate.sanity import check_model, contradictions, square_warning
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
@@ -76,6 +85,7 @@ class _Measured:
     """The results of one model: facts, and per attack its entry of results.json and its outcome."""
 
     facts: dict[str, Any]
+    num_classes: int  # of the attacked model
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     outcomes: dict[str, results.Outcome] = field(default_factory=dict)
 
@@ -119,7 +129,10 @@ class _Evaluation:
 
     def start(self, target: Target) -> _Measured:
         """Check the model, and collect earlier results of the same model."""
-        measured = _Measured({**target.identity, **asdict(target.key), "flags": self._check(target)})
+        flags = self._check(target)
+        attacked = target if self.request.source is None else self.request.source
+        num_classes = count_classes(attacked.model, read_images(self.shards, 1))
+        measured = _Measured({**target.identity, **asdict(target.key), "flags": flags}, num_classes)
         for label, record in self.results["checkpoints"].items():
             if results.unlike(record, target.key) is None:
                 measured.entries |= record["attacks"]
@@ -128,12 +141,16 @@ class _Evaluation:
 
     def _check(self, target: Target) -> list[str]:
         """The flags of `check_model`, on fewer images if these do not fit into memory but a block may."""
-        size, block = _CHECKED_IMAGES, self.request.batch_size
+        size, block, source = _CHECKED_IMAGES, self.request.batch_size, self.request.source
+        follows_gradient = any(map(needs_gradient, self.request.attacks))
+        options = {"follows_gradient": follows_gradient and source is None}
         while True:
             try:
                 with memory_errors(f"The check of {target.label}", block):
                     images = read_images(self.shards, size)
-                    return check_model(target.model, images, self.request.threat, target.label)
+                    if source is not None and follows_gradient:
+                        check_differentiable(source.model, images, source.label)
+                    return check_model(target.model, images, self.request.threat, target.label, **options)
             except OutOfMemory:
                 if size <= block:
                     raise
@@ -143,7 +160,8 @@ class _Evaluation:
     def measure(self, target: Target, measured: _Measured) -> None:
         """Run the attacks that have no result yet."""
         request, before, broken = self.request, list[str](), set[int]()  # earlier attacks, ids of the images they broke
-        for attack in request.attacks:
+        for requested in request.attacks:
+            attack, left_out = for_classes(requested, measured.num_classes)
             key = request.key(attack)
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
             dropped = list(before) if request.drops_broken(attack) else []
@@ -153,6 +171,8 @@ class _Evaluation:
                 log = results.BlockLog(self.out, record.digest)
                 blocks = self._run_blocks(attack, target, images, skipped, log)
                 outcome = images.ids, np.concatenate([block.right for block in blocks])
+                broken_by = _broken_by(attack, blocks)
+                square = None if request.source is not None else square_warning(broken_by, len(images))
                 assert len(outcome[1]) == len(images)
                 measured.outcomes[key] = outcome
                 measured.entries[key] = {
@@ -160,7 +180,9 @@ class _Evaluation:
                     **record.record(),
                     **machine_facts(next(target.model.parameters()).device, self.state.num_processes),
                     "seconds": round(sum(block.seconds for block in blocks), 2),
-                    "warnings": sorted({warning for block in blocks for warning in block.warnings}),
+                    "warnings": merge_warnings([*(block.warnings for block in blocks), [square] if square else []]),
+                    **({"broken_by": broken_by} if broken_by else {}),
+                    **({"left_out": left_out} if left_out else {}),
                     "outcome_sha256": results.outcome_digest(outcome),
                 }
                 self._write(target, measured)
@@ -187,10 +209,11 @@ class _Evaluation:
                 rows, began = wanted[first], time.perf_counter()
                 given = images.take(rows), request.threat
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
-                log_shown = autoattack_log(bar.set_postfix_str)
-                with _own_errors(), memory_errors(title, request.batch_size), log_shown as warnings:
-                    right = block_outcome(attack, target.model, *given, **options)
-                mine[first] = results.FinishedBlock(right, time.perf_counter() - began, warnings)
+                log_shown = AutoAttackLog(bar.set_postfix_str)
+                with _own_errors(), memory_errors(title, request.batch_size):
+                    right = block_outcome(attack, target.model, *given, **options, log=log_shown)
+                seconds = time.perf_counter() - began
+                mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
         for part in gather_object([mine]):
@@ -244,3 +267,9 @@ def _record(
         "worst": worst_case(outcomes),
         "attacks": entries,
     }
+
+
+def _broken_by(attack: Attack, blocks: Sequence[results.FinishedBlock]) -> dict[str, int]:
+    """Component of AutoAttack -> number of images that it was the first to break; empty for other attacks."""
+    numbers = [block.broken_by for block in blocks if block.broken_by is not None]  # None: nothing left to attack
+    return {name: sum(int((found == i).sum()) for found in numbers) for i, name in enumerate(attack.components)}

@@ -58,6 +58,22 @@ def test_the_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     assert "hf_secret" not in text and str(tmp_path) not in text and RELEASED_CODE_WARNING not in text
 
 
+def test_a_release_names_the_norm_that_was_tested(run: Path, tmp_path: Path) -> None:
+    """Card, metadata, command and RobustBench's texts of an evaluation in l_2 nowhere say that it was in l_inf."""
+    path = run / "results.json"
+    results = json.loads(path.read_text())
+    results["threat"] |= {"norm": "l2", "eps": 0.5, "step": 0.125}
+    path.write_text(json.dumps(results))
+    folder = bundle.release(run, tmp_path / "out" / "mine")
+    card, issue = (folder / "README.md").read_text(), (folder / bundle.ISSUE).read_text()
+    assert "Threat: l_2, eps = 0.5." in card and "--norm l2 --eps 0.5 --step 0.125" in card
+    assert {result.metric_name for result in ModelCard(card).data.eval_results} >= {
+        "PGD-3 accuracy in %, l_2, eps = 0.5 (n = 40)"
+    }
+    assert card.count("l_inf") == 1 and "trained with **nrat**, against the threat l_inf, eps = 8/255" in card
+    assert "- **Threat Model**: L2\n- **eps**: 0.5\n" in issue and "Linf" not in issue
+
+
 @pytest.mark.medium
 def test_the_command_on_the_card_gives_its_numbers(run: Path, test_shards: Path, tmp_path: Path) -> None:
     """The release and the test images are enough to reproduce the outcome of every image."""
