@@ -77,9 +77,9 @@ class ObjectiveSpec:
             raise UserError(f"{conflict}. Choose mixed or plugin, or set the smoothing to 0.")
         if self.smoothing_mode == "plugin" and self.loss not in ("nce_rce", "lse"):
             raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
+        self._check_ikl()
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
             check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
-        self._check_ikl()
 
     def _check_ikl(self) -> None:
         if self.divergence == "ikl" and self.lam != 1.0:
@@ -308,7 +308,8 @@ class Objective(nn.Module):
         if y.ndim == 2 and not self.spec.smooths_cutmix:
             smoothing = 0.0
             if name == "ce":  # KL(y || p), which only differs by a constant
-                return LOSSES["ce"](logits, y) + torch.special.xlogy(y, y).sum(1)
+                label = y.to(upcast(logits).dtype)
+                return LOSSES["ce"](logits, label) + torch.special.xlogy(label, label).sum(1)
         a, b = self.spec.a, self.spec.b
         if name == "nce_rce" and smoothing and self.spec.smoothing_mode == "plugin":
             return plugin_smoothed(logits, y, smoothing, a, b)
