@@ -129,10 +129,12 @@ def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list
 def _release(source: str) -> FoundTargets:
     folder = resolve(source)
     recipe = folder / RECIPE
-    threat = load_recipe(recipe).threat if recipe.is_file() else None
+    trained = load_recipe(recipe) if recipe.is_file() else None
     identity: dict[str, Any] = {"sha256": sha256_of(folder / WEIGHTS), "weights": "released"}
+    identity |= {"objective": trained.objective.title} if trained else {}
     if not Path(source).is_dir():
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
+    threat = trained.threat if trained else None
     return FoundTargets([Target("release", load(folder), identity)], threat, _default_results(source))
 
 
