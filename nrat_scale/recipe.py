@@ -161,7 +161,7 @@ def outdated(path: Path) -> str:
     raw = OmegaConf.to_container(_read_yaml(path), resolve=True)
     assert isinstance(raw, dict)
     objective, augment = raw.get("objective"), (raw.get("data") or {}).get("augment") or {}
-    if not _is_former(objective):
+    if not isinstance(objective, dict) or not _is_former(objective):
         return ""
     name, inner = objective["name"], objective["inner"]
     if "ikl" in (OBJECTIVES[name].divergence if name in OBJECTIVES else "", inner):

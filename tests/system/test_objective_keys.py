@@ -10,6 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.losses import LOSSES
@@ -182,6 +183,9 @@ def test_class_means_resume_exactly(recipe_path: Path, tmp_path: Path, stops: tu
     for stop in (*stops, "null"):
         train_cli([str(recipe_path), *keys, f"run_dir={tmp_path / 'parts'}", f"train.max_steps={stop}"])
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    kept = named_checkpoint(tmp_path / "whole", "last").tensors("objective")
+    assert kept["class_sums"].sum().item() == pytest.approx(64), "the images of the last epoch only"
+    assert (kept["class_means"] - 0.1).abs().max() > 1e-3, "the means of the epoch before"
 
 
 @pytest.mark.parametrize(
