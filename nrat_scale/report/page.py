@@ -16,6 +16,7 @@ from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.objectives import objective_title
 from nrat_scale.report.curves import CURVES, draw_curves
 from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
 from nrat_scale.report.tables import all_flags, all_notes, attack_columns, evaluate_command
@@ -105,6 +106,9 @@ def _group(describe: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, str
     return {text: ", ".join(names) for text, names in groups.items()}
 
 
+_IKL_SIGNS = {"alpha": "α", "beta": "β", "temperature": "T", "gamma": "γ"}
+
+
 def _facts(run: Run) -> dict[str, str]:
     """The settings of the training; those that are unknown, off or 0 are omitted."""
 
@@ -118,8 +122,12 @@ def _facts(run: Run) -> dict[str, str]:
     inner = phrase("objective.inner", "inner loss {}") if attacked else ""
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
+    title = objective_title(*(phrase(f"objective.{key}") for key in ("name", "loss", "divergence")))
+    weights = [phrase("objective.lam", "λ = {}")]
+    if value_at(run.recipe, "objective.divergence") == "ikl":
+        weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]
     facts = {
-        "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing],
+        "Objective": [title, *weights, inner, smoothing],
         "Model": [phrase("model.name")],
         "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
         "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}"), *_noise_texts(run)],

@@ -75,9 +75,11 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
         return run
     accelerator.init_trackers("tensorboard")
     accelerator.print(
-        f"{recipe.name}: {recipe.objective.name} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
+        f"{recipe.name}: {recipe.objective.title} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
+    for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
+        accelerator.print(note)
     compile_models(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing

@@ -24,7 +24,7 @@ from nrat_scale.core.seeds import derive
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
-from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
+from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, convert
 from nrat_scale.train.label_noise import keep_stored_noise, write_noise
@@ -103,6 +103,8 @@ def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
         problem = "is not empty and resume is 'never'"
     elif used and not run.recipe.is_file():
         problem = "holds something that is not a run; nothing in it was touched"
+    elif used and (changed := outdated(run.recipe)):
+        problem = f"holds a run of an older version, in which {changed}; resume it with that version"
     elif used and load_recipe(run.recipe).identity != recipe.identity:
         problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
     if problem:
