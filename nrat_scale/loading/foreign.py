@@ -128,6 +128,29 @@ class NormalisedTimm(models.Normalised):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(self.normalise(x))
 
+    # timm's interface is that of the model inside.
+
+    @property
+    def num_features(self) -> int:
+        return int(self.model.num_features)  # type: ignore[arg-type]
+
+    @property
+    def head_hidden_size(self) -> int:
+        return int(getattr(self.model, "head_hidden_size", self.num_features))  # type: ignore[arg-type]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(self.normalise(x))  # type: ignore[operator]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
+
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()  # type: ignore[operator]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))  # type: ignore[operator]
+        self.num_classes = num_classes
+
 
 def pretrained(name: str) -> nn.Module:
     """A timm model with its pretrained weights, in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
