@@ -226,6 +226,14 @@ def test_the_arguments_of_timms_training_script(timm_model, name):
         model.set_grad_checkpointing()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
+def test_torchscript_takes_the_models(family):
+    """As timm's own tests ask of its models."""
+    model, x = _small(family).eval(), _images(2, 3, 8)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_create_is_timms_create_model():
     """`create` adds only error sentences; timm's own models can be used too."""
     ours = create("cnn4", {"num_classes": 3, "in_chans": 1, "width": 4, "mean": [0.3], "std": [0.2]})

@@ -139,7 +139,7 @@ def is_cut_pickle(path: Path) -> bool:
         with path.open("rb") as file:
             before = _pickles_before_content(file.read(16))
             file.seek(0)
-            for _ in range(before + 1):
+            for _ in range(before + 2 if before else 1):  # the content, and the keys of the storages that follow
                 for _ in pickletools.genops(file):
                     pass
     except ValueError as error:

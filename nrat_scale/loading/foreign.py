@@ -72,7 +72,11 @@ def _read(path: Path) -> Any:
         raise UserError(_refused_pickle(path, error)) from error
     except Exception as error:  # damaged pickles make torch raise KeyError, IndexError, AttributeError and others
         reason = first_line(error).rstrip(".")
-        if isinstance(error, EOFError) or re.search(r"unexpected EOF|Ran out of input|truncated", reason):
+        if (
+            isinstance(error, EOFError)
+            or re.search(r"unexpected EOF|Ran out of input|truncated", reason)
+            or is_cut_pickle(path)
+        ):
             raise UserError(f"{path} {TRUNCATED}") from error
         raise UserError(f"The weight file {path} cannot be read: {reason}.") from error
 
@@ -161,7 +165,7 @@ class NormalisedTimm(models.Normalised):
 
     @property
     def head_hidden_size(self) -> int:
-        return int(getattr(self.model, "head_hidden_size", self.num_features))  # type: ignore[arg-type]
+        return int(getattr(self.model, "head_hidden_size", self.num_features))
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.model.forward_features(self.normalise(x))  # type: ignore[operator]

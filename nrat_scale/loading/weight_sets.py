@@ -19,7 +19,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "step", "initted"})  # of averages: one number each
 _CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # of a normalisation
 _NOT_WEIGHTS = re.compile(r"(.*_)?(optimizer|optim|opt|scheduler|sched|scaler)s?(_states?|_state_dict)?")
-_DEEPEST, _MOST_ENTRIES = 8, 500_000
+_DEEPEST, _MOST_ENTRIES = 8, 500_000  # of nested dictionaries and lists
 _ROOT = "."  # on the command line, the set whose names have nothing before them
 UNUSED_BATCH_COUNT = "num_batches_tracked"  # of BatchNorm: torch before 0.4.1 had none, and evaluation does not use it
 
@@ -51,30 +51,33 @@ def flatten(content: Any, layouts: Sequence[Mapping[str, Tensor]] = ()) -> dict[
             has (`shadow_params` of torch_ema and diffusers) takes its names.
 
     Raises:
-        UserError: the containers are nested too deeply or hold too many entries.
+        UserError: there are too many entries.
     """
     found: dict[str, Saved] = {}
-    entries = 0
+    visited = 0
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
-        nonlocal entries
-        entries += 1
-        if entries > _MOST_ENTRIES or len(path) > _DEEPEST:
-            raise UserError("it holds too many or too deeply nested entries for a weight file.")
+        nonlocal visited
+        visited += 1
+        if visited > _MOST_ENTRIES:  # a file of some bytes can contain one dictionary a million times
+            raise UserError("it holds too many nested entries for a weight file.")
         if isinstance(value, Tensor):
             found[".".join(path)] = Saved(value, ".".join(path[:-1]))
-        elif isinstance(value, Mapping):
-            for key, inner in value.items():
-                if not _NOT_WEIGHTS.fullmatch(str(key)):
-                    visit(inner, (*path, str(key)))
-        elif isinstance(value, list | tuple):
-            dimensions = [item.ndim if isinstance(item, Tensor) else None for item in value]
-            fitting = (names for names in layouts if [tensor.ndim for tensor in names.values()] == dimensions)
-            for key, inner in zip(next(fitting, map(str, range(len(value)))), value, strict=True):
-                visit(inner, (*path, key))
+        elif isinstance(value, Mapping | list | tuple) and len(path) < _DEEPEST:
+            for key, inner in _entries(value, layouts):
+                if not _NOT_WEIGHTS.fullmatch(key):
+                    visit(inner, (*path, key))
 
     visit(content, ())
     return found
+
+
+def _entries(value: Any, layouts: Sequence[Mapping[str, Tensor]]) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return ((str(key), inner) for key, inner in value.items())
+    dimensions = [item.ndim if isinstance(item, Tensor) else None for item in value]
+    fitting = (names for names in layouts if [tensor.ndim for tensor in names.values()] == dimensions)
+    return zip(next(fitting, map(str, range(len(value)))), value, strict=True)
 
 
 def find_sets(saved: Iterable[str], expected: Iterable[str]) -> list[WeightSet]:
@@ -169,7 +172,8 @@ def choose(sets: Sequence[WeightSet], key: str | None, saved: Mapping[str, Saved
     chosen = exact if len(exact) == 1 else under
     if len(chosen) == 1:
         return chosen[0]
-    shown = ", ".join(quoted(short) for short in _short_paths(chosen or sets, saved))
+    paths = list(map(quoted, _short_paths(chosen or sets, saved)))
+    shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
     if not chosen:
         raise UserError(f"{where} has no weights under {quoted(key)}; it has those of {shown}.")
     raise UserError(

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -51,6 +51,8 @@ class WideResNet(Classifier):
         drop_rate, global_pool: dropout before the last layer, and pooling, as in timm's models.
     """
 
+    if TYPE_CHECKING:
+        logits: nn.Linear
     last_layer = "logits"
     stages = (1, ("init_conv",)), (1, ("layer.0",)), (2, ("layer.1",)), (4, ("layer.2",))
     final_layers, final_is_norm = ("batchnorm",), True
@@ -135,6 +137,8 @@ class BasicBlock(nn.Module):
 class ResNet18(Classifier):
     """ResNet-18 (He et al. 2016) for CIFAR: 3 x 3 stem, no pooling before the stages. Arguments as for `WideResNet`."""
 
+    if TYPE_CHECKING:
+        linear: nn.Linear
     last_layer = "linear"
     stages = (1, ("conv1", "bn1")), (1, ("layer1",)), (2, ("layer2",)), (4, ("layer3",)), (8, ("layer4",))
 
@@ -182,6 +186,8 @@ class Cnn4(Classifier):
         hidden: units of the hidden layer.
     """
 
+    if TYPE_CHECKING:
+        classifier: nn.Linear
     last_layer = "classifier"
     stages = tuple((stride, (f"features.{i}", f"features.{i + 1}")) for i, stride in ((0, 1), (2, 2), (4, 2), (6, 4)))
     final_layers = ("features.10",)

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier
+from timm.layers import SelectAdaptivePool2d, create_classifier
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError, check_choice, check_value
@@ -72,6 +72,8 @@ class Classifier(Normalised):
         UserError: as `Normalised`, or drop_rate is not in [0, 1).
     """
 
+    if TYPE_CHECKING:  # torch.jit.script takes annotations of modules for those of values
+        global_pool: SelectAdaptivePool2d
     last_layer: str
     stages: tuple[tuple[int, tuple[str, ...]], ...]  # for each stage the stride up to it, and the names of its layers
     final_layers: tuple[str, ...] = ()  # with weights, between the last stage and the features

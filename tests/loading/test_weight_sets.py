@@ -261,3 +261,22 @@ def test_types_that_would_lose_numbers_are_refused(tmp_path: Path) -> None:
         torch.save({**state, "conv1.weight": state["conv1.weight"].to(kind)}, tmp_path / "w.pt")
         with pytest.raises(UserError, match=rf"'conv1\.weight' has type '{shown}' instead of torch\.float32"):
             load(tmp_path / "w.pt", arch="resnet18_cifar")
+
+
+def test_nested_containers_cost_no_time(model: nn.Module, tmp_path: Path) -> None:
+    """Deep settings and a dictionary that contains itself do no harm; one that stands for millions is refused."""
+    deep: Any = "value"
+    for _ in range(50):
+        deep = {"key": deep}
+    content: dict[str, Any] = {"model": dict(model.state_dict()), "config": deep, "losses": [0.5] * 1000}
+    content["again"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"holds 7 sets of weights: 'model', 'again\.model', .* and 1 more"):
+        load(tmp_path / "w.pt", **OPTIONS)
+    assert same_logits(load(tmp_path / "w.pt", weights_key="model", **OPTIONS), model)
+    many: Any = {"x": torch.zeros(2)}
+    for _ in range(7):
+        many = {str(number): many for number in range(10)}
+    torch.save(many, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="too many nested entries"):
+        load(tmp_path / "w.pt", **OPTIONS)
