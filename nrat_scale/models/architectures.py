@@ -280,7 +280,8 @@ def _build(architecture: type[Classifier], name: str, pretrained: bool, **kwargs
             f"feature_cls would leave out the normalisation of {name}. Drop it: features_only=True suffices."
         )
     features = {"feature_cls": "getter", "out_indices": tuple(range(len(architecture.stages)))}
-    return build_model_with_cfg(architecture, name, pretrained, feature_cfg=features, **kwargs)
+    place = {key: kwargs.pop(key, None) for key in ("device", "dtype")}
+    return build_model_with_cfg(architecture, name, pretrained, feature_cfg=features, **kwargs).to(**place)
 
 
 @register_model

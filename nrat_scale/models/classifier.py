@@ -13,7 +13,7 @@ from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.datasets import DATASETS
 
 Channels = Sequence[float] | None  # one value for each channel, or one for all
-POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's names; "": none, only without a last layer
+POOLINGS = ("avg", "max", "avgmax", "catavgmax")  # timm's names; "" is none
 
 
 class Normalised(nn.Module):
@@ -105,10 +105,11 @@ class Classifier(Normalised):
         """Replace the last layer by a new one, by none if `num_classes` is 0; `global_pool` None keeps the pooling.
 
         Raises:
-            UserError: `global_pool` is none of POOLINGS, or leaves the new last layer without a vector.
+            UserError: `global_pool` is not in POOLINGS, or is '' although there is a last layer.
         """
         pooling = str(self.global_pool.pool_type) if global_pool is None else global_pool
-        check_choice("global_pool", pooling, POOLINGS)
+        if pooling:
+            check_choice("global_pool", pooling, POOLINGS)
         check_value("num_classes", num_classes, num_classes >= 0, "at least 0")
         if num_classes and not pooling:
             raise UserError("global_pool '' gives maps, which the last layer cannot take. Set num_classes=0 as well.")
