@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments
+from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments, timm_cfg
 
 OURS = ("wrn28_10_silu", "wrn28_10", "resnet18_cifar", "cnn4")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -92,6 +93,151 @@ def test_registered_with_timm(name):
     assert set(cfg["mean"]) == {0.0} and set(cfg["std"]) == {1.0}
 
 
+TIMM_ARGUMENTS = {
+    "wrn28_10_silu": {"depth": 10, "width": 1},
+    "wrn28_10": {"depth": 10, "width": 1},
+    "resnet18_cifar": {},
+    "cnn4": {"width": 4, "in_chans": 3},
+}
+
+
+@pytest.fixture(params=["create_model", "local-dir", "trained"])
+def timm_model(request, tmp_path):
+    """`timm.create_model` for each way in: an untrained model, a release (`local-dir:`), the release's weights."""
+
+    def made(name: str, **arguments: Any) -> nn.Module:
+        given = {**TIMM_ARGUMENTS[name], "num_classes": 4}
+        if request.param == "create_model":
+            return timm.create_model(name, **{**given, **arguments}).eval()
+        folder = tmp_path / name
+        if not folder.is_dir():
+            folder.mkdir()
+            torch.manual_seed(0)
+            model = timm.create_model(name, **given)
+            save_file(model.state_dict(), folder / "model.safetensors")
+            cfg = timm_cfg(model.pretrained_cfg["first_conv"], model.pretrained_cfg["classifier"], (3, 16, 16), 4)
+            config = {"architecture": name, "num_classes": 4, "model_args": given, "pretrained_cfg": cfg}
+            (folder / "config.json").write_text(json.dumps(config))
+        return timm.create_model(f"local-dir:{folder}", pretrained=request.param == "trained", **arguments).eval()
+
+    return made
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_timms_conventions_of_a_classifier(timm_model, name):
+    """No classes mean pooled features; forward is head after features; the head can be replaced, unpooled, or read."""
+    x = _images(2, 3, 16)
+    model = timm_model(name)
+    maps = model.forward_features(x)
+    assert maps.ndim == 4 and maps.shape[:2] == (2, model.num_features)
+    assert torch.equal(model.forward_head(maps), model(x)) and model(x).shape == (2, 4)
+    pooled = model.forward_head(maps, pre_logits=True)
+    assert pooled.shape == (2, model.num_features) and model.head_hidden_size == model.num_features
+    assert torch.equal(model.get_classifier()(pooled), model(x))
+    assert model.get_submodule(model.get_classifier(name_only=True)) is model.get_classifier()
+
+    features = timm_model(name, num_classes=0)
+    assert features(x).shape == (2, features.num_features) and features.num_classes == 0
+    assert isinstance(features.get_classifier(), nn.Identity)
+    model.double().reset_classifier(0)
+    torch.testing.assert_close(model(x.double()).float(), pooled)  # the same features as before
+    model.reset_classifier(7)
+    assert model(x.double()).shape == (2, 7) and model.num_classes == 7 and not model.get_classifier().training
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x.double()), model.forward_features(x.double()))
+    model.reset_classifier(3, "catavgmax")
+    assert model(x.double()).shape == (2, 3) and model.head_hidden_size == 2 * model.num_features
+    with pytest.raises(UserError, match="global_pool '' gives maps"):
+        model.reset_classifier(3, "")
+    with pytest.raises(UserError, match=r"global_pool is 'agv'\. Did you mean 'avg'"):
+        model.reset_classifier(3, "agv")
+
+
+@pytest.mark.parametrize("timm_model", ["trained"], indirect=True)
+def test_a_release_without_classes_keeps_its_other_weights(timm_model):
+    """`num_classes=0` and `features_only=True` of a trained release give the features of its weights."""
+    x, model = _images(2, 3, 16), timm_model("resnet18_cifar")
+    maps, stages = model.forward_intermediates(x)
+    assert torch.equal(timm_model("resnet18_cifar", num_classes=0)(x), maps.mean((2, 3)))
+    found = timm_model("resnet18_cifar", features_only=True)(x)
+    assert len(found) == 5 and all(map(torch.equal, found, stages)) and torch.equal(found[-1], maps)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_features_of_every_stage(timm_model, name):
+    """`features_only=True`: maps of normalised images with the channels and strides that `feature_info` states."""
+    x, last = _images(2, 3, 16), 4 if name == "resnet18_cifar" else 3
+    model = timm_model(name, features_only=True)
+    assert [tuple(found.shape) for found in model(x)] == [
+        (2, channels, 16 // stride, 16 // stride)
+        for channels, stride in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    ]
+    assert not [
+        key for key in model.state_dict() if key.endswith(("linear.weight", "logits.weight", "classifier.weight"))
+    ]
+    chosen = timm_model(name, features_only=True, out_indices=(1, -1))
+    assert chosen.feature_info.out_indices == (1, last) and len(chosen(x)) == 2
+    first = timm_model(name, features_only=True, out_indices=[0])
+    first(x)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in first.parameters()), "unused layers are dropped"
+    with pytest.raises(UserError, match=f"has the stages 0 to {last}, not out_indices"):
+        timm_model(name, features_only=True, out_indices=(0, 5))
+    with pytest.raises(UserError, match="would leave out the normalisation"):
+        timm_model(name, features_only=True, feature_cls="hook")
+
+
+def test_features_see_the_normalised_image():
+    """The first stage of a model with mean and std is that of the identity's on (x - mean) / std."""
+    model, identity = ResNet18(mean=MEAN, std=STD).eval(), ResNet18(mean=(0.0,), std=(1.0,)).eval()
+    identity.load_state_dict(model.state_dict())
+    x = _images(2, 3, 8)
+    for mine, theirs in zip(
+        model.forward_intermediates(x, intermediates_only=True),
+        identity.forward_intermediates(model.normalise(x), intermediates_only=True),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+    wide = WideResNet(10, 1).eval()
+    features, stages = wide.forward_intermediates(x, norm=True)
+    assert torch.equal(features, stages[-1]), "norm=True applies the last BatchNorm and activation"
+    assert len(wide.forward_intermediates(x, indices=[1], stop_early=True)[1]) == 1
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_arguments_of_timms_training_script(timm_model, name):
+    """drop_rate acts in training mode; rates of layers that the models lack are accepted as 0 and refused otherwise."""
+    x = _images(4, 3, 16)
+    model = timm_model(name, drop_rate=0.5, drop_path_rate=0.0, drop_block_rate=None, global_pool="max")
+    assert model.drop_rate == 0.5 and model.global_pool.pool_type == "max"
+    assert torch.equal(model(x), model(x)), "no dropout in evaluation mode"
+    features = model.forward_features(x)
+    model.train()
+    dropped = (model.forward_head(features, pre_logits=True) == 0) & (features.amax((2, 3)) != 0)
+    assert dropped.any() and not torch.equal(model.forward_head(features), model.forward_head(features))
+    for arguments, message in (
+        ({"drop_path_rate": 0.1}, "drop_path_rate is 0.1; it must be 0: .* has no such layers"),
+        ({"drop_rate": 1.5}, r"drop_rate is 1\.5; it must be in \[0, 1\)"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"global_pool": ""}, "global_pool '' gives maps"),
+    ):
+        with pytest.raises(UserError, match=message):
+            timm_model(name, **arguments)
+    with pytest.raises(UserError, match="no gradient checkpointing"):
+        model.set_grad_checkpointing()
+    model = timm_model(name, device="meta", dtype=torch.float64)
+    assert {(value.device.type, value.dtype) for value in (*model.parameters(), model.mean)} == {
+        ("meta", torch.float64)
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["wide", "resnet18", "cnn4"])
+def test_torchscript_takes_the_models(family):
+    """As timm's own tests ask of its models."""
+    model, x = _small(family).eval(), _images(2, 3, 8)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_create_is_timms_create_model():
     """`create` adds only error sentences; timm's own models can be used too."""
     ours = create("cnn4", {"num_classes": 3, "in_chans": 1, "width": 4, "mean": [0.3], "std": [0.2]})
@@ -116,6 +262,7 @@ def test_model_arguments_rebuild_the_model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalisation_is_inside(family, dtype):
     """model(x) equals the model with mean 0 and std 1 on (x - mean) / std, also in float64."""
+    torch.manual_seed(0)  # some random models of this size hardly depend on their input
     model = _small(family, mean=MEAN, std=STD).to(dtype).eval()
     identity = _small(family, mean=(0.0,), std=(1.0,)).to(dtype).eval()
     identity.load_state_dict(model.state_dict())

@@ -42,8 +42,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--arch", help="of a weight file: a model that timm knows, such as wrn28_10_silu")
     add("--mean", type=numbers, help="normalisation of a weight file, comma-separated (default: the model's)")
     add("--std", type=numbers, help="the same")
+    key = "of a weight file with several sets of weights (raw and averaged): that to load, such as ema"
+    add("--weights-key", metavar="KEY", help=key)
     add("--transfer-from", metavar="WHAT", help="make the adversarial images on this model instead")
     add("--source-arch", metavar="ARCH", help="--arch of --transfer-from")
+    add("--source-weights-key", metavar="KEY", help="--weights-key of --transfer-from")
     drop = "skip images that an earlier attack broke (not for AutoAttack): faster, but the numbers are cumulative"
     add("--drop-broken", action="store_true", help=drop)
     add("--images", type=int, help="number of images, a fixed seeded choice (default: all)")
@@ -96,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     state, device = _join(given.device)
     use_float32(given.float32)
     shards = open_shards(given.data, "--data")
-    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std)
+    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key)
     found = find_targets(given.what, options)
     if found.run is not None:
         check_unseen(found.run, shards)
     source = None
     if given.transfer_from is not None:
-        options = TargetOptions(checkpoints=("best",), arch=given.source_arch)
+        options = TargetOptions(("best",), arch=given.source_arch, weights_key=given.source_weights_key)
         (source,) = find_targets(given.transfer_from, options).targets
         source = replace(source, label=Path(given.transfer_from).name)
     threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)

@@ -63,14 +63,16 @@ class TargetOptions:
     arch: str | None = None  # of a weight file: a name known to timm
     mean: Sequence[float] | None = None  # normalisation of a weight file
     std: Sequence[float] | None = None
+    weights_key: str | None = None  # of a weight file with several sets of weights
 
     def __post_init__(self) -> None:
         checkpoint, weights = (self.checkpoints, CHECKPOINTS), (self.weights, WEIGHT_CHOICES)
         for option, (given, choices) in {"checkpoint": checkpoint, "weights": weights}.items():
             if unknown := sorted(set(given) - set(choices)):
                 raise UserError(f"--{option} names '{unknown[0]}'; expected {', '.join(choices)}.")
-        if self.arch is None and (self.mean or self.std):
-            raise UserError("--mean and --std describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
+        if self.arch is None and (self.mean or self.std or self.weights_key is not None):
+            options = "--mean, --std and --weights-key"
+            raise UserError(f"{options} describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
 
 
 def find_targets(what: str, options: TargetOptions) -> FoundTargets:
@@ -147,8 +149,10 @@ def _release(source: str) -> FoundTargets:
 def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
     if options.arch is None:
         raise UserError(f"{path} is a weight file: name its model with --arch, such as --arch wrn28_10_silu.")
-    model = load(path, arch=options.arch, mean=options.mean, std=options.std)
+    model = load(path, arch=options.arch, mean=options.mean, std=options.std, weights_key=options.weights_key)
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
+    if options.weights_key is not None:
+        identity["weights_key"] = options.weights_key
     target = Target("file", model, identity, model_key(model, options.arch, _shape_arguments(model)))
     return _found(path.stem, None, target)
 

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import parse_json
+from nrat_scale.loading.file_kind import recognise
 from nrat_scale.loading.release_folder import CONFIG
 
 _CONFIG_BYTES = 1 << 20
@@ -79,11 +80,18 @@ def _check_argument(key: str, value: Any) -> None:
 def read_safetensors_header(path: Path) -> Described:
     """Types and shapes of the tensors in a safetensors file; the library verifies the header against the file size."""
     try:
+        if what := recognise(path):
+            raise UserError(f"{path.name} {what}.")
         with safe_open(path, "np") as file:
             tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in tensors.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path.name} is damaged: {quoted(error)}.") from error
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a type, or torch's if it is in no model."""
+    return _KINDS.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def check_tensors(name: str, arguments: dict[str, Any], found: Described, where: str) -> None:
@@ -92,7 +100,7 @@ def check_tensors(name: str, arguments: dict[str, Any], found: Described, where:
     Raises:
         UserError: missing, additional or different tensors, or an architecture far larger than the file.
     """
-    expected = _expected_tensors(name, arguments, len(found))
+    expected, _ = expected_tensors(name, arguments, len(found))
     words = [f"{quoted(key)} is missing" for key in expected if key not in found]
     words += [f"{quoted(key)} is not part of it" for key in found if key not in expected]
     for key in expected.keys() & found.keys():
@@ -106,8 +114,14 @@ def check_tensors(name: str, arguments: dict[str, Any], found: Described, where:
         raise UserError(f"{where} does not fit the architecture {name}: {'; '.join(sorted(words)[:3])}{more}.")
 
 
-def _expected_tensors(name: str, arguments: dict[str, Any], num_tensors: int) -> dict[str, Tensor]:
-    """The architecture's state dict, built on the meta device; far more parameters than `num_tensors` are an error."""
+def expected_tensors(
+    name: str, arguments: dict[str, Any], num_tensors: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The architecture's (state dict, parameters) on the meta device.
+
+    Raises:
+        UserError: it has far more parameters than `num_tensors`, or huge buffers, or does not take the arguments.
+    """
     # Some constructors register a parameter twice (a head that is replaced), hence the factor of 2.
     with torch.device("meta"), _at_most(min(2 * num_tensors + 100, _MOST_PARAMETERS)):
         model = models.create(name, arguments)
@@ -115,7 +129,7 @@ def _expected_tensors(name: str, arguments: dict[str, Any], num_tensors: int) ->
     unsaved = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in state)
     if unsaved > _BUFFER_BYTES:
         raise UserError(f"the architecture {name} asks for {unsaved >> 20} MiB of constants; no model needs as many.")
-    return state
+    return state, dict(model.named_parameters())
 
 
 @contextmanager

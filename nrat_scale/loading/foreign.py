@@ -3,7 +3,7 @@
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,24 @@ from torch import Tensor, nn
 
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.loading.checks import check_tensors, is_ours, require_known
-
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "ema", "ema_state_dict")
-_CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
-_PREFIX = re.compile(r"(module|model|net|0|1)\.")  # of DataParallel, Lightning, a normalising Sequential
-
-Constants = dict[str, list[list[float]]]  # "mean" and "std" -> the different values found in a file
+from nrat_scale.loading.checks import check_tensors, expected_tensors, is_ours, require_known, type_name
+from nrat_scale.loading.file_kind import TRUNCATED, is_cut_pickle, is_safetensors, pickled_object, recognise
+from nrat_scale.loading.weight_sets import UNUSED_BATCH_COUNT, Constants, choose, find_sets, flatten, left_over
 
 
 def load_weight_file(
-    path: Path, arch: str, mean: Sequence[float] | None, std: Sequence[float] | None, model_args: dict[str, Any]
+    path: Path,
+    arch: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    weights_key: str | None,
+    model_args: dict[str, Any],
 ) -> nn.Module:
     """The model `arch` with the weights in `path`; arguments as for `load`."""
     if not path.is_file():
         raise UserError(f"There is no weight file {path}. (A release folder is loaded without arch=.)")
-    state, saved = _state_dict(_read(path), path)
+    require_known(arch)
+    state, saved = _state_dict(_read(path), path, arch, model_args, weights_key)
     constants = {}
     for name, given in (("mean", mean), ("std", std)):
         values = saved[name] if given is None else [[float(value) for value in given]]
@@ -42,62 +44,89 @@ def load_weight_file(
     arguments = {**_inferred(arch, state), **model_args}
     if is_ours(arch):
         arguments |= constants
-    check_tensors(arch, arguments, {key: (None, tuple(value.shape)) for key, value in state.items()}, str(path))
+    described = {
+        key: (None if key.endswith(UNUSED_BATCH_COUNT) else type_name(value.dtype), tuple(value.shape))
+        for key, value in state.items()
+    }
+    check_tensors(arch, arguments, described, str(path))
     model = models.create(arch, arguments)
     model.load_state_dict(state)
     return model if is_ours(arch) else NormalisedTimm(model, arch, arguments, **constants)
 
 
 def _read(path: Path) -> Any:
-    """The content of the file: tensors and plain containers only."""
+    """The content of the file, whose format its first bytes tell: tensors and plain containers only."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+        if what := recognise(path):
+            raise UserError(f"{path} {what}.")
+        with path.open("rb") as file:
+            if is_safetensors(file.read(9)):
+                return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol of files that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # by its name, torch would take a file for another format
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
-        problem = "it is not a weight file, or holds more than tensors and could run code"
-        raise UserError(f"{path} is not opened: {problem}. Save model.state_dict() alone.") from error
+        raise UserError(_refused_pickle(path, error)) from error
     except Exception as error:  # damaged pickles make torch raise KeyError, IndexError, AttributeError and others
-        raise UserError(f"The weight file {path} cannot be read: {first_line(error)}") from error
+        reason = first_line(error).rstrip(".")
+        if (
+            isinstance(error, EOFError)
+            or re.search(r"unexpected EOF|Ran out of input|truncated", reason)
+            or is_cut_pickle(path)
+        ):
+            raise UserError(f"{path} {TRUNCATED}") from error
+        raise UserError(f"The weight file {path} cannot be read: {reason}.") from error
 
 
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, Tensor) and isinstance(k, str) for k, v in value.items())
+def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> str:
+    """Why a pickle is not opened: a whole model, an object beside the tensors, or no pickle of torch's."""
+    if is_cut_pickle(path):
+        return f"{path} {TRUNCATED}"
+    if whole := pickled_object(path):
+        what = f"is a pickle of a whole model or another object ({quoted(whole)}), which could run code"
+        return f"{path} {what} and is not opened. Save model.state_dict() alone."
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"{quoted(named[1])} beside the tensors" if named else "more than tensors"
+    problem = f"it is not a weight file, or holds {what} and could run code"
+    return f"{path} is not opened: {problem}. Save model.state_dict() alone."
 
 
-def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], Constants]:
-    """(state dict under the architecture's own names, normalisation constants); containers and prefixes are removed."""
-    if isinstance(content, dict) and not (content and _is_state_dict(content)):
-        containers = [name for name in _CONTAINERS if isinstance(content.get(name), dict)]
-        if len(containers) != 1:
-            keys = ", ".join(map(quoted, list(content)[:6])) or "nothing"
-            known = ", ".join(_CONTAINERS)
-            raise UserError(f"{path} holds {keys}; expected one state dict, alone or under one of {known}.")
-        content = content[containers[0]]
-    if not _is_state_dict(content):
-        raise UserError(f"{path} holds no state dict (names and tensors).")
-    state: dict[str, Tensor] = dict(content)
-    constants: Constants = {"mean": [], "std": []}
-    while state:
-        for name in list(state):
-            kind = _CONSTANTS.get(name.rpartition(".")[2])
-            if kind is not None and state[name].numel() <= 4 and not name.startswith(("layer", "block")):
-                values = state.pop(name).flatten().double().tolist()
-                if values not in constants[kind]:
-                    constants[kind].append(values)
-        prefixes = {match and match[0] for match in map(_PREFIX.match, state)}
-        prefix = prefixes.pop() if len(prefixes) == 1 else None
-        if prefix is None:
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
+def _state_dict(
+    content: Any, path: Path, arch: str, model_args: dict[str, Any], weights_key: str | None
+) -> tuple[dict[str, Tensor], Constants]:
+    """(state dict under the architecture's own names, normalisation constants) of the one set of weights that is meant."""
+    try:
+        expected, parameters = expected_tensors(arch, model_args, len(flatten(content)))
+        saved = flatten(content, (parameters, expected))
+        sets = find_sets(saved, expected)
+    except UserError as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from error
+    if not sets:
+        keys = ", ".join(map(quoted, list(content)[:6])) if isinstance(content, Mapping) else type(content).__name__
+        missing = next(name for name in expected if name not in saved)
+        names = f", but has {', '.join(map(quoted, list(saved)[:3]))}" if saved else ""
+        wanted = f"expected one state dict of {arch}: {quoted(missing)} is missing, as most of its tensors are{names}"
+        raise UserError(f"{path} holds {keys or 'nothing'}; {wanted}.")
+    chosen = choose(sets, weights_key, saved, str(path))
+    more, constants = left_over(saved, chosen, sets)
+    inside = [name for name in more if not chosen.path or name.startswith(f"{chosen.path}.")]
+    if weights_key is None and len(inside) < len(more):
+        where = f"{path} holds weights of {arch} under {quoted(chosen.path)}, and beside them"
+        other = quoted(next(name for name in more if name not in inside))
+        key = f"weights_key={chosen.path!r} (--weights-key)"
+        raise UserError(f"{where} {other}, which is not part of it. {key} leaves out what is not under it.")
+    state = {name: saved[found].tensor for name, found in chosen.names.items()}
+    state |= {name.removeprefix(f"{chosen.path}."): saved[name].tensor for name in inside}
+    if not any(name.endswith(UNUSED_BATCH_COUNT) for name in state):
+        state |= {name: torch.tensor(0) for name in expected if name.endswith(UNUSED_BATCH_COUNT)}
     return state, constants
 
 
 def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """num_classes and in_chans, from the shapes of the first and the last layer."""
-    require_known(arch)
     known = timm.get_pretrained_cfg(arch)
     inferred = {}
     for attribute, argument, axis in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
@@ -127,6 +156,29 @@ class NormalisedTimm(models.Normalised):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(self.normalise(x))
+
+    # timm's interface is that of the model inside.
+
+    @property
+    def num_features(self) -> int:
+        return int(self.model.num_features)  # type: ignore[arg-type]
+
+    @property
+    def head_hidden_size(self) -> int:
+        return int(getattr(self.model, "head_hidden_size", self.num_features))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.model.forward_features(self.normalise(x))  # type: ignore[operator]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
+
+    def get_classifier(self) -> nn.Module:
+        return self.model.get_classifier()  # type: ignore[operator]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))  # type: ignore[operator]
+        self.num_classes = num_classes
 
 
 def pretrained(name: str) -> nn.Module:

@@ -27,6 +27,7 @@ def load(
     arch: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weights_key: str | None = None,
     **model_args: Any,
 ) -> nn.Module:
     """A trained model in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
@@ -37,17 +38,21 @@ def load(
         device: where to put the model.
         arch: architecture of a weight file: a model that timm knows, such as `wrn28_10_silu`.
         mean, std: normalisation of a weight file (default: the constants in the file, else those of the architecture).
+        weights_key: of a weight file with several sets of weights, such as raw ones and their average, that to load: what
+            precedes the names, such as `ema`, `state_dict.teacher`, or `.` for nothing.
         model_args: further arguments of the architecture, such as `width=64`.
 
     Raises:
         UserError: there is nothing of that name, it cannot be reached, or its parts do not fit together.
     """
     if arch is not None:
-        model = load_weight_file(Path(source), arch, mean, std, model_args)
+        model = load_weight_file(Path(source), arch, mean, std, weights_key, model_args)
     elif Path(source).is_file():
         raise UserError(f"{source} is a weight file: name its model with arch=, such as arch='wrn28_10_silu'.")
-    elif mean is not None or std is not None or model_args:
-        raise UserError("mean, std and other arguments describe a weight file and need arch=; a release has its own.")
+    elif mean is not None or std is not None or weights_key is not None or model_args:
+        raise UserError(
+            "mean, std, weights_key and other arguments describe a weight file and need arch=; a release has its own."
+        )
     else:
         folder = resolve(source)
         try:

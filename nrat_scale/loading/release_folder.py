@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import MANIFEST, manifest_mismatch, read_json
 from nrat_scale.core.run_folder import RECIPE, RESULTS
+from nrat_scale.loading.file_kind import recognise
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
@@ -34,6 +35,8 @@ def resolve(source: str | Path) -> Path:
         if not (folder / name).is_file():
             way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
             raise UserError(f"{source} is not a release: it has no {name}. {way_out}")
+    if what := recognise(folder / WEIGHTS):  # before the manifest, which would only say that the bytes differ
+        raise UserError(f"The release {source} cannot be loaded: {WEIGHTS} {what}.")
     verify(folder)
     return folder
 

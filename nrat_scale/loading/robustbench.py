@@ -49,10 +49,12 @@ def register_robustbench(source: str | Path, name: str, dataset: str = "cifar10"
     def create(pretrained: bool = False, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
         if not pretrained:
             raise UserError(f"{entry} is a trained model: use pretrained=True.")
-        if others := [key for key, value in kwargs.items() if value is not None]:
+        if others := [key for key, value in kwargs.items() if value]:  # None, 0 and False are timm's for "not set"
             raise UserError(f"{entry} is a trained model and takes no {', '.join(others)}.")
         model = load(source)
-        if num_classes not in (None, model.num_classes):
+        if num_classes == 0:  # features, as for every model of timm
+            model.reset_classifier(0)  # type: ignore[operator]
+        elif num_classes not in (None, model.num_classes):
             raise UserError(f"{source} has {model.num_classes} classes, not {num_classes}.")
         return model
 

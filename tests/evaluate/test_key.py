@@ -48,7 +48,7 @@ def cnn4_negated(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def weights(model: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[Path]]:
     """Evaluate a weight file of `model` by the command line from the folder of `run`: the default results files afterwards."""
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32))  # the size of `model`
+    monkeypatch.setattr(Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32, 0.0, "avg"))  # the size of `model`
     monkeypatch.setitem(models.default_cfgs, "cnn4_negated", models.default_cfgs["cnn4"])  # it normalises itself
 
     def measure(*options: str, file: str = "w.pt", scale: float = 1.0) -> set[Path]:
@@ -216,11 +216,11 @@ def test_an_evaluation_within_another(
     """Both have read the results file before either writes it; all attacks of both are in it, with their outcomes."""
     check, nested = check_model, []
 
-    def check_and_evaluate(*given: Any) -> Any:
+    def check_and_evaluate(*given: Any, **options: Any) -> Any:
         if not nested:
             nested.append(True)
             measured("--attacks", second, "--checkpoint", "best")
-        return check(*given)
+        return check(*given, **options)
 
     monkeypatch.setattr("nrat_scale.evaluate.run.check_model", check_and_evaluate)
     record = measured("--attacks", "pgd2,cw3", "--checkpoint", "best")["checkpoints"]["best"]

@@ -19,6 +19,7 @@ from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.prepare import __main__ as prepare_cli
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
+from tests.support.digits import digits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "abbf399"
 Measured = Callable[..., dict[str, Any]]
@@ -39,6 +40,30 @@ def test_a_weight_file_and_a_transfer_source(run: Path, tmp_path: Path) -> None:
     entries = results["checkpoints"]["file"]["attacks"]
     assert results["threat"] == {"norm": "l2", "eps": 0.5, "step": 0.125, "space": "pixel"}
     assert set(entries) == {"natural", "transfer-pgd2"} and entries["transfer-pgd2"]["source"]["label"] == "run"
+
+
+def test_one_of_two_sets_of_weights(run: Path, tmp_path: Path) -> None:
+    """`--weights-key` picks the raw or the averaged weights of a file, also of the source of a transfer attack."""
+    states = []
+    for answer in (3, 5):  # a model that always gives this class
+        states.append({name: torch.zeros_like(value) for name, value in create("cnn4", {}).state_dict().items()})
+        states[-1]["classifier.bias"][answer] = 1.0
+    torch.save({"state_dict": states[0], "state_dict_ema": states[1]}, tmp_path / "both.pt")
+    both, options = str(tmp_path / "both.pt"), ["--data", str(run.parent / "test"), "--eps", "0.1"]
+    with pytest.raises(UserError, match=r"2 sets of weights: 'state_dict', 'state_dict_ema'.*--weights-key"):
+        evaluate_cli.main([both, "--arch", "cnn4", *options, "--attacks", "natural"])
+    _, labels = digits()
+    for key, answer in (("state_dict", 3), ("state_dict_ema", 5)):
+        out = tmp_path / f"{key}.json"
+        given = ["--arch", "cnn4", "--weights-key", key, "--attacks", "natural", "--out", str(out)]
+        evaluate_cli.main([both, *given, *options])
+        found = json.loads(out.read_text())["checkpoints"]["file"]
+        assert found["weights_key"] == key
+        assert found["attacks"]["natural"]["correct"] == (labels[1200:1280] == answer).sum()
+    transfer = [str(run), *options, "--attacks", "pgd2", "--transfer-from", both, "--source-arch", "cnn4"]
+    with pytest.raises(UserError, match="--source-weights-key"):
+        evaluate_cli.main(transfer)
+    evaluate_cli.main([*transfer, "--source-weights-key", "state_dict_ema"])
 
 
 @pytest.mark.parametrize(

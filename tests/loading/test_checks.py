@@ -117,6 +117,25 @@ def test_a_wrong_safetensors_header_is_refused(model: nn.Module, tmp_path: Path)
         load(tmp_path / "r")
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"), [(torch.int32, "I32"), (torch.int16, "I16"), (torch.uint8, "U8"), (torch.bool, "BOOL")]
+)
+def test_an_integer_of_another_width_is_refused(tmp_path: Path, kind: torch.dtype, shown: str) -> None:
+    """A release has exactly the integer types of its architecture; a float for an integer is refused as well."""
+    net = create("resnet18_cifar", {"num_classes": 3}).eval()
+    changes = {"architecture": "resnet18_cifar", "num_classes": 3, "model_args": {}}
+    path = write_release(tmp_path / "r", net, **changes) / "model.safetensors"
+    assert same_logits(load(tmp_path / "r"), net, (2, 3, 8, 8))
+    state = net.state_dict()
+    for other, name in ((kind, shown), (torch.float64, "F64")):
+        save_file({**state, "bn1.num_batches_tracked": torch.tensor(0, dtype=other)}, path)
+        with pytest.raises(UserError, match=rf"'bn1\.num_batches_tracked' has type '{name}' instead of torch\.int64"):
+            load(tmp_path / "r")
+    save_file({**state, "conv1.weight": state["conv1.weight"].to(kind)}, path)
+    with pytest.raises(UserError, match=rf"'conv1\.weight' has type '{shown}' instead of torch\.float32"):
+        load(tmp_path / "r")
+
+
 def test_names_from_a_file_cannot_write_to_the_terminal(model: nn.Module, tmp_path: Path) -> None:
     """Line ends and escape sequences in names of tensors, containers, arguments and architectures are escaped."""
     evil = "\x1b[2J\nerror: all is well" + "x" * 500

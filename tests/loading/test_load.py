@@ -185,3 +185,19 @@ def test_a_release_of_a_timm_model_takes_pixels(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="must be a list of numbers"):
         load(write_release(tmp_path / "r", net, **{**changes, "pretrained_cfg": {"mean": "grey"}}))
+
+
+def test_a_loaded_timm_model_keeps_timms_conventions(tmp_path: Path) -> None:
+    """Features and a new head of a timm model that normalises its input now are those of the model inside."""
+    net = timm.create_model("test_resnet", num_classes=4).eval()
+    loaded = load(write_release(tmp_path / "r", net, architecture="test_resnet", num_classes=4, model_args={}))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    features = loaded.forward_features(x)
+    assert torch.equal(loaded.forward_head(features), loaded(x))
+    pooled = loaded.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, loaded.head_hidden_size) and features.shape[1] == loaded.num_features
+    assert loaded.get_classifier() is loaded.model.get_classifier()
+    loaded.reset_classifier(0)
+    assert torch.equal(loaded(x), pooled) and loaded.num_classes == 0
+    loaded.reset_classifier(7, "max")
+    assert loaded(x).shape == (2, 7) and loaded.num_classes == 7

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 from nrat_scale.core.errors import UserError
@@ -35,3 +36,7 @@ def test_only_what_robustbench_asks_for_is_registered(
     assert same_logits(ask().eval(), model)
     with pytest.raises(UserError, match="takes no in_chans"):
         ask(in_chans=3)
+    features = ask(num_classes=0, drop_rate=0.0)  # as for every model of timm
+    assert features.num_classes == 0 and features(torch.rand(2, 1, 8, 8)).shape == (2, 8)
+    with pytest.raises(UserError, match="has 10 classes, not 3"):
+        ask(num_classes=3)
