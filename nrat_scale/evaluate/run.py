@@ -18,15 +18,15 @@ from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.files import make_folder, write_json
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate import results
-from nrat_scale.evaluate.attacks import TRANSFER, Attack
+from nrat_scale.evaluate.attacks import Attack
 from nrat_scale.evaluate.autoattack import autoattack_log
 from nrat_scale.evaluate.measures import Images, block_outcome, read_images
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import check_model, contradictions
+from nrat_scale.evaluate.sanity import contradictions, inspect_model
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
-_CHECKED_IMAGES = 64  # for `check_model`
+_CHECKED_IMAGES = 64  # for `inspect_model`
 
 
 def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out: Path) -> dict[str, Any]:
@@ -73,8 +73,8 @@ class _Evaluation:
     def start(self, target: Target) -> _Measured:
         """Check the model, and collect earlier results of the same weights."""
         images = read_images(self.shards, _CHECKED_IMAGES)
-        flags = check_model(target.model, images, self.request.threat, target.label)
-        measured = _Measured({**target.identity, "flags": flags})
+        check = inspect_model(target.model, images, self.request.threat, target.label)
+        measured = _Measured({**target.identity, "flags": check.flags, "checks": check.numbers})
         for label, record in self.results["checkpoints"].items():
             if record.get("sha256") == target.identity["sha256"]:
                 measured.entries |= record["attacks"]
@@ -145,7 +145,7 @@ class _Evaluation:
         alone = {
             name: outcome
             for name, outcome in measured.outcomes.items()
-            if not name.startswith(TRANSFER) and "without_images_broken_by" not in entries[name]
+            if "without_images_broken_by" not in entries[name]
         }
         warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
         self.results["checkpoints"][target.label] = {

@@ -6,10 +6,10 @@ The checks follow Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022 (
 import itertools
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec
@@ -17,17 +17,33 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
 from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
+from nrat_scale.evaluate.backward_smoothing import smoothed_attack
+from nrat_scale.evaluate.gaps import attack_gaps
+from nrat_scale.evaluate.gradient_checks import check_gradients
 from nrat_scale.evaluate.measures import Images
+from nrat_scale.evaluate.output_scale import check_output_scale
+from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe, exact_float32
 from nrat_scale.evaluate.results import Outcome
 
-_VANISHED = 1e-10  # a smaller gradient of a pixel is below the rounding error of float32 probabilities
-_VANISHED_SHARE = 0.1  # share of images with a vanished gradient, above which the model is flagged
 _SAME_LOGITS = 1e-3  # relative difference that kernels may cause for another batch size
 _CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means that fewer had not converged
 
 
+@dataclass(frozen=True)
+class ModelCheck:
+    """The flags of a model, and the numbers behind them, which results.json records."""
+
+    flags: list[str]
+    numbers: dict[str, float]
+
+
 def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str) -> list[str]:
-    """Refuse a model that cannot be measured; return the flags of one that can.
+    """The flags of `inspect_model`."""
+    return inspect_model(model, images, threat, what).flags
+
+
+def inspect_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str) -> ModelCheck:
+    """Refuse a model that cannot be measured; look for masked gradients in one that can.
 
     Args:
         images: a few of the evaluated ones.
@@ -56,41 +72,42 @@ def check_model(model: nn.Module, images: Images, threat: ThreatSpec, what: str)
         way_out = "If its BatchNorm uses batch statistics, evaluate it with running statistics."
         raise UserError(f"The logits of {what} depend on the other images of the batch. {way_out}")
     flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
-        flags.append(
-            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, and "
-            "attacks become weak. Remove the softmax."
-        )
-    return flags + _vanishing(model, x, y, logits, what)
+    check = look_for_masking(model, x[:PROBED_IMAGES], y[:PROBED_IMAGES], threat, what)
+    return replace(check, flags=flags + check.flags)
+
+
+def look_for_masking(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, what: str) -> ModelCheck:
+    """Flags for an output whose scale hides gradients, for gradients that mislead, and for flat activations.
+
+    Args:
+        x: images [B, C, H, W] in [0, 1], on the device of the model.
+        y: labels [B].
+
+    Raises:
+        UserError: gradients are not finite.
+    """
+    with exact_float32(), frozen(model):
+        with torch.no_grad():
+            logits = model(x).float()
+        if logits.shape[1] < 2:
+            return ModelCheck([], {})
+        probe = Probe(model, x, y, logits, threat)
+        numbers, scale = check_output_scale(probe, what)
+        more, gradients = check_gradients(probe)
+        smooth, flat = smoothed_attack(probe)
+    # An output whose scale hides gradients fails the checks of the gradients, and one sentence tells more than two.
+    return ModelCheck([*(scale or gradients), *flat], {"images": len(x), **numbers, **more, **smooth})
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() > _SAME_LOGITS * (1 + one.abs().max()))
 
 
-def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str) -> list[str]:
-    right = logits.argmax(1) == y
-    if not bool(right.any()):
-        return []
-    with frozen(model), torch.enable_grad():
-        x = x[right].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y[right], reduction="sum"), x)
-    if not bool(gradient.isfinite().all()):
-        raise UserError(f"{what} has gradients that are not finite: gradient-based attacks cannot work.")
-    share = float((gradient.abs().flatten(1).amax(1) < _VANISHED).float().mean())
-    if share <= _VANISHED_SHARE:
-        return []
-    return [
-        f"The gradient of the cross-entropy vanishes on {100 * share:.0f} % of {len(x)} correctly classified images: attacks "
-        "that follow it (FGSM, PGD) underestimate the vulnerability. Rely on the margin loss (CW) and on Square."
-    ]
-
-
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Flags for outcomes of one model that cannot all be valid.
 
     Args:
-        outcomes: by attack; without transfer attacks and attacks that skipped images which others had broken.
+        outcomes: by attack; without attacks that skipped images which others had broken.
     """
     attacks, flags = {}, []
     for name in outcomes:
@@ -102,7 +119,7 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
         if n and (why := _contradiction(attacks[strong], attacks[weak], left, other, natural)):
             seen = f"{100 * left:.1f} % under {attack_title(strong)} and {100 * other:.1f} % under {attack_title(weak)}"
             flags.append(f"On the same {n} images accuracy is {seen}: {why}")
-    return flags
+    return flags + attack_gaps(outcomes)
 
 
 def _contradiction(strong: Attack, weak: Attack, left: float, other: float, natural: float) -> str | None:
