@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nrat_scale.attacks import Map, ThreatSpec, search
+from nrat_scale.attacks import ThreatSpec, search
 from nrat_scale.evaluate.attacks import margin
 from nrat_scale.evaluate.probe import Probe, gradient
 from nrat_scale.evaluate.statistics import wilson
