@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from nrat_scale.core.errors import UserError
 from nrat_scale.evaluate.attacks import TRANSFER, Attack, attack_title, parse_attack
 from nrat_scale.evaluate.results import Outcome
+from nrat_scale.evaluate.statistics import paired
 
 _ERRORS = 3.0  # paired standard errors that a gap must exceed, besides its floor
 _LEAST_STEPS = 10  # shorter PGD and CW have not converged: their gaps say nothing about the model
@@ -133,16 +132,10 @@ def _strongest(kind: str, low: str, attacks: Mapping[str, Attack], outcomes: Map
 
 
 def _gap(low: str, high: str, outcomes: Mapping[str, Outcome]) -> _Gap | None:
-    (low_ids, low_right), (high_ids, high_right) = outcomes[low], outcomes[high]
-    _, low_rows, high_rows = np.intersect1d(low_ids, high_ids, assume_unique=True, return_indices=True)
-    n = len(low_rows)
-    if n == 0:
+    pair = paired(outcomes[low], outcomes[high])
+    if pair.n == 0:
         return None
-    ones, others = low_right[low_rows], high_right[high_rows]
-    return _Gap(low, high, n, (float(ones.mean()), float(others.mean())), _paired_error(ones, others))
-
-
-def _paired_error(ones: np.ndarray, others: np.ndarray) -> float:
-    """Standard error of the difference of two accuracies on the same n images (McNemar 1947)."""
-    n, difference = len(ones), others.astype(float) - ones.astype(float)
-    return math.sqrt(max(float((difference**2).sum()) - n * float(difference.mean()) ** 2, 0.0)) / n
+    # The difference of two outcomes is -1, 0 or 1: its variance over images, divided by n (McNemar 1947).
+    size = (pair.other_right - pair.right) / pair.n
+    error = math.sqrt(max((pair.only_first_broke + pair.only_second_broke) / pair.n - size**2, 0.0) / pair.n)
+    return _Gap(low, high, pair.n, (pair.right / pair.n, pair.other_right / pair.n), error)

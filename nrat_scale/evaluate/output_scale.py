@@ -30,7 +30,7 @@ def check_output_scale(probe: Probe, what: str) -> tuple[dict[str, float], list[
     """
     right = probe.right
     if not bool(right.any()):
-        return {}, _probabilities(probe.logits)
+        return {}, probability_flags(probe.logits)
     x, y = probe.x[right], probe.y[right]
     found = gradient(lambda x: F.cross_entropy(probe.model(x), y, reduction="none"), x)
     if not bool(found.isfinite().all()):
@@ -38,7 +38,7 @@ def check_output_scale(probe: Probe, what: str) -> tuple[dict[str, float], list[
     vanished = int((found.abs().flatten(1).amax(1) < _VANISHED).sum())
     gain, error = _rescaled_gain(probe)
     numbers = {"median_margin": probe.scale, "vanished": vanished / len(x), "rescaled_gain": gain}
-    flags = _probabilities(probe.logits)
+    flags = probability_flags(probe.logits)
     if not flags and vanished > max(1, _VANISHED_SHARE * len(x)):
         flags = [
             f"The gradient of the cross-entropy vanishes on {100 * vanished / len(x):.0f} % of {len(x)} correctly classified "
@@ -56,7 +56,7 @@ def check_output_scale(probe: Probe, what: str) -> tuple[dict[str, float], list[
     return numbers, flags or _underconfident(probe, numbers)
 
 
-def _probabilities(logits: Tensor) -> list[str]:
+def probability_flags(logits: Tensor) -> list[str]:
     """A flag if the outputs are probabilities, or a multiple of them, or all in [0, 1]."""
     total, spread = logits.sum(1), float(logits.amax() - logits.amin())
     constant = bool(((total - total.mean()).abs() < 1e-3 * spread).all())

@@ -8,6 +8,7 @@ from markupsafe import Markup
 import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
 from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.evaluate.results import left_out_notes
 from nrat_scale.release.contents import Contents
 from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
@@ -31,7 +32,8 @@ def model_card(contents: Contents) -> str:
     dataset, threat = str(contents.description["dataset"]), ""
     evaluation = {}
     if results is not None:
-        threat = threat_text(results["threat"]["norm"], results["threat"]["eps"])
+        tested = results["threat"]
+        threat = threat_text(tested["norm"], tested["eps"], tested.get("space", "pixel"))
         table, command = Markup(markdown_table(results)), _check_command(contents, results)
         evaluation = {"tested_threat": threat, "table": table, "command": command}
     return TEMPLATES.get_template("card.md").render(
@@ -42,8 +44,9 @@ def model_card(contents: Contents) -> str:
         version=nrat_scale.__version__,
         metadata=Markup(_metadata(contents, dataset, threat)),
         warning=RELEASED_CODE_WARNING,
+        notes=left_out_notes(contents.attacks),
         attacked=recipe.objective.name != "natural",
-        trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps),
+        trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps, recipe.threat.space),
         step=fraction_text(recipe.threat.step),
         selection_attack=attack_title(recipe.train.validation_attack),
         papers=_papers(contents),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nrat_scale.attacks import AUTOATTACK_NORMS, fraction_text
+from nrat_scale.evaluate.results import left_out_notes
 from nrat_scale.release.card import TEMPLATES
 from nrat_scale.release.contents import Contents
 
@@ -54,4 +55,4 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     if measured != total:
         problem = f"run on {measured} of {total} images only" if measured else "not run"
         notes.append(f"No AutoAttack accuracy is claimed: AutoAttack was {problem}.")
-    return notes + contents.flags
+    return notes + left_out_notes(contents.attacks) + contents.flags

@@ -11,13 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nrat_scale.attacks import fraction_text, threat_text
+from nrat_scale.attacks import fraction_text
 from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.curves import CURVES, draw_curves
-from nrat_scale.report.run import Run, number_at, read_score, value_at
-from nrat_scale.report.tables import all_flags, attack_columns, evaluate_command
+from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
+from nrat_scale.report.tables import all_flags, all_notes, attack_columns, evaluate_command
 
 _LARGEST_MATRIX = 20  # classes; a larger transition matrix is not readable as a table
 _FEW_IMAGES = 1000
@@ -89,6 +89,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
         warnings=[(run.name, warning) for run in runs for warning in run.warnings],
         settings=_group(_setting, evaluated),
         selections=_group(_selection, runs),
+        notes=all_notes(runs),
         flags=all_flags(runs),
         few_images=_FEW_IMAGES if min(counts, default=_FEW_IMAGES) < _FEW_IMAGES else None,
         versions=sorted(versions),
@@ -119,7 +120,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts = {
         "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing],
         "Model": [phrase("model.name")],
-        "Threat": [_threat_text(run.recipe), phrase("threat.num_steps", steps)],
+        "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
         "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}")],
         "Data": _shares(run.recipe),
         "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
@@ -127,11 +128,6 @@ def _facts(run: Run) -> dict[str, str]:
         "Seed": [str(value_at(run.recipe, "seed", ""))],
     }
     return {title: ", ".join(filter(None, phrases)) for title, phrases in facts.items() if any(phrases)}
-
-
-def _threat_text(tree: dict[str, Any]) -> str:
-    eps = number_at(tree, "threat.eps")
-    return "" if eps is None else threat_text(str(value_at(tree, "threat.norm", "linf")), eps)
 
 
 def _epochs_text(run: Run) -> str:
@@ -212,6 +208,5 @@ def _setting(run: Run) -> str:
     dataset, folder, count, fingerprint = (value_at(run.results, f"data.{key}", "?") for key in keys)
     step = number_at(run.results, "threat.step")
     steps = "" if step is None else f", PGD and CW steps of {fraction_text(step)}"
-    space = value_at(run.results, "threat.space", "pixel")
     data = f"{dataset} (folder {folder}, {count} images, fingerprint {str(fingerprint)[:16]})"
-    return f"{data}, {_threat_text(run.results)}{steps}, in {space} space"
+    return f"{data}, {threat_at(run.results)}{steps}"

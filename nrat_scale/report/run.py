@@ -10,12 +10,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING
+from nrat_scale.attacks import RELEASED_CODE_WARNING, threat_text
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.evaluate.results import FORMAT
+from nrat_scale.evaluate.results import FORMAT, left_out_notes
 
 
 def value_at(tree: Any, path: str, default: Any = None) -> Any:
@@ -29,6 +29,13 @@ def number_at(tree: Any, path: str) -> float | None:
     """The finite number at a dotted path, None if there is none."""
     value = value_at(tree, path)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def threat_at(tree: dict[str, Any]) -> str:
+    """The threat of a recipe or a results.json in text, empty if it has no radius."""
+    eps = number_at(tree, "threat.eps")
+    norm, space = (str(value_at(tree, f"threat.{key}", old)) for key, old in (("norm", "linf"), ("space", "pixel")))
+    return "" if eps is None else threat_text(norm, eps, space)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Row:
     epoch: Any  # None if unknown
     weights: Any  # `ema` or `raw`, None if unknown
     scores: dict[str, Score]  # by attack; `worst` is the worst case over all of them
+    notes: list[str]  # on parts of AutoAttack that were left out
     flags: list[str]  # reasons to doubt these scores; `Run.warnings` has the one about `threat.space`
 
 
@@ -77,7 +85,8 @@ def result_rows(results: dict[str, Any]) -> list[Row]:
             scores.pop("worst", None)  # over fewer attacks than in another row, hence not comparable
         flags = [str(flag) for flag in record.get("flags") or [] if flag != RELEASED_CODE_WARNING]
         checkpoint = "best = last" if same and name == "best" else name
-        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags))
+        notes = left_out_notes(value_at(record, "attacks", {}))
+        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, notes, flags))
     return rows
 
 
