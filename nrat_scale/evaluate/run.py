@@ -23,7 +23,7 @@ from nrat_scale.core.files import write_json
 from nrat_scale.core.locks import locked
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate import results
-from nrat_scale.evaluate.attacks import TRANSFER, Attack, for_classes, needs_gradient
+from nrat_scale.evaluate.attacks import Attack, for_classes, needs_gradient
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 from nrat_scale.evaluate.differentiable import check_differentiable
 from nrat_scale.evaluate.key import machine_facts
@@ -37,11 +37,11 @@ from nrat_scale.evaluate.measures import (
 )
 from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import check_model, contradictions, square_warning
+from nrat_scale.evaluate.sanity import ModelCheck, contradictions, inspect_model, square_warning
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
-_CHECKED_IMAGES = 64  # for `check_model`
+_CHECKED_IMAGES = 64  # for `inspect_model`
 
 
 def evaluate(
@@ -129,28 +129,30 @@ class _Evaluation:
 
     def start(self, target: Target) -> _Measured:
         """Check the model, and collect earlier results of the same model."""
-        flags = self._check(target)
+        check = self._check(target)
         attacked = target if self.request.source is None else self.request.source
         num_classes = count_classes(attacked.model, read_images(self.shards, 1))
-        measured = _Measured({**target.identity, **asdict(target.key), "flags": flags}, num_classes)
+        facts = {**target.identity, **asdict(target.key), "flags": check.flags, "checks": check.numbers}
+        measured = _Measured(facts, num_classes)
         for label, record in self.results["checkpoints"].items():
             if results.unlike(record, target.key) is None:
                 measured.entries |= record["attacks"]
                 measured.outcomes |= {name: self.arrays[f"{label}/{name}"] for name in record["attacks"]}
         return measured
 
-    def _check(self, target: Target) -> list[str]:
-        """The flags of `check_model`, on fewer images if these do not fit into memory but a block may."""
+    def _check(self, target: Target) -> ModelCheck:
+        """`inspect_model`, on fewer images if these do not fit into memory but a block may."""
         size, block, source = _CHECKED_IMAGES, self.request.batch_size, self.request.source
         follows_gradient = any(map(needs_gradient, self.request.attacks))
-        options = {"follows_gradient": follows_gradient and source is None}
+        attacked = any(attack.kind != "natural" for attack in self.request.attacks)
+        options = {"follows_gradient": follows_gradient and source is None, "attacked": attacked}
         while True:
             try:
                 with memory_errors(f"The check of {target.label}", block):
                     images = read_images(self.shards, size)
                     if source is not None and follows_gradient:
                         check_differentiable(source.model, images, source.label)
-                    return check_model(target.model, images, self.request.threat, target.label, **options)
+                    return inspect_model(target.model, images, self.request.threat, target.label, **options)
             except OutOfMemory:
                 if size <= block:
                     raise
@@ -255,11 +257,7 @@ def _record(
     facts: dict[str, Any], entries: dict[str, dict[str, Any]], outcomes: dict[str, results.Outcome]
 ) -> dict[str, Any]:
     """The record of one checkpoint in results.json."""
-    alone = {
-        name: outcome
-        for name, outcome in outcomes.items()
-        if not name.startswith(TRANSFER) and "without_images_broken_by" not in entries[name]
-    }
+    alone = {name: outcome for name, outcome in outcomes.items() if "without_images_broken_by" not in entries[name]}
     warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
     return {
         **facts,

@@ -6,10 +6,10 @@ The checks follow Carlini et al. 2019 (arXiv:1902.06705) and Croce et al. 2022 (
 import itertools
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec
@@ -18,13 +18,16 @@ from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
 from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
 from nrat_scale.evaluate.autoattack import STANDARD
-from nrat_scale.evaluate.differentiable import are_probabilities, differ, logits_without_gradient, without_gradient
+from nrat_scale.evaluate.backward_smoothing import smoothed_attack
+from nrat_scale.evaluate.differentiable import differ, logits_without_gradient, without_gradient
+from nrat_scale.evaluate.gaps import attack_gaps
+from nrat_scale.evaluate.gradient_checks import check_gradients
 from nrat_scale.evaluate.measures import Images
+from nrat_scale.evaluate.output_scale import check_output_scale, probability_flags
+from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe, exact_float32
 from nrat_scale.evaluate.results import Outcome
 from nrat_scale.evaluate.statistics import Paired, beyond_chance, paired, wilson
 
-_VANISHED = 1e-10  # a smaller gradient of a pixel is below the rounding error of float32 probabilities
-_VANISHED_SHARE = 0.1  # share of images with a vanished gradient, above which the model is flagged
 _CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means that fewer had not converged
 _ITERATED_GAIN = (
     0.01  # of the images that FGSM breaks: PGD breaks more than that in addition, unless gradients are masked
@@ -34,15 +37,37 @@ _SAME_LOSS = {"apgd-ce": ("pgd", "fgsm"), "apgd-dlr": ("cw",), "apgd-t": ("cw",)
 _APGD_STEPS = 100
 
 
+@dataclass(frozen=True)
+class ModelCheck:
+    """The flags of a model, and the numbers behind them, which results.json records."""
+
+    flags: list[str]
+    numbers: dict[str, float]
+
+
 def check_model(
     model: nn.Module, images: Images, threat: ThreatSpec, what: str, *, follows_gradient: bool = True
 ) -> list[str]:
-    """Refuse a model that cannot be measured; return the flags of one that can.
+    """The flags of `inspect_model`."""
+    return inspect_model(model, images, threat, what, follows_gradient=follows_gradient).flags
+
+
+def inspect_model(
+    model: nn.Module,
+    images: Images,
+    threat: ThreatSpec,
+    what: str,
+    *,
+    follows_gradient: bool = True,
+    attacked: bool = True,
+) -> ModelCheck:
+    """Refuse a model that cannot be measured; look for masked gradients in one that can.
 
     Args:
         images: a few of the evaluated ones.
         what: names the model in errors.
         follows_gradient: whether an attack will follow the model's gradient; if not, it may have none.
+        attacked: whether there will be an attack; if not, masking is not looked for, which costs most of the check.
 
     Raises:
         UserError: a module is in training mode, logits are not finite or not [B, K], the logits of an image change between
@@ -69,41 +94,44 @@ def check_model(
         way_out = "If its BatchNorm uses batch statistics, evaluate it with running statistics."
         raise UserError(f"The logits of {what} depend on the other images of the batch. {way_out}")
     flags = [] if threat.space == "pixel" else [RELEASED_CODE_WARNING]
-    if are_probabilities(logits):
-        flags.append(
-            "The model returns probabilities instead of logits: their gradients vanish for confident predictions, and "
-            "attacks become weak. Remove the softmax."
-        )
+    if not attacked:
+        return ModelCheck([*flags, *probability_flags(logits.float())], {})
     if (sentence := without_gradient(model, x, what)) is not None:
         if follows_gradient:
             raise UserError(sentence)
-        return [*flags, f"{sentence} Accuracies under Square and transferred attacks are upper bounds."]
-    return flags + logits_without_gradient(model, x) + _vanishing(model, x, y, logits, what)
+        upper = f"{sentence} Accuracies under Square and transferred attacks are upper bounds."
+        return ModelCheck([*flags, *probability_flags(logits.float()), upper], {})
+    dead = logits_without_gradient(model, x)
+    check = look_for_masking(model, x[:PROBED_IMAGES], y[:PROBED_IMAGES], threat, what)
+    return replace(check, flags=[*flags, *dead, *check.flags])
 
 
-def _vanishing(model: nn.Module, x: Tensor, y: Tensor, logits: Tensor, what: str) -> list[str]:
-    right = logits.argmax(1) == y
-    if not bool(right.any()):
-        return []
-    with frozen(model), torch.enable_grad():
-        x = x[right].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y[right], reduction="sum"), x)
-    if not bool(gradient.isfinite().all()):
-        raise UserError(f"{what} has gradients that are not finite: gradient-based attacks cannot work.")
-    share = float((gradient.abs().flatten(1).amax(1) < _VANISHED).float().mean())
-    if share <= _VANISHED_SHARE:
-        return []
-    return [
-        f"The gradient of the cross-entropy vanishes on {100 * share:.0f} % of {len(x)} correctly classified images: attacks "
-        "that follow it (FGSM, PGD) underestimate the vulnerability. Rely on the margin loss (CW) and on Square."
-    ]
+def look_for_masking(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, what: str) -> ModelCheck:
+    """Flags for an output whose scale hides gradients, for gradients that mislead, and for flat activations.
+
+    Args:
+        x: images [B, C, H, W] in [0, 1], on the device of the model.
+        y: labels [B].
+
+    Raises:
+        UserError: gradients are not finite.
+    """
+    with exact_float32(), frozen(model):
+        with torch.no_grad():
+            logits = model(x).float()
+        probe = Probe(model, x, y, logits, threat)
+        numbers, scale = check_output_scale(probe, what)
+        more, gradients = check_gradients(probe)
+        smooth, flat = smoothed_attack(probe)
+    # An output whose scale hides gradients fails the checks of the gradients, and one sentence tells more than two.
+    return ModelCheck([*(scale or gradients), *flat], {"images": len(x), **numbers, **more, **smooth})
 
 
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Flags for outcomes of one model that cannot all be valid; differences that chance explains are none.
 
     Args:
-        outcomes: by attack; without transfer attacks and attacks that skipped images which others had broken.
+        outcomes: by attack; without attacks that skipped images which others had broken.
     """
     attacks, flags = {}, []
     for name in outcomes:
@@ -116,7 +144,7 @@ def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:
             left, other = 100 * pair.right / pair.n, 100 * pair.other_right / pair.n
             seen = f"{left:.1f} % under {attack_title(strong)} and {other:.1f} % under {attack_title(weak)}"
             flags.append(f"On the same {pair.n} images accuracy is {seen}: {why}")
-    return flags
+    return flags + attack_gaps(outcomes)
 
 
 def _contradiction(strong: Attack, weak: Attack, pair: Paired, broken: int) -> str | None:

@@ -25,7 +25,7 @@ from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.evaluate import measures, request
 from nrat_scale.evaluate.attacks import ATTACKS
 from nrat_scale.evaluate.results import BlockLog, FinishedBlock, read_arrays
-from nrat_scale.evaluate.sanity import check_model
+from nrat_scale.evaluate.sanity import inspect_model
 from nrat_scale.models import Cnn4
 
 Measured = Callable[..., dict[str, Any]]
@@ -48,7 +48,9 @@ def cnn4_negated(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def weights(model: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[Path]]:
     """Evaluate a weight file of `model` by the command line from the folder of `run`: the default results files afterwards."""
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32, 0.0, "avg"))  # the size of `model`
+    monkeypatch.setattr(
+        Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32, 0.0, "avg")
+    )  # the size of `model`
     monkeypatch.setitem(models.default_cfgs, "cnn4_negated", models.default_cfgs["cnn4"])  # it normalises itself
 
     def measure(*options: str, file: str = "w.pt", scale: float = 1.0) -> set[Path]:
@@ -214,7 +216,7 @@ def test_an_evaluation_within_another(
     run: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch, second: str
 ) -> None:
     """Both have read the results file before either writes it; all attacks of both are in it, with their outcomes."""
-    check, nested = check_model, []
+    check, nested = inspect_model, []
 
     def check_and_evaluate(*given: Any, **options: Any) -> Any:
         if not nested:
@@ -222,7 +224,7 @@ def test_an_evaluation_within_another(
             measured("--attacks", second, "--checkpoint", "best")
         return check(*given, **options)
 
-    monkeypatch.setattr("nrat_scale.evaluate.run.check_model", check_and_evaluate)
+    monkeypatch.setattr("nrat_scale.evaluate.run.inspect_model", check_and_evaluate)
     record = measured("--attacks", "pgd2,cw3", "--checkpoint", "best")["checkpoints"]["best"]
     assert set(record["attacks"]) == {"pgd2", "cw3", *second.split(",")}
     assert {f"best/{name}" for name in record["attacks"]} == read_arrays(run / "results.json").keys()
@@ -235,13 +237,13 @@ from pathlib import Path
 from nrat_scale.evaluate import run
 from nrat_scale.evaluate.__main__ import main
 here, there = map(Path, sys.argv[1:3])
-check = run.check_model
+check = run.inspect_model
 def check_together(*given):
     here.touch()
     while not there.exists():
         time.sleep(0.01)
     return check(*given)
-run.check_model = check_together
+run.inspect_model = check_together
 main(sys.argv[3:])
 """
 
