@@ -95,4 +95,4 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
 def _papers(contents: Contents) -> list[str]:
     name, generated = contents.recipe.objective.name, contents.recipe.data.generated.shards
     cited = {"dm_at": generated, "aa": any(attack.startswith("aa") for attack in contents.attacks)}
-    return [paper for key, paper in _PAPERS.items() if name.startswith(key) or cited.get(key)] or ["nrat_scale"]
+    return [paper for key, paper in _PAPERS.items() if name.startswith(key) or cited.get(key)]
