@@ -69,15 +69,14 @@ RESUMED: Required = NAMED | {
     "best": _is_best,  # row of the best validation so far, None before the first
     "validation_due": _is_flag,  # the run stopped between an epoch and its validation
     "metrics_lines": is_count,  # of metrics.jsonl
-    "sums": _is_row_per_rank,  # over the epoch so far
-    "sum_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "sums": _is_row_per_rank,  # over the epoch so far; training checks `sum_names`
     "guard": lambda value: isinstance(value, dict),  # `Guard.load` checks its entries
     "guard_sums": _is_row_per_rank,
     "scaler": _is_scaler,  # of fp16
     "pointer": lambda value: isinstance(value, dict) and all(map(_is_flag, value.values())),  # for `recover`
 }
 # Keys that a checkpoint may lack: nothing is restored from them, or an older version did not write them.
-OPTIONAL = ("whole_epoch", "identity", "seed", "sum_names", "pointer")
+OPTIONAL = ("whole_epoch", "identity", "seed", "pointer")
 
 
 def schema_mismatch(state: dict[str, Any], required: Required) -> str | None:

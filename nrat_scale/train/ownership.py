@@ -98,9 +98,10 @@ class Ownership:
         if self._beat.is_alive():
             self._beat.join()
         now = read_owner(self._run)
-        if now is not None and now.token == self.me.token:
-            with suppress(OSError):
-                self._run.owner.unlink()
+        if now is not None and now.token != self.me.token:
+            return  # perhaps a later claim of this process: closing any descriptor of the file would end its lock
+        with suppress(OSError):
+            self._run.owner.unlink()
         if self._lock is not None:
             os.close(self._lock)
 

@@ -129,7 +129,7 @@ def _check_origin(state: TrainState, checkpoint: Checkpoint) -> None:
 def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
     """Restore the sums of the metrics and of the guard, saved as one row per rank; `UserError` if they are others."""
     names = facts.get("sum_names", list(UNNAMED_SUMS))
-    if sorted(names) != sorted(sum_names()):
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(sum_names()):
         raise UserError(f"it has sums of {quoted(names)}, expected {', '.join(sum_names())}")
     for key, ours in (("sums", state.sums), ("guard_sums", state.guard.sums)):
         if any(len(row) != len(ours) for row in facts[key]):

@@ -112,9 +112,10 @@ def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         if not run.recipe.is_file():
             write_atomically(run.recipe, to_yaml(recipe))  # first: an interrupted start can then be resumed
-            write_atomically(run.metrics, "")
         elif not run.checkpoints.is_dir():
             make_folder(run.checkpoints)
+        if not run.metrics.is_file():
+            write_atomically(run.metrics, "")
     except BaseException as error:
         owner.release()
         if isinstance(error, OSError):
