@@ -256,7 +256,7 @@ def test_killed_before_every_change_of_a_start(recipe_path: Path, tmp_path: Path
         assert status == -signal.SIGKILL, killed.text("err")
         train(load_recipe(recipe_path, [f"run_dir={run}", "train.max_steps=1"]))
         assert digest(run) == digest(alone), operation
-        assert not [path for path in run.rglob("*.tmp")], operation
+        assert not list(run.rglob("*.tmp")), operation
     assert operation > 12
 
 
