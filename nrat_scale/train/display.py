@@ -88,7 +88,7 @@ def lasting_output() -> Iterator[None]:
     What cannot be written is dropped. A lost terminal or pipe is replaced by /dev/null.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)
     try:
         yield
     finally:

@@ -178,7 +178,7 @@ def test_tensors_of_another_version_end_in_a_sentence(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 3}, "its seed is 3 and the recipe's is 0"), ({"epoch": 9}, "counts step 12 as epoch 9")],
+    [({"seed": 3}, "its seed is 3 and the recipe's is 0"), ({"epoch": 9}, "it counts step 12 as epoch 9")],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
