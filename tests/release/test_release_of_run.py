@@ -80,7 +80,7 @@ def test_release_is_the_evaluated_model(run: Path, model: nn.Module, tmp_path: P
 
 def test_the_card_of_natural_training_cites_no_method(run: Path, tmp_path: Path) -> None:
     """Plain cross-entropy is nobody's method, neither NRAT's nor that of this package."""
-    text = to_yaml(load_recipe(run / "recipe.yaml", ["objective.name=natural"]))
+    text = to_yaml(load_recipe(run / "recipe.yaml", ["objective.name=natural", "objective.inner=ce"]))
     (run / "recipe.yaml").write_text(text)
     card = (bundle.release(run, tmp_path / "natural", unevaluated=True) / "README.md").read_text()
     assert "Citation" not in card and "* nrat_scale" not in card and "NRAT" not in card
