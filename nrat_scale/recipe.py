@@ -32,7 +32,7 @@ from nrat_scale.weights import AwpSpec, EmaSpec
 RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
 # Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
-    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile",
+    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile", "train.threads",
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
@@ -61,6 +61,8 @@ class TrainSpec:
     save_every: int = 1  # epochs between checkpoints
     keep: int = 1  # newest checkpoints to keep besides the best
     log_every: int = 50  # steps between progress lines
+    # CPU threads of each process; None: OMP_NUM_THREADS, and without it the process's share of the cores.
+    threads: int | None = None
     channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
     fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
     compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
@@ -68,7 +70,16 @@ class TrainSpec:
     timeout_minutes: float = 15.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "accumulate", "validate_every", "save_every", "keep", "log_every"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "accumulate",
+            "validate_every",
+            "save_every",
+            "keep",
+            "log_every",
+            "threads",
+        ):
             value = getattr(self, name)
             check_value(f"train.{name}", value, value is None or value >= 1, "at least 1")
         for name in ("max_grad_norm", "timeout_minutes"):

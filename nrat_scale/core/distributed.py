@@ -21,10 +21,32 @@ def join_processes(*, on_cpu: bool = False) -> PartialState:
     return PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
 
 
-def use_all_cores() -> None:
-    """Run torch on this process's share of the cores; `accelerate launch` on CPUs sets OMP_NUM_THREADS=1."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, cores))
+def use_all_cores(threads: int | None = None) -> int:
+    """Set torch's threads of this process on CPUs, and return their number.
+
+    `threads` if given; else OMP_NUM_THREADS; else this process's share of the cores. `torchrun` and `accelerate launch` set
+    OMP_NUM_THREADS=1 for users who have not set it, so 1 counts as not set under a launcher.
+    """
+    number = threads or _omp_num_threads()
+    if number is None:
+        number = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(number)
+    return number
+
+
+def launcher() -> str | None:
+    """The launcher that started this process, `torchrun` or `accelerate launch`; None for Python itself."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return "torchrun"
+    return "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+
+
+def _omp_num_threads() -> int | None:
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested parallel regions
+    number = (
+        int(first) if first.isascii() and first.isdigit() else 0
+    )  # OpenMP ignores what is not a positive number, too
+    return None if number == 0 or (number == 1 and launcher() is not None) else number
 
 
 def on_main(state: Any, action: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Names of all files in a run directory, and readers of those that several commands read."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 
 RECIPE, RESULTS, OUTCOMES = "recipe.yaml", "results.json", "results.npz"  # also of a release folder
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")  # `core.files.temporary_sibling`
+_IN_ALIVE = re.compile(r"lock|owner\.json|\.owner\.json\.[0-9a-f]{12}\.tmp|rank-[0-9]+|now-[0-9a-f]{8}|\.nfs[0-9a-f]+")
 QUEUED = "queued.json"  # in a folder of `RunFolder.releases`: describes its weights
 
 
@@ -29,8 +32,11 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"  # step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
         self.releases = path / "releases"  # weights queued for publication (release.every_epochs)
         self.results = path / RESULTS  # accuracies; `OUTCOMES` beside it: outcomes per image
+        self.tensorboard = path / "tensorboard"  # TensorBoard's event files
         self.profile = path / "profile"  # profiler traces
         self.alive = path / ".alive"  # liveness files of the ranks
+        self.lock = self.alive / "lock"  # held by the process that trains
+        self.owner = self.alive / "owner.json"  # which process that is
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint folder of a step."""
@@ -52,6 +58,42 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether this is a run directory (a release has a recipe, but no checkpoints)."""
         return self.recipe.is_file() and self.checkpoints.is_dir()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing is here, or only what a start leaves that was killed before it had written recipe.yaml."""
+        return not self.path.exists() or all(map(self._is_of_a_start, self.path.iterdir()))
+
+    def _is_of_a_start(self, entry: Path) -> bool:
+        if entry == self.alive and entry.is_dir() and not entry.is_symlink():
+            return all(_IN_ALIVE.fullmatch(path.name) for path in entry.iterdir())
+        temporary = _TEMPORARY.fullmatch(entry.name)
+        return temporary is not None and temporary[1] == RECIPE and entry.is_file()
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files and folders of a training process that was killed. Only the run's owner may remove them.
+
+        Those of other commands, such as results.json of an evaluation, may be in use and are not among them.
+        """
+        ours = re.compile(
+            "|".join(
+                re.escape(path.name)
+                for path in (
+                    self.recipe,
+                    self.model,
+                    self.data,
+                    self.label_noise,
+                    self.label_noise_arrays,
+                    self.metrics,
+                )
+            )
+            + r"|skipped_shards\.json|bad-step-[0-9]{8}-rank[0-9]+\.safetensors|epoch-[0-9]{4}|owner\.json"
+        )
+        folders = [folder for folder in (self.path, self.releases, self.alive) if folder.is_dir()]
+        found = [(_TEMPORARY.fullmatch(path.name), path) for folder in folders for path in folder.iterdir()]
+        stale = [path for temporary, path in found if temporary and ours.fullmatch(temporary[1])]
+        ranks = [path for path in self.alive.glob("*") if re.fullmatch(r"rank-[0-9]+|now-[0-9a-f]{8}", path.name)]
+        return sorted([*stale, *ranks])
 
     def read_model(self) -> dict[str, Any]:
         """The contents of model.json; raises `UserError` if it is missing or damaged."""

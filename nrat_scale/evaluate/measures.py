@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.memory import ran_out_of_memory
 from nrat_scale.core.seeds import KeyedPermutation
 from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
@@ -22,7 +23,6 @@ from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 
 # In errors that torch raises as RuntimeError: of the CPU's allocator, cuDNN and cuBLAS.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 class OutOfMemory(UserError):
@@ -44,8 +44,7 @@ def memory_errors(what: str, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(text in str(error) for text in _OUT_OF_MEMORY):
+        if not ran_out_of_memory(error):
             raise
         way_out = "Free memory on the device, or choose another one with --device."
         if batch_size > 1:

@@ -14,6 +14,7 @@ The folder is staged beside its destination, loaded back, compared with the run'
 """
 
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def release(
     if contents.results is None and not unevaluated:
         raise UserError(
             f"{RunFolder(run).results} has no results for the {weights.label} checkpoint. Run python -m nrat_scale.evaluate "
-            f"{run} --data TEST_SHARDS first, or release it without results by --unevaluated."
+            f"{shlex.quote(str(run))} --data TEST_SHARDS first, or release it without results by --unevaluated."
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         if _is_this(to, contents, exports):

@@ -1,5 +1,6 @@
 """The model card of a release: `templates/card.md`, with the Hub's metadata."""
 
+import shlex
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -80,7 +81,7 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
     most = max((entry["n"] for entry in attacks.values()), default=total)
     autoattack = min((entry["n"] for name, entry in attacks.items() if name.startswith("aa")), default=most)
     return (
-        f"python -m nrat_scale.evaluate {contents.name} --data TEST_SHARDS --attacks {','.join(attacks)}"
+        f"python -m nrat_scale.evaluate {shlex.quote(contents.name)} --data TEST_SHARDS --attacks {','.join(attacks)}"
         f" --norm {threat['norm']} --eps {fraction_text(threat['eps'])} --step {fraction_text(threat['step'])}"
         f" --batch-size {first['batch_size']} --seed {first['seed']}"
         + (" --float32 ieee" if (first.get("device"), first.get("float32")) == ("cuda", "ieee") else "")

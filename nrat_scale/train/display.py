@@ -1,11 +1,15 @@
-"""Progress of a run: a bar on a terminal, else plain lines, and speeds for TensorBoard.
+"""Progress of a run: a bar on a terminal, else plain lines, and speeds for TensorBoard; output that may fail.
 
 Speeds are not written to metrics.jsonl, so that an interrupted run ends with the same bytes as an uninterrupted one.
 """
 
+import contextlib
+import errno
+import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -45,7 +49,7 @@ class Progress:
         speed, share = steps * state.recipe.data.batch_size / elapsed, seconds["attack"] / elapsed
         known = {name: value for name, value in recent.items() if value is not None}
         numbers = {"speed/images_per_second": speed, "speed/attack_share": share}
-        state.accelerator.log(numbers | {f"recent/{name}": known[name] for name in known}, step=state.step)
+        state.tracker.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
         shown = {name: METRICS[name] for name in known if METRICS[name].progress}
         texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
         text = "  ".join([*texts, f"lr {lr:.3g}", f"{speed:.4g} img/s", f"attack {100 * share:.0f} %"])
@@ -75,3 +79,47 @@ class Progress:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.close()
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside the block, a lost terminal, a closed pipe or a full disk under stdout or stderr does not end the run.
+
+    What cannot be written is dropped. A lost terminal or pipe is replaced by /dev/null.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Lasting(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A text stream whose `write` and `flush` do not raise OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno in (errno.EIO, errno.EPIPE, errno.ENXIO):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from accelerate.utils import gather
 
 from nrat_scale.collapse import ADVICE
 from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.memory import memory_message, ran_out_of_memory
 from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
@@ -21,7 +23,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.optim import learning_rates, set_rates
 from nrat_scale.recipe import RecipeSpec
 from nrat_scale.train.compile import compile_models
-from nrat_scale.train.display import Progress
+from nrat_scale.train.display import Progress, lasting_output
 from nrat_scale.train.liveness import heartbeat, silent_ranks
 from nrat_scale.train.metrics import close_epoch, log, percent
 from nrat_scale.train.nonfinite import report_bad_step
@@ -31,29 +33,48 @@ from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, resume_command
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
+from nrat_scale.train.tracking import Tracker
 from nrat_scale.train.validate import validate
 
 
+class OutOfMemoryError(UserError):
+    """A process has too little memory for its part of a step."""
+
+
 def train_and_exit(recipe: RecipeSpec, profile: int = 0) -> None:
-    """`train` for a whole process: exits with 143 after a signal (130 after SIGINT), with 1 if another rank is lost."""
-    try:
-        train(recipe, profile)
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
-            raise
-        silent = silent_ranks(RunFolder(Path(recipe.run_dir)))
-        lost = " and ".join(f"rank {rank}" for rank in silent) or "another process"
-        print(
-            f"error: rank {os.environ.get('RANK', '0')} has lost {lost} of this run: it has ended, or did not answer within "
-            f"train.timeout_minutes ({first_line(error)}). The same command resumes from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a normal exit would wait for the process group once more
-    except Stopped as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{stop}; the run is saved. Resume with:\n{resume_command()}", flush=True)
-        sys.exit(stop.status)
+    """`train` for a whole process: ends with 128 + number after a signal, and with 1 if another rank is lost.
+
+    Lost terminals and full disks under its output do not end it.
+    """
+    with lasting_output():
+        try:
+            train(recipe, profile)
+        except OutOfMemoryError as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+            # The others wait for this rank in a collective: end at once, so that they notice.
+            _print_and_exit(f"error: rank {os.environ.get('RANK', '0')}: {error}", 2)
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+                raise
+            silent = silent_ranks(RunFolder(Path(recipe.run_dir)))
+            lost = " and ".join(f"rank {rank}" for rank in silent) or "another process"
+            _print_and_exit(
+                f"error: rank {os.environ.get('RANK', '0')} has lost {lost} of this run: it has ended, or did not answer "
+                f"within train.timeout_minutes ({first_line(error)}). The same command resumes from the last checkpoint.",
+                1,
+            )
+        except Stopped as stop:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{stop}; the run is saved. Resume with:\n{resume_command()}", flush=True)
+            sys.exit(stop.status)
+
+
+def _print_and_exit(sentence: str, status: int) -> NoReturn:
+    """End without waiting for the process group, which has lost a rank."""
+    print(sentence, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def train(recipe: RecipeSpec, profile: int = 0) -> Path:
@@ -63,19 +84,45 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
         profile: number of steps for torch's profiler.
 
     Raises:
-        UserError: see `start`; training collapsed and `guard.action` is stop; a checkpoint could not be saved.
+        UserError: see `start`; training collapsed and `guard.action` is stop; a checkpoint could not be saved; a device is out
+            of memory (`OutOfMemoryError`); another process has taken over the run directory.
         FloatingPointError: a step was not finite; its update was not applied, and no checkpoint contains it.
         Stopped: after a signal; the state is saved.
     """
-    state = start(recipe)
-    run, accelerator = state.run.path, state.accelerator
+    try:
+        state = start(recipe)
+        with state.owner or contextlib.nullcontext():
+            _run(state, profile)
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise OutOfMemoryError(_memory_advice(recipe, error)) from error
+        raise
+    state.accelerator.end_training()
+    return state.run.path
+
+
+def _memory_advice(recipe: RecipeSpec, error: Exception) -> str:
+    """What was out of memory, and which settings need less."""
+    size, processes = recipe.data.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    group = recipe.model.bn_group_size or 1
+    fits = [n for n in range(recipe.train.accumulate + 1, size + 1) if size % (processes * n * group) == 0]
+    way_out = f"train.accumulate={fits[0]}" if fits else "a smaller data.batch_size"
+    return (
+        f"Out of memory ({memory_message(error)}). A process computes {size // (processes * recipe.train.accumulate)} images at "
+        f"once. Use {way_out}, which needs less, with a new run_dir, because it belongs to the recipe; or more processes."
+    )
+
+
+def _run(state: TrainState, profile: int) -> None:
+    """Train a started run to its end, and say how it went."""
+    recipe, run, accelerator = state.recipe, state.run.path, state.accelerator
     if state.step >= state.last_step and not state.validation_due:
         accelerator.print(f"{run} is complete: {state.step} of {state.last_step} steps are done. Nothing to train.")
-        accelerator.end_training()
-        return run
-    accelerator.init_trackers("tensorboard")
+        return
+    state.tracker = Tracker(state.run.tensorboard if accelerator.is_main_process else None)
     accelerator.print(
         f"{recipe.name}: {recipe.objective.title} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
+        f"{torch.get_num_threads()} CPU thread(s) each, "
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
@@ -83,17 +130,15 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
     compile_models(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
-    with alive, state.signals.watched(), state.saver or nothing:
+    with alive, state.signals.watched(), contextlib.closing(state.tracker), state.saver or nothing:
         _fit(state, profile)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(
             f"best: epoch {best['epoch']}, validation {best['attack']} {100 * best['robust']['accuracy']:.2f} % "
             f"(n = {best['robust']['n']}). Evaluate on the test split with:\n"
-            f"  python -m nrat_scale.evaluate {run} --data TEST_SHARDS --attacks natural,pgd20,cw20,aa"
+            f"  python -m nrat_scale.evaluate {shlex.quote(str(run))} --data TEST_SHARDS --attacks natural,pgd20,cw20,aa"
         )
-    accelerator.end_training()
-    return run
 
 
 def _fit(state: TrainState, profile: int) -> None:
@@ -128,6 +173,8 @@ def _fit(state: TrainState, profile: int) -> None:
             log(state, row)
             progress.epoch(row)
             _validate_and_save(state, progress)
+        if state.owner is not None and state.owner.replaced_by is not None and num_processes == 1:
+            state.owner.check()  # several processes find it out together, at the next save
         if signum or (num_processes == 1 and state.signals.received):
             _save_and_stop(state, signum or state.signals.received)
     profiler.update(state)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from nrat_scale.core.errors import UserError, first_line, warn
 from nrat_scale.core.files import make_folder
 
 if TYPE_CHECKING:
@@ -81,9 +82,12 @@ class Profile:
             self._profiler = None
 
     def _write(self, state: "TrainState", elapsed: float, seconds: dict[str, float]) -> None:
-        make_folder(state.run.profile)
         path = state.run.profile / f"steps-{self._first + 1}-{state.step}.json"
-        self._profiler.export_chrome_trace(str(path))
+        try:
+            make_folder(state.run.profile)
+            self._profiler.export_chrome_trace(str(path))
+        except (UserError, OSError, RuntimeError) as error:
+            warn(f"The profile is not written: {first_line(error)}. Training continues.")
         print(f"profile of steps {self._first + 1} to {state.step} (chrome://tracing opens {path}):")
         for name, value in (seconds | {"other": elapsed - sum(seconds.values())}).items():
             print(f"  {name:<10} {1e3 * value / self._num_steps:9.1f} ms a step  {100 * value / elapsed:5.1f} %")

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
+from torch import nn
 
 from nrat_scale.checkpoint.folder import checkpoint_folders, newest_checkpoint, set_aside, step_of, write_pointer
 from nrat_scale.checkpoint.format import Checkpoint, open_checkpoint
-from nrat_scale.checkpoint.state import load_optimizer_tensors, optimizer_tensors
+from nrat_scale.checkpoint.state import load_optimizer_tensors, optimizer_tensors, tensor_mismatch
 from nrat_scale.collapse import ADVICE
 from nrat_scale.core.distributed import on_main
-from nrat_scale.core.errors import UserError, quoted
+from nrat_scale.core.errors import UserError, first_line, quoted
 from nrat_scale.train.metrics import log, sum_names, write_metrics
 from nrat_scale.train.state import TrainState
 
@@ -32,6 +33,8 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
 
     def write() -> None:
         assert state.saver is not None
+        if state.owner is not None:
+            state.owner.check()
         scaler = state.accelerator.scaler
         facts = {
             "step": state.step,
@@ -66,9 +69,16 @@ def resume(state: TrainState) -> None:
         state.accelerator.print(f"warning: {sentence} Going back to step {checkpoint.step if checkpoint else 0}.")
     if checkpoint is None:
         return
-    lines = state.run.metrics.read_text(encoding="utf-8").splitlines() if state.run.metrics.is_file() else []
+    try:
+        lines = state.run.metrics.read_text(encoding="utf-8").splitlines() if state.run.metrics.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{state.run.metrics} cannot be read ({first_line(error)}). Restore or remove it.") from error
     state.metrics = lines
     _restore(state, checkpoint)
+    if len(lines) < checkpoint.state["metrics_lines"]:
+        state.accelerator.print(
+            f"warning: {state.run.metrics} has {len(lines)} of the {checkpoint.state['metrics_lines']} rows up to step {state.step}."
+        )
     if state.accelerator.is_main_process and len(lines) != len(state.metrics):
         write_metrics(state)
     state.accelerator.print(f"resuming {state.run.path} from step {state.step} of {state.total_steps}")
@@ -76,24 +86,44 @@ def resume(state: TrainState) -> None:
 
 def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
     facts = checkpoint.state
+    _check_origin(state, checkpoint)
     try:
         _restore_sums(state, facts)
         state.guard.load(facts["guard"])
     except UserError as error:
         way_out = "Resume with that version, or start a new run with run_dir=PATH."
         raise UserError(f"{checkpoint.folder} was written by another version ({error}). {way_out}") from error
-    try:
-        state.base.load_state_dict(checkpoint.tensors("model"))
-        if state.ema is not None:
-            state.ema.module.load_state_dict(checkpoint.tensors("ema"))
-        state.objective.load_state_dict(checkpoint.tensors("objective"))
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint.folder} does not fit the recipe's model: {error}") from error
+    modules: dict[str, nn.Module] = {"model": state.base, "objective": state.objective}
+    modules |= {"ema": state.ema.module} if state.ema is not None else {}
+    tensors = {name: checkpoint.tensors(name) for name in modules}
+    for name, module in modules.items():
+        if mismatch := tensor_mismatch(tensors[name], module.state_dict()):
+            raise UserError(
+                f"{checkpoint.folder} does not fit this version's {name} for the recipe: {mismatch}. Resume with the version "
+                "that wrote it, or start a new run with run_dir=PATH."
+            )
+    for name, module in modules.items():
+        module.load_state_dict(tensors[name])
     load_optimizer_tensors(state.optimizer, state.base, checkpoint.tensors("optimizer"))
     if state.accelerator.scaler is not None and facts["scaler"] is not None:
         state.accelerator.scaler.load_state_dict(facts["scaler"])
     state.metrics = state.metrics[: facts["metrics_lines"]]
-    state.step, state.best, state.validation_due = int(facts["step"]), facts["best"], bool(facts["validation_due"])
+    state.step, state.best, state.validation_due = facts["step"], facts["best"], facts["validation_due"]
+
+
+def _check_origin(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Raise `UserError` if the checkpoint is of a run with another seed, length, or number of steps in an epoch."""
+    facts, per_epoch, problem = checkpoint.state, state.data.steps_per_epoch, ""
+    if facts.get("seed", state.recipe.seed) != state.recipe.seed:
+        problem = f"its seed is {facts['seed']} and the recipe's is {state.recipe.seed}"
+    elif facts["step"] > state.total_steps:
+        problem = f"it is of step {facts['step']} and the run has {state.total_steps} steps"
+    elif facts["epoch"] != -(-facts["step"] // per_epoch):
+        problem = f"it counts step {facts['step']} as epoch {facts['epoch']}, and an epoch has {per_epoch} steps with these data"
+    if problem:
+        raise UserError(
+            f"{checkpoint.folder} is not of this run: {problem}. Restore its data, or choose another run_dir."
+        )
 
 
 def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:

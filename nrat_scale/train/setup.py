@@ -1,6 +1,7 @@
 """Start a run: check recipe, data and run folder, then build data, model, optimizer and state."""
 
 import datetime
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, conve
 from nrat_scale.train.label_noise import keep_stored_noise, write_noise
 from nrat_scale.train.metrics import sum_names
 from nrat_scale.train.nonfinite import StepChecks
+from nrat_scale.train.ownership import Ownership, claim
 from nrat_scale.train.profiling import Clock
 from nrat_scale.train.recovery import resume
 from nrat_scale.train.state import TrainState
@@ -59,17 +61,23 @@ def start(recipe: RecipeSpec) -> TrainState:
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
     base = models.create(recipe.model.name, arguments)
     run = RunFolder(Path(recipe.run_dir))
-    on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
-    on_main(accelerator, lambda: data.skips.attach(run))
-    data.skips.attach(run)
-    keep_stored_noise(run, data)
-    data.place_images(accelerator.device)
-    state = _build(recipe, data, accelerator, base)
-    on_main(accelerator, lambda: recover(run.path))
-    if accelerator.is_main_process:
-        _describe(state, arguments)
-        state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
-    resume(state)
+    owner: Ownership | None = on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
+    try:
+        on_main(accelerator, lambda: data.skips.attach(run))
+        data.skips.attach(run)
+        keep_stored_noise(run, data)
+        data.place_images(accelerator.device)
+        state = _build(recipe, data, accelerator, base)
+        on_main(accelerator, lambda: recover(run.path))
+        on_main(accelerator, lambda: _describe(state, arguments))
+        if accelerator.is_main_process:
+            state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
+            state.owner = owner
+        resume(state)
+    except BaseException:
+        if owner is not None:
+            owner.release()
+        raise
     return state
 
 
@@ -82,39 +90,56 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
         cpu=not gpu,
-        log_with="tensorboard",
-        project_dir=recipe.run_dir,
         kwargs_handlers=handlers,
     )
+    if accelerator.device.type == "cpu" or recipe.train.threads is not None:
+        use_all_cores(recipe.train.threads)
     if accelerator.device.type == "cpu":
-        use_all_cores()
         # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     return accelerator
 
 
-def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
-    """Create the run folder, or check that it holds a run of this recipe."""
+def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:
+    """Own the run folder, and create it or check that it holds a run of this recipe."""
+    _check_folder(run, recipe)
+    make_folder(run.path)
+    owner = claim(run)
+    try:
+        _check_folder(run, recipe)  # another process may have begun a run here before we owned it
+        for path in run.leftovers():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        if not run.recipe.is_file():
+            write_atomically(run.recipe, to_yaml(recipe))  # first: an interrupted start can then be resumed
+        elif not run.checkpoints.is_dir():
+            make_folder(run.checkpoints)
+        if not run.metrics.is_file():
+            write_atomically(run.metrics, "")
+    except BaseException as error:
+        owner.release()
+        if isinstance(error, OSError):
+            raise UserError(f"{run.path} cannot be cleaned up ({error.strerror}). Change its permissions.") from error
+        raise
+    return owner
+
+
+def _check_folder(run: RunFolder, recipe: RecipeSpec) -> None:
+    """Raise `UserError` unless the folder is new or holds a run that `recipe` may resume; changes nothing."""
     path, problem = run.path, ""
-    used = path.is_dir() and any(path.iterdir())
     if path.exists() and not path.is_dir():
         problem = "is a file; run_dir must be a folder"
-    elif used and recipe.resume == "never":
+    elif run.is_new:
+        return
+    elif recipe.resume == "never":
         problem = "is not empty and resume is 'never'"
-    elif used and not run.recipe.is_file():
+    elif not run.recipe.is_file():
         problem = "holds something that is not a run; nothing in it was touched"
-    elif used and (changed := outdated(run.recipe)):
+    elif changed := outdated(run.recipe):
         problem = f"holds a run of an older version, in which {changed}; resume it with that version"
-    elif used and load_recipe(run.recipe).identity != recipe.identity:
+    elif load_recipe(run.recipe).identity != recipe.identity:
         problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
     if problem:
         raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
-    if not used:
-        make_folder(path)
-        write_atomically(run.recipe, to_yaml(recipe))  # first: an interrupted start can then be resumed
-        write_atomically(run.metrics, "")
-    elif not run.checkpoints.is_dir():
-        make_folder(run.checkpoints)
 
 
 def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module) -> TrainState:

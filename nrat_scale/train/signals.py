@@ -6,10 +6,19 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from nrat_scale.core.distributed import launcher
+
+# What schedulers, shells, terminals and time limits send before they kill a process.
+SIGNALS = (
+    signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGINT,
+)  # fmt: skip
+# torchrun forwards a signal to ranks that the terminal or Slurm has already sent it to: a repetition within this time is no
+# second request.
+_REPEATED_SECONDS = 2.0
 
 
 class Stopped(Exception):
@@ -17,28 +26,37 @@ class Stopped(Exception):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.status = 130 if signum == signal.SIGINT else 143  # SIGUSR1 is a scheduler's warning, as SIGTERM is
+        self.status = 128 + signum
 
 
 class StopSignals:
     """The signal that this process has received (`received`), 0 for none. `watched` installs the handlers."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._at = 0, 0.0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
+            if signum == self.received and time.monotonic() - self._at < _REPEATED_SECONDS:
+                return
             # Safe during a write: files are replaced by an atomic rename.
             os._exit(128 + signum)
-        self.received = signum
+        self.received, self._at = signum, time.monotonic()
+        name = signal.Signals(signum).name
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step and saving; a second signal ends the run at once\n")
+            os.write(
+                2, f"\n{name}: stopping after this step and saving; a second signal ends the run at once\n".encode()
+            )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Handle SIGNALS inside the block; does nothing outside the main thread, as Python demands."""
+        """Handle SIGNALS inside the block, except those that the process was started to ignore, as by nohup.
+
+        Does nothing outside the main thread, where Python installs no handlers.
+        """
         in_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS if in_main}
+        handled = [number for number in SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in handled}
         try:
             yield
         finally:
@@ -48,9 +66,9 @@ class StopSignals:
 
 def resume_command() -> str:
     """The command that resumes this run: the one that started it."""
-    launcher, local = "accelerate launch", os.environ.get("LOCAL_WORLD_SIZE")
+    command, local = launcher() or "python", os.environ.get("LOCAL_WORLD_SIZE")
     if local is not None:
         nodes = int(os.environ.get("WORLD_SIZE", local)) // int(local)
-        launcher = f"torchrun --nproc_per_node {local}" + (f" --nnodes {nodes}" if nodes > 1 else "")
+        command += f" --nproc_per_node {local}" + (f" --nnodes {nodes}" if nodes > 1 else "")
     arguments = [word for word in sys.argv[1:] if word != "resume=never"]
-    return f"{launcher} -m nrat_scale.train {shlex.join(arguments)}"
+    return f"{command} -m nrat_scale.train {shlex.join(arguments)}"

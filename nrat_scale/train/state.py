@@ -19,8 +19,10 @@ from nrat_scale.recipe import RecipeSpec
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics
 from nrat_scale.train.nonfinite import StepChecks
+from nrat_scale.train.ownership import Ownership
 from nrat_scale.train.profiling import Clock
 from nrat_scale.train.signals import StopSignals
+from nrat_scale.train.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class TrainState:
     # The last steps, whose checks the host may not have read yet.
     recent: deque[tuple[Batch, list[MicroBatch]]] = field(default_factory=partial(deque, maxlen=2))
     saver: Saver | None = None  # on the main process only
+    owner: Ownership | None = None  # of the run directory, on the main process only
+    tracker: Tracker = field(default_factory=partial(Tracker, None))
 
     @property
     def total_steps(self) -> int:

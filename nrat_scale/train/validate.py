@@ -7,8 +7,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from nrat_scale.core.errors import warn
+from nrat_scale.core.memory import ran_out_of_memory
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
 from nrat_scale.train.state import TrainState
+
+_BLOCK_SIZES = (256, 64, 16)  # images at once; smaller if memory does not suffice, as noise belongs to the image
 
 
 def validate(state: TrainState) -> dict[str, Any] | None:
@@ -61,12 +65,25 @@ def _correct(state: TrainState, attack: str, model: nn.Module, images: Images, r
 
     An attack depends on its label, so it is repeated for the images whose clean label differs.
     """
-    options: dict[str, Any] = {"seed": state.recipe.seed, "stopped": lambda: state.signals.received != 0}
-    given = correct_under(attack, model, images, state.recipe.threat, **options)
+    given = _outcomes(state, attack, model, images)
     if state.validation.clean_labels is None:
         return [int(given.sum()), 0]
     clean_labels = state.validation.clean_labels[torch.from_numpy(rows)]
     differ = clean_labels.ne(images.labels).numpy()
     subset = dataclasses.replace(images, labels=clean_labels).take(np.flatnonzero(differ))
-    again = correct_under(attack, model, subset, state.recipe.threat, **options)
+    again = _outcomes(state, attack, model, subset)
     return [int(given.sum()), int(given[~differ].sum() + again.sum())]
+
+
+def _outcomes(state: TrainState, attack: str, model: nn.Module, images: Images) -> np.ndarray:
+    """`correct_under`, in smaller blocks if memory does not suffice."""
+    options: dict[str, Any] = {"seed": state.recipe.seed, "stopped": lambda: state.signals.received != 0}
+    *larger, smallest = _BLOCK_SIZES
+    for size in larger:
+        try:
+            return correct_under(attack, model, images, state.recipe.threat, batch_size=size, **options)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+        warn(f"{size} validation images at once do not fit into memory: validating with fewer.")
+    return correct_under(attack, model, images, state.recipe.threat, batch_size=smallest, **options)

@@ -20,7 +20,8 @@ OLD_RUN = Path(__file__).parents[1] / "golden/abbf399/run"
 @pytest.mark.parametrize(
     ("key", "value"),
     [("epoch", None), ("epoch", -1), ("sums", None), ("sums", ["1"]), ("scaler", 3), ("best", {}), ("metrics_lines", True),
-     ("validation_due", 0), ("guard", None), ("guard_sums", {})],
+     ("validation_due", 0), ("guard", None), ("guard_sums", {}), ("sums", [[float("nan")]]), ("sums", [[True]]),
+     ("best", {"step": 1, "epoch": 1, "attack": "pgd2", "natural": {}, "robust": {"correct": 1}}), ("scaler", {"scale": 2.0})],
 )  # fmt: skip
 def test_a_state_of_another_schema_is_not_resumed(tmp_path: Path, key: str, value: Any) -> None:
     """A missing key and one of another kind are named although every hash matches; the previous checkpoint is used."""
@@ -34,6 +35,19 @@ def test_a_state_of_another_schema_is_not_resumed(tmp_path: Path, key: str, valu
     assert all(
         "another schema" in sentence and "the version of nrat_scale that wrote it" in sentence for sentence in refused
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("whole_epoch", 1), ("identity", 7), ("seed", "0"), ("seed", True), ("pointer", []), ("pointer", {"best": "yes"})],
+)
+def test_a_key_that_may_be_absent_is_checked(tmp_path: Path, key: str, value: Any) -> None:
+    """First versions did not write every key; one that is there must be of its kind."""
+    save(tmp_path, 10)
+    rewrite_state(save(tmp_path, 20), state_of(20) | {key: value})
+    found, refused = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 10
+    assert f"'{key}' in its state is" in refused[0]
 
 
 @pytest.mark.parametrize("schema", [2, -1, None, "2"])

@@ -16,6 +16,7 @@ from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
+from nrat_scale.recipe import load_recipe, to_yaml
 from nrat_scale.release import bundle
 from tests.support.run_folders import write_run
 
@@ -75,6 +76,14 @@ def test_release_is_the_evaluated_model(run: Path, model: nn.Module, tmp_path: P
     )
     again = json.loads((tmp_path / "again.json").read_text())["checkpoints"]["release"]["attacks"]["pgd3"]
     assert again["correct"] == pgd["correct"]
+
+
+def test_the_card_of_natural_training_cites_no_method(run: Path, tmp_path: Path) -> None:
+    """Plain cross-entropy is nobody's method, neither NRAT's nor that of this package."""
+    text = to_yaml(load_recipe(run / "recipe.yaml", ["objective.name=natural", "objective.inner=ce"]))
+    (run / "recipe.yaml").write_text(text)
+    card = (bundle.release(run, tmp_path / "natural", unevaluated=True) / "README.md").read_text()
+    assert "Citation" not in card and "* nrat_scale" not in card and "NRAT" not in card
 
 
 def test_release_refuses(run: Path, tmp_path: Path) -> None:

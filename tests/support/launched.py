@@ -30,7 +30,7 @@ def _train(arguments: Sequence[str], environment: dict[str, str], output: Path, 
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["train", *arguments]
-    setup.use_all_cores = lambda: torch.set_num_threads(1)  # as tests in this process train
+    setup.use_all_cores = lambda threads=None: torch.set_num_threads(threads or 1)  # as tests in this process train
     if script:
         exec(script, {"__name__": "script"})
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
@@ -132,4 +133,64 @@ def test_a_checkpoint_of_another_version_ends_in_a_sentence(
     manifest = json.loads((folder / "manifest.json").read_text())
     write_json(folder / "manifest.json", {**manifest, "state.json": manifest_entry(folder / "state.json")})
     with pytest.raises(UserError, match=rf"step-00000012 was written by another version \({message}.*run_dir=PATH"):
+        train(load_recipe(run / "recipe.yaml", [f"run_dir={run}", "train.max_steps=null"]))
+
+
+def change_tensors(run: Path, name: str, change: Any) -> None:
+    """Edit a tensor file of the newest checkpoint of `old_run`, with its entry of the manifest."""
+    folder = run / "checkpoints" / "step-00000012"
+    tensors = load_file(folder / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(
+        folder / "manifest.json", {**manifest, f"{name}.safetensors": manifest_entry(folder / f"{name}.safetensors")}
+    )
+
+
+def first_of(tensors: dict[str, torch.Tensor]) -> str:
+    return min(name for name in tensors if tensors[name].ndim > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model", lambda tensors: tensors.pop(first_of(tensors)), "fit this version's model for the recipe: it has no '"),
+        ("ema", lambda tensors: tensors.pop(first_of(tensors)), "fit this version's ema for the recipe: it has no '"),
+        ("model", lambda tensors: tensors.update(extra=torch.zeros(1)), "it has 'extra', which the model does not have"),
+        ("model", lambda tensors: tensors.update({first_of(tensors): torch.zeros(2, 3)}), r"has the shape \[2, 3\], expected"),
+        ("ema", lambda tensors: tensors.update({first_of(tensors): tensors[first_of(tensors)].int()}), "is torch.int32, expected"),
+        ("optimizer", lambda tensors: tensors.update({f"{first_of(tensors).rpartition('/')[0]}/hooks": torch.zeros(())}),
+         "optimizer state '.*/hooks' does not fit"),
+    ],
+)  # fmt: skip
+def test_tensors_of_another_version_end_in_a_sentence(
+    old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Any, message: str
+) -> None:
+    """Names, shapes or kinds that differ: the message says which and the way out, in one line."""
+    monkeypatch.chdir(old_run)
+    run = Path(shutil.copytree("run", tmp_path / "run"))
+    change_tensors(run, name, change)
+    with pytest.raises(UserError, match=message) as caught:
+        train(load_recipe(run / "recipe.yaml", [f"run_dir={run}", "train.max_steps=null"]))
+    assert "\n" not in str(caught.value) and "Resume with" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seed": 3}, "its seed is 3 and the recipe's is 0"), ({"epoch": 9}, "it counts step 12 as epoch 9")],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    old_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    """A copied folder, or other data under the same recipe."""
+    monkeypatch.chdir(old_run)
+    run = Path(shutil.copytree("run", tmp_path / "run"))
+    folder = run / "checkpoints" / "step-00000012"
+    write_json(folder / "state.json", json.loads((folder / "state.json").read_text()) | change)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_json(folder / "manifest.json", {**manifest, "state.json": manifest_entry(folder / "state.json")})
+    pointer = json.loads((run / "checkpoints/last.json").read_text())
+    write_json(run / "checkpoints/last.json", pointer | {"epoch": change.get("epoch", pointer["epoch"])})
+    with pytest.raises(UserError, match=f"is not of this run: {message}"):
         train(load_recipe(run / "recipe.yaml", [f"run_dir={run}", "train.max_steps=null"]))

@@ -1,0 +1,131 @@
+"""TensorBoard: whatever fails there is one warning, and the run ends with the same bits."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.loop import train
+from tests.support.accelerate import new_process
+from tests.support.runs import digest
+
+
+@pytest.fixture(scope="module")
+def untroubled(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run whose events are written."""
+    with new_process():
+        run = train(load_recipe(recipe_path, [f"run_dir={tmp_path_factory.mktemp('tracked') / 'run'}"]))
+    assert list((run / "tensorboard").glob("events.*"))
+    return run
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def a_file(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """`tensorboard` in the run is a file."""
+    train_one_step(run)
+    for path in (run / "tensorboard").iterdir():
+        path.unlink()
+    (run / "tensorboard").rmdir()
+    (run / "tensorboard").write_text("mine")
+
+
+def dangling(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """A link to a disk that is gone."""
+    a_file(monkeypatch, run)
+    (run / "tensorboard").unlink()
+    (run / "tensorboard").symlink_to("/proc/no/such/disk")
+
+
+def not_installed(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def broken_import(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """Such as protobuf of another version: any exception."""
+
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "torch.utils.tensorboard":
+            raise TypeError("Descriptors cannot be created directly.\nIf this call came from ...")
+
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [type("Broken", (), {"find_spec": staticmethod(find_spec)}), *sys.meta_path])
+
+
+def full_in_the_thread(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    """TensorBoard writes in a thread of its own: the disk fills after some events."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    real, written = RecordWriter.write, []
+
+    def write(self: Any, data: bytes) -> None:
+        written.append(data)
+        (full if len(written) > 5 else real)(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+
+
+def full_at_the_flush(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.flush", full)
+
+
+def full_at_the_end(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    def makedirs(path: object, *_: object) -> None:
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tensorboard.compat.tf.io.gfile.makedirs", makedirs)
+
+
+RECIPES: dict[Path, Path] = {}
+
+
+def train_one_step(run: Path) -> None:
+    with new_process():
+        train(load_recipe(RECIPES[run], [f"run_dir={run}", "train.max_steps=1"]))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [a_file, dangling, not_installed, broken_import, full_in_the_thread, full_at_the_flush, full_at_the_end, read_only],
+    ids=lambda trouble: trouble.__name__,
+)
+def test_no_tracker_ends_or_changes_a_run(
+    recipe_path: Path,
+    untroubled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trouble: Callable[[pytest.MonkeyPatch, Path], None],
+) -> None:
+    """One warning with the reason, no traceback, and the bits of the run without trouble."""
+    RECIPES[tmp_path / "run"] = recipe_path
+    trouble(monkeypatch, tmp_path / "run")
+    run = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}", "train.log_every=1"]))
+    assert digest(run) == digest(untroubled)
+    printed = capsys.readouterr().err
+    assert printed.count("warning: No more TensorBoard events: ") == 1, printed
+    assert "Traceback" not in printed and "Exception in thread" not in printed
+
+
+def test_a_profile_that_cannot_be_written_is_a_warning(
+    recipe_path: Path, untroubled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`profile` is a file: the run goes on."""
+    run = tmp_path / "run"
+    RECIPES[run] = recipe_path
+    train_one_step(run)
+    (run / "profile").write_text("mine")
+    train(load_recipe(recipe_path, [f"run_dir={run}"]), profile=2)
+    assert digest(run) == digest(untroubled)
+    assert "warning: The profile is not written" in capsys.readouterr().err
