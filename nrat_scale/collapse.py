@@ -14,6 +14,7 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError, check_choice, check_value, quoted
 
 ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
+_FIRST_PATIENCE = 3  # windows
 _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints
 
 
@@ -24,7 +25,7 @@ class GuardSpec:
     # `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse, at a lower learning rate; `none`.
     action: str = "warn"
     window: int = 100  # steps
-    patience: int = 3  # more than 1, because an untrained network predicts one class, too
+    patience: int = 3  # an untrained network names one class, too: before the first good window it is at least 3
     top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is at most twice chance
     min_grad_norm: float = 1e-8  # limit: gradient norm, mean over the steps
     max_logit_scale: float = 1e4  # limit: standard deviation of an image's logits, mean over the images
@@ -98,8 +99,9 @@ class Guard:
 
     @property
     def collapsed(self) -> bool:
-        """Whether `patience` windows in a row were bad."""
-        return self.bad_windows >= self.spec.patience
+        """Whether `patience` windows in a row were bad; at least three before the first good one."""
+        untrained = self.healthy_step == 0
+        return self.bad_windows >= max(self.spec.patience, _FIRST_PATIENCE if untrained else 1)
 
     def state(self) -> dict[str, Any]:
         """The entry of a checkpoint, without the sums."""

@@ -7,8 +7,8 @@
     mart     CE(z', y)                      C'(z', y) + lam * KL(p, p') (1 - p_y)
 
 z, z' are natural and adversarial logits [B, K], p and p' their softmax; C is one of `LOSSES`, D one of `DIVERGENCES`.
-`objective.inner` replaces the inner loss by any loss or divergence. docs/objectives.md has the mathematics and the
-sources.
+`objective.inner` replaces the inner loss by any loss or divergence, and `objective.warm_start` starts C as cross-entropy.
+docs/objectives.md has the mathematics and the sources.
 """
 
 import dataclasses
@@ -47,6 +47,9 @@ class ObjectiveSpec:
     bn: str = "eval"  # default of `threat.bn`
     a: float = 1.0  # weight of NCE in NCE+RCE
     b: float = 1.0  # weight of RCE in NCE+RCE (Ma et al. use a = 1, b = 10 on MNIST)
+    # Over this fraction of training C goes linearly from cross-entropy to itself; no publication has it. A bounded C has
+    # almost no gradient once the model names one class, and cross-entropy has its largest there.
+    warm_start: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("objective.family", self.family, FAMILIES)
@@ -67,6 +70,21 @@ class ObjectiveSpec:
             raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
             check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
+        check_value("objective.warm_start", self.warm_start, 0.0 <= self.warm_start <= 1.0, "in [0, 1]")
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether `warm_start` changes what is trained: not if C is cross-entropy anyway."""
+        return self.warm_start > 0 and self.loss != "ce"
+
+    @property
+    def title(self) -> str:
+        """The preset, and the part of its description that no publication has; for results, cards and reports."""
+        return self.name + (f", warm start over {100 * self.warm_start:g} % of training" if self.starts_warm else "")
+
+    def loss_weight(self, progress: float) -> float:
+        """The weight of C, the rest being cross-entropy's, after the fraction `progress` of training."""
+        return min(1.0, progress / self.warm_start) if self.starts_warm else 1.0
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {
@@ -157,18 +175,21 @@ class Objective(nn.Module):
         natural = logits.detach()
         return lambda logits_adv: self._diverge(self.spec.inner, natural, logits_adv, y)
 
-    def per_sample(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+    def per_sample(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, progress: float = 1.0) -> Tensor:
         """The outer loss of each image [B]; gradients flow through both logits.
 
         Args:
             logits: natural logits [B, K]; None for the `at` family.
             logits_adv: adversarial logits [B, K]; None for the `natural` family.
             y: int64 [B], or probabilities [B, K] except for MART.
+            progress: the fraction of training that is done, for `objective.warm_start`.
         """
         spec = self.spec
         classified = logits if self.family in ("natural", "trades") else logits_adv
         assert classified is not None
-        outer = self._classify(spec.loss, classified, y, spec.smoothing)
+        outer, weight = self._classify(spec.loss, classified, y, spec.smoothing), spec.loss_weight(progress)
+        if weight < 1:
+            outer = weight * outer + (1 - weight) * self._classify("ce", classified, y, spec.smoothing)
         if self.family in ("natural", "at"):
             return outer
         assert logits is not None and logits_adv is not None
@@ -181,9 +202,9 @@ class Objective(nn.Module):
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
 
-    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, progress: float = 1.0) -> Tensor:
         """The mean of `per_sample`: a scalar."""
-        return self.per_sample(logits, logits_adv, y).mean()
+        return self.per_sample(logits, logits_adv, y, progress).mean()
 
     @torch.no_grad()
     def update(self, logits: Tensor | None, y: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:

@@ -35,6 +35,9 @@ _NOT_IDENTITY = (
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
+# Keys added since runs were stored -> their defaults. At its default a key is not part of the identity, so that a run that
+# was stored without it can be resumed.
+_ADDED: dict[str, Any] = {"objective.warm_start": 0.0}
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
-    return {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
+    values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
+    return {key: value for key, value in values.items() if key not in _ADDED or value != _ADDED[key]}
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     """The first key in which two recipes of different identity differ, for an error message."""
-    there, here = _identifying(old), _identifying(new)
+    there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
             return f"{key} is {there.get(key)} there and {here.get(key)} here"

@@ -83,7 +83,8 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     if options.arch is not None:
         raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
-        return FoundTargets(_run_targets(run, options), load_recipe(run.recipe).threat, run.results, run)
+        recipe = load_recipe(run.recipe)
+        return FoundTargets(_run_targets(run, options, recipe.objective.title), recipe.threat, run.results, run)
     if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
         return _release(what)
     if path.suffix in _WEIGHT_FILES:
@@ -94,7 +95,7 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     raise UserError(f"There is no {what} here, and timm has no model of that name. Give {choices}.")
 
 
-def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
+def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list[Target]:
     """Each checkpoint with each choice of weights, labelled `best`, `best-ema`, ...; equal weights are loaded once."""
     description, skipped = run.read_model(), run.read_skipped_shards()
     loaded: dict[tuple[int, str], Target] = {}
@@ -111,6 +112,7 @@ def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
                     "epoch": checkpoint.state["epoch"],
                     "weights": "ema" if kind == "ema" else "raw",
                     "sha256": checkpoint.sha256[f"{kind}.safetensors"],
+                    "objective": objective,
                     "skipped_shards": skipped,
                 }
                 model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
@@ -127,10 +129,12 @@ def _run_targets(run: RunFolder, options: TargetOptions) -> list[Target]:
 def _release(source: str) -> FoundTargets:
     folder = resolve(source)
     recipe = folder / RECIPE
-    threat = load_recipe(recipe).threat if recipe.is_file() else None
+    trained = load_recipe(recipe) if recipe.is_file() else None
     identity: dict[str, Any] = {"sha256": sha256_of(folder / WEIGHTS), "weights": "released"}
+    identity |= {"objective": trained.objective.title} if trained else {}
     if not Path(source).is_dir():
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
+    threat = trained.threat if trained else None
     return FoundTargets([Target("release", load(folder), identity)], threat, _default_results(source))
 
 

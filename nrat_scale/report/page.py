@@ -5,6 +5,7 @@ The page has no script, loads nothing and contains its figures; equal runs give 
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +16,7 @@ from nrat_scale.attacks import fraction_text, threat_text
 from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.objectives import OBJECTIVES
 from nrat_scale.report.curves import CURVES, draw_curves
 from nrat_scale.report.run import Run, number_at, read_score, value_at
 from nrat_scale.report.tables import all_flags, attack_columns, evaluate_command
@@ -117,7 +119,7 @@ def _facts(run: Run) -> dict[str, str]:
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
     facts = {
-        "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing],
+        "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing, _warm_start(run)],
         "Model": [phrase("model.name")],
         "Threat": [_threat_text(run.recipe), phrase("threat.num_steps", steps)],
         "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}")],
@@ -127,6 +129,13 @@ def _facts(run: Run) -> dict[str, str]:
         "Seed": [str(value_at(run.recipe, "seed", ""))],
     }
     return {title: ", ".join(filter(None, phrases)) for title, phrases in facts.items() if any(phrases)}
+
+
+def _warm_start(run: Run) -> str:
+    name, fraction = value_at(run.recipe, "objective.name"), number_at(run.recipe, "objective.warm_start") or 0.0
+    preset = OBJECTIVES.get(str(name))
+    warm = preset is not None and replace(preset, warm_start=fraction).starts_warm
+    return f"warm start over {100 * fraction:g} % of training" if warm else ""
 
 
 def _threat_text(tree: dict[str, Any]) -> str:

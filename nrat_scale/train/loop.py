@@ -75,9 +75,11 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
         return run
     accelerator.init_trackers("tensorboard")
     accelerator.print(
-        f"{recipe.name}: {recipe.objective.name} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
+        f"{recipe.name}: {recipe.objective.title} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
+    if recipe.objective.warm_start and not recipe.objective.starts_warm:
+        accelerator.print(f"objective.warm_start has no effect: {recipe.objective.name} has cross-entropy throughout.")
     compile_models(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
@@ -101,6 +103,8 @@ def _fit(state: TrainState, profile: int) -> None:
     progress, profiler = Progress(state), Profile(state, profile)
     table = learning_rates(recipe.optim, recipe.train.epochs, per_epoch)
     momenta = {layer: layer.momentum for layer in batchnorms(state.base)}
+    if state.step == 0 and recipe.guard.action == "rewind":
+        save(state, is_best=False)  # an early collapse is rewound to the initial weights
     batches = _batches(state, progress)
     while state.step < state.last_step:
         profiler.update(state)
@@ -185,7 +189,8 @@ def _watch_for_collapse(state: TrainState) -> bool:
         state.accelerator.print(f"warning: {what} {ADVICE}.")
         return False
     if spec.action == "stop" or guard.rewinds >= spec.max_rewinds:
-        raise UserError(f"{what} {ADVICE}, or use guard.action=rewind.")
+        tried = f"{guard.rewinds} rewinds did not help." if guard.rewinds else "Or use guard.action=rewind."
+        raise UserError(f"{what} {ADVICE}. {tried}")
     rewind(state, what, row)
     return True
 
