@@ -13,8 +13,10 @@ from torch import Tensor
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, quoted
 
-ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
-_FIRST_PATIENCE = 3  # windows
+ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses; or start warm (docs/training.md)"
+# Of a network that has never had a good window: untrained ones name one class, too, but with nearly equal logits (a spread
+# of 0.05 to 0.4 was measured; collapsed networks have 10 and more).
+_FIRST_PATIENCE, _FIRST_SPREAD = 3, 1.0
 _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints
 
 
@@ -102,6 +104,10 @@ class Guard:
         """Whether `patience` windows in a row were bad; at least three before the first good one."""
         untrained = self.healthy_step == 0
         return self.bad_windows >= max(self.spec.patience, _FIRST_PATIENCE if untrained else 1)
+
+    def has_learnt(self, window: WindowStats) -> bool:
+        """Whether training has moved the network at all; if not, a smaller learning rate is no remedy."""
+        return self.healthy_step > 0 or window.logit_scale >= _FIRST_SPREAD
 
     def state(self) -> dict[str, Any]:
         """The entry of a checkpoint, without the sums."""

@@ -175,20 +175,23 @@ def _watch_for_collapse(state: TrainState) -> bool:
     if spec.action == "none" or state.step % spec.window:
         return False
     window = guard.close(state.accelerator.reduce(guard.sums, "sum"), state.step)
-    if not guard.collapsed or (spec.action == "warn" and guard.warned):
+    untrained = spec.action == "rewind" and not guard.has_learnt(window)
+    action = "warn" if untrained else spec.action
+    if not guard.collapsed or (action == "warn" and guard.warned):
         return False
     guard.warned = True
+    has, advice = ("has not begun to learn", "optim.lr may be too small") if untrained else ("has collapsed", ADVICE)
     what = (
-        f"Training has collapsed by step {state.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
+        f"Training {has} by step {state.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
         f"predictions name one class, accuracy is {percent(window.accuracy)}, the mean gradient norm {window.grad_norm:.2g}, "
         f"the mean spread of the logits {window.logit_scale:.2g}."
     )
-    row = {"kind": "guard", "step": state.step, "action": spec.action, **asdict(window), "lr_scale": guard.lr_scale}
-    if spec.action == "warn":
+    row = {"kind": "guard", "step": state.step, "action": action, **asdict(window), "lr_scale": guard.lr_scale}
+    if action == "warn":
         log(state, row)
-        state.accelerator.print(f"warning: {what} {ADVICE}.")
+        state.accelerator.print(f"warning: {what} {advice}.")
         return False
-    if spec.action == "stop" or guard.rewinds >= spec.max_rewinds:
+    if action == "stop" or guard.rewinds >= spec.max_rewinds:
         tried = f"{guard.rewinds} rewinds did not help." if guard.rewinds else "Or use guard.action=rewind."
         raise UserError(f"{what} {ADVICE}. {tried}")
     rewind(state, what, row)

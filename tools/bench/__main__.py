@@ -97,6 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, metavar="SHARDS", help="test images: also measure natural and PGD-20 accuracy"
     )
     seeded.add_argument("--images", type=int, default=1000, help="of them (default: %(default)s)")
+    seeded.add_argument("--runs", type=Path, help="folder of the runs, which stay and are resumed (default: temporary)")
     seeded.add_argument("--out", type=Path, help="JSON file of finished runs, which are not repeated")
     return parser.parse_args(argv)
 

@@ -38,21 +38,23 @@ def collapse(work: Path, recipe: Path, overrides: Sequence[str], seeds: dict[str
     """Train each seed of each variant (`remedy`, `base`) in a process of its own, and print a row each and the counts.
 
     Args:
-        given: `out`, a file of finished rows, which are not repeated; `data`, test shards to evaluate on, or None;
-            `images`, how many of them.
+        given: `out`, a file of finished rows, which are not repeated; `runs`, a folder for the runs instead of `work`;
+            `data`, test shards to evaluate on, or None; `images`, how many of them.
     """
     rows: list[Row] = json.loads(given.out.read_text())["runs"] if given.out and given.out.is_file() else []
     print(
-        "| variant | seed | steps | training accuracy | rewinds | collapsed | natural | PGD-20 |\n|---|---|---|---|---|---|---|---|"
+        "| variant | seed | steps | training accuracy | rewinds | collapsed | natural | PGD-20 |",
+        f"|{8 * '---|'}",
+        sep="\n",
     )
     for seed in sorted({seed for several in seeds.values() for seed in several}):
         for variant in (name for name, several in seeds.items() if seed in several):
             wanted = {"recipe": recipe.name, "variant": variant, "seed": seed, "overrides": list(overrides)}
-            row = next(
-                (row for row in rows if wanted.items() <= row.items() and ("natural" in row or not given.data)), None
-            )
-            if row is None:
-                row = {**wanted, **_run(work / f"{variant}-{seed}", recipe, variant, seed, overrides, given)}
+            row = next((row for row in rows if wanted.items() <= row.items()), None)
+            if row is None or (given.data and "natural" not in row):
+                rows = [other for other in rows if other is not row]
+                run = (given.runs or work) / f"{recipe.stem}-{variant}-{seed}"
+                row = {**wanted, **_run(run, recipe, variant, seed, overrides, given)}
                 rows.append(row)
                 if given.out:
                     write_json(given.out, {"runs": rows})
