@@ -16,6 +16,7 @@ from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.models import ModelSpec, create, model_arguments
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
+from nrat_scale.recipe import load_recipe, to_yaml
 from nrat_scale.release import bundle
 from tests.support.run_folders import write_run
 
@@ -75,6 +76,25 @@ def test_release_is_the_evaluated_model(run: Path, model: nn.Module, tmp_path: P
     )
     again = json.loads((tmp_path / "again.json").read_text())["checkpoints"]["release"]["attacks"]["pgd3"]
     assert again["correct"] == pgd["correct"]
+
+
+def test_results_and_card_say_how_the_objective_started(run: Path, tmp_path: Path) -> None:
+    """results.json of the run and of its release, and the card, name a warm start, which no publication has."""
+    recipe = run / "recipe.yaml"
+    usual = results_of(run, "--attacks", "natural")["checkpoints"]["best"]
+    assert usual["objective"] == "nrat"
+    recipe.write_text(to_yaml(load_recipe(recipe, ["objective.warm_start=0.3"])))
+    (run / "results.json").unlink()
+    warm = results_of(run, "--attacks", "natural")["checkpoints"]["best"]
+    assert warm["objective"] == "nrat, warm start over 30 % of training"
+    folder = bundle.release(run, tmp_path / "warm")
+    card = (folder / "README.md").read_text()
+    assert "trained with **nrat, warm start over 30 % of training**" in card
+    assert "goes linearly from cross-entropy to its own over the first 30 % of training" in card
+    out = tmp_path / "again.json"
+    data = ["--data", str(run.parent / "test"), "--attacks", "natural"]
+    evaluate_cli.main([str(folder), *data, "--out", str(out)])
+    assert json.loads(out.read_text())["checkpoints"]["release"]["objective"] == warm["objective"]
 
 
 def test_release_refuses(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import write_json
+from nrat_scale.core.files import read_json, write_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate.statistics import wilson
 
@@ -27,10 +28,11 @@ def parse_seeds(text: str) -> list[int]:
     """`0-3,7` as [0, 1, 2, 3, 7]; raises `UserError` for anything else."""
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        bounds = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part)
+        numbers = range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else range(0)
+        if not numbers:
             raise UserError(f"'{text}' is not a list of seeds. Write for instance 0-19 or 0-3,7.")
-        seeds += range(int(first), int(last or first) + 1)
+        seeds += numbers
     return seeds
 
 
@@ -41,7 +43,8 @@ def collapse(work: Path, recipe: Path, overrides: Sequence[str], seeds: dict[str
         given: `out`, a file of finished rows, which are not repeated; `runs`, a folder for the runs instead of `work`;
             `data`, test shards to evaluate on, or None; `images`, how many of them.
     """
-    rows: list[Row] = json.loads(given.out.read_text())["runs"] if given.out and given.out.is_file() else []
+    finished = read_json(given.out, "file of finished runs") if given.out and given.out.is_file() else {}
+    rows: list[Row] = finished.get("runs", [])
     print(
         "| variant | seed | steps | training accuracy | rewinds | collapsed | natural | PGD-20 |",
         f"|{8 * '---|'}",
