@@ -28,7 +28,7 @@ class GuardSpec:
     action: str = "warn"
     window: int = 100  # steps
     patience: int = 3  # an untrained network names one class, too: before the first good window it is at least 3
-    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is at most twice chance
+    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is near chance (`near_chance`)
     min_grad_norm: float = 1e-8  # limit: gradient norm, mean over the steps
     max_logit_scale: float = 1e4  # limit: standard deviation of an image's logits, mean over the images
     lr_factor: float = 0.5  # `rewind` multiplies the learning rate by it
@@ -50,6 +50,15 @@ class WindowStats:
     accuracy: float
     grad_norm: float
     logit_scale: float
+
+
+def near_chance(num_classes: int) -> float:
+    """The largest accuracy that counts as chance: twice 1 / K, but for few classes a quarter of the way from 1 / K to 1.
+
+    Twice chance is 100 % for two classes, so a good model of unbalanced data would count as collapsed.
+    """
+    chance = 1.0 / num_classes
+    return min(2.0 * chance, chance + 0.25 * (1.0 - chance))
 
 
 class Guard:
@@ -91,7 +100,7 @@ class Guard:
         n = max(float(counts.sum()), 1.0)
         window = WindowStats(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
         self.sums.zero_()
-        one_class = window.top_share >= self.spec.top_share and window.accuracy <= 2.0 / self.num_classes
+        one_class = window.top_share >= self.spec.top_share and window.accuracy <= near_chance(self.num_classes)
         degenerate = window.grad_norm < self.spec.min_grad_norm or window.logit_scale > self.spec.max_logit_scale
         if one_class or degenerate:
             self.bad_windows += 1

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrat_scale.collapse import Guard, GuardSpec
+from nrat_scale.collapse import Guard, GuardSpec, near_chance
 from nrat_scale.core.errors import UserError
 
 
@@ -52,3 +52,17 @@ def test_one_bad_window_is_a_collapse_but_not_of_an_untrained_network() -> None:
     assert windows(Guard(GuardSpec(patience=1), 4, torch.device("cpu")), True, True, True) == [False, False, True]
     assert windows(Guard(GuardSpec(patience=2), 4, torch.device("cpu")), False, True, True) == [False, False, True]
     assert windows(Guard(GuardSpec(), 4, torch.device("cpu")), False, True, True, True) == [False, False, False, True]
+
+
+def test_a_good_model_of_unbalanced_data_has_not_collapsed() -> None:
+    """With two classes, 95 % of the images in one, a model that is right for all names that class for 95 % of them."""
+    guard = Guard(GuardSpec(patience=1), 2, torch.device("cpu"))
+    y = (torch.arange(100) < 5).long()
+    for right in (True, True, False):
+        predicted = y if right else torch.zeros_like(y)
+        labels = y if right else torch.arange(100) % 2
+        guard.record(torch.nn.functional.one_hot(predicted, 2).float(), labels)
+        guard.record_step(torch.tensor(1.0))
+        guard.close(guard.sums, 10)
+        assert guard.collapsed != right
+    assert [round(near_chance(count), 4) for count in (2, 3, 5, 10, 100)] == [0.625, 0.5, 0.4, 0.2, 0.02]
