@@ -8,13 +8,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nrat_scale.data.dataset import open_shards
     from nrat_scale.loading.load import load
     from nrat_scale.loading.robustbench import register_robustbench
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "register_robustbench"]
+__all__ = ["__version__", "load", "open_shards", "register_robustbench"]
 
-_FUNCTIONS = {"load": "loading.load", "register_robustbench": "loading.robustbench"}
+_FUNCTIONS = {
+    "load": "loading.load",
+    "open_shards": "data.dataset",
+    "register_robustbench": "loading.robustbench",
+}
 _MODULES = ("attacks", "datasets", "labels", "loading", "losses", "models", "objectives", "optim", "recipe", "weights")
 
 

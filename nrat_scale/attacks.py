@@ -240,6 +240,9 @@ def fraction_text(value: float) -> str:
     return f"{levels}/255" if levels % 255 and levels / 255 == value else repr(float(value))
 
 
-def threat_text(norm: str, eps: float) -> str:
-    """A threat model in text: `l_inf, eps = 8/255`."""
-    return f"{NORMS.get(norm, norm)}, eps = {fraction_text(eps)}"
+def threat_text(norm: str, eps: float, space: str = "pixel") -> str:
+    """A threat model in text, everywhere: `l_inf, eps = 8/255`, `l_2, eps = 0.5`; a norm of another version as it is."""
+    short = norm == "l2" and len(repr(eps)) <= len("0.125")  # radii in l_2 are usually no grey levels
+    return f"{NORMS.get(norm, norm)}, eps = {eps if short else fraction_text(eps)}" + (
+        "" if space == "pixel" else f" in {space} space"
+    )

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -18,7 +19,7 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
 from nrat_scale.core.seeds import derive, hash64, uniform01
-from nrat_scale.datasets import CIFAR10_MAP
+from nrat_scale.datasets import CIFAR10_MAP, blocks_map
 
 # CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
 # is the majority of their labels, `worse` a wrong one, if any.
@@ -30,16 +31,18 @@ HUMAN_SETS = {
     "random3": "random_label3",
 }
 _CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
-_NO_HUMAN_LABELS = f"Label noise 'cifar10n' needs data.real.noise.human_labels: {_CIFAR10N}, or an .npy file."
+REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Label noise of the real training data.
+    """Label noise of one source of training images, by default the real one.
 
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
     """
+
+    KEY = REAL_KEY  # the section of the recipe, for messages; not a field
 
     kind: str = "none"  # key of `NOISES`
     rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
@@ -49,14 +52,31 @@ class NoiseSpec:
     human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
 
     def __post_init__(self) -> None:
-        key = "data.real.noise"
+        key = self.KEY
         check_choice(f"{key}.kind", self.kind, NOISES)
         check_choice(f"{key}.human_set", self.human_set, HUMAN_SETS)
         check_value(f"{key}.rate", self.rate, 0.0 <= self.rate <= 1.0, "a fraction of the labels, in [0, 1]")
         if self.kind == "none" and self.rate:
             raise UserError(f"{key}.rate is {self.rate} but {key}.kind is 'none'. Name a kind, such as symmetric.")
         if self.kind == "cifar10n" and self.human_labels is None:
-            raise UserError(_NO_HUMAN_LABELS)
+            raise UserError(_no_human_labels(key))
+        if self.kind == "asymmetric_blocks" and self.class_map:
+            raise UserError(_own_map(key))
+
+
+@dataclass(frozen=True)
+class GeneratedNoiseSpec(NoiseSpec):
+    """Label noise of the generated images: the labels that they were generated for count as the clean ones."""
+
+    KEY = GENERATED_KEY
+
+
+def _no_human_labels(key: str) -> str:
+    return f"Label noise 'cifar10n' needs {key}.human_labels: {_CIFAR10N}, or an .npy file."
+
+
+def _own_map(key: str) -> str:
+    return f"Label noise 'asymmetric_blocks' has its own class map. Use asymmetric with {key}.class_map."
 
 
 def corrupt(
@@ -69,6 +89,7 @@ def corrupt(
     class_map: dict[int, int] | None = None,
     images: np.ndarray | None = None,
     human_labels: np.ndarray | None = None,
+    key: str = REAL_KEY,
 ) -> np.ndarray:
     """Noisy labels for the clean `labels`.
 
@@ -81,6 +102,7 @@ def corrupt(
         class_map: source label -> target label of the asymmetric kinds; by default, if K = 10, CIFAR-10's published map.
         images: uint8 [n, ...], needed by `instance_dependent` only.
         human_labels: int [n], needed by `cifar10n` only.
+        key: the section of the recipe that messages name.
 
     Returns:
         int64 [n], a new array.
@@ -96,7 +118,7 @@ def corrupt(
         return labels
     if num_classes < 2:
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
-    extra = {"class_map": class_map, "images": images, "human_labels": human_labels}
+    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "key": key}
     return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
 
 
@@ -111,10 +133,18 @@ def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _pick(members: np.ndarray, rate: float, key: int) -> np.ndarray:
-    """int(rate * m) of the m `members`, every subset of that size equally likely."""
-    order = np.argsort(hash64(key, members), kind="stable")
-    return np.asarray(members[order[: int(rate * len(members))]])
+def num_flipped(rate: float, n: int) -> int:
+    """The floor of `rate * n` of the decimal number that `rate` prints as: 0.57 of 5,000 is 2,850.
+
+    The product of floats is 2849.9999999999995, because 0.57 has no exact binary form.
+    """
+    return math.floor(Fraction(str(rate)) * n)
+
+
+def _pick(members: np.ndarray, rate: float, seed: int) -> np.ndarray:
+    """`num_flipped` of the `members`, every subset of that size equally likely."""
+    order = np.argsort(hash64(seed, members), kind="stable")
+    return np.asarray(members[order[: num_flipped(rate, len(members))]])
 
 
 def _symmetric(labels: np.ndarray, rate: float, seed: int, num_classes: int, **_: Any) -> np.ndarray:
@@ -132,6 +162,7 @@ def _asymmetric(
     seed: int,
     num_classes: int,
     class_map: dict[int, int] | None,
+    key: str,
     both_ways: bool = False,
     from_noisy: bool = False,
     **_: Any,
@@ -139,7 +170,7 @@ def _asymmetric(
     """Flip `rate` of each source class to its target: of the clean labels, or (`from_noisy`) of those flipped so far."""
     if class_map is None and num_classes != 10:
         unknown = f"Asymmetric noise has no default map for {num_classes} classes"
-        raise UserError(f"{unknown}. Give data.real.noise.class_map, for instance {{0: 1, 1: 0}}.")
+        raise UserError(f"{unknown}. Give {key}.class_map, for instance {{0: 1, 1: 0}}.")
     class_map = CIFAR10_MAP if class_map is None else class_map
     pairs = [(int(source), int(target)) for source, target in class_map.items()]
     for source, target in pairs:
@@ -157,9 +188,19 @@ def _asymmetric(
     return noisy
 
 
-def _human(labels: np.ndarray, num_classes: int, human_labels: np.ndarray | None, **_: Any) -> np.ndarray:
+def _asymmetric_blocks(labels: np.ndarray, num_classes: int, class_map: Any, key: str, **other: Any) -> np.ndarray:
+    """Asymmetric noise within blocks of five label numbers."""
+    if class_map is not None:
+        raise UserError(_own_map(key))
+    if num_classes % 5:
+        few = f"Label noise 'asymmetric_blocks' needs a multiple of five classes, not {num_classes}"
+        raise UserError(f"{few}. Use asymmetric with {key}.class_map.")
+    return _asymmetric(labels, num_classes=num_classes, class_map=blocks_map(num_classes), key=key, **other)
+
+
+def _human(labels: np.ndarray, num_classes: int, human_labels: np.ndarray | None, key: str, **_: Any) -> np.ndarray:
     if human_labels is None:
-        raise UserError(_NO_HUMAN_LABELS)
+        raise UserError(_no_human_labels(key))
     human = _checked(human_labels, num_classes, "human labels")
     if len(human) != len(labels):
         raise UserError(f"There are {len(human)} human labels for {len(labels)} images; they must be the same number.")
@@ -201,6 +242,7 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
     "asymmetric": _asymmetric,
     "asymmetric_released": partial(_asymmetric, from_noisy=True),  # the released code: some flipped labels flip back
     "asymmetric_bidirectional": partial(_asymmetric, both_ways=True),
+    "asymmetric_blocks": _asymmetric_blocks,  # CIFAR-100 in the code of APL; its true superclasses are `asymmetric`
     "cifar10n": _human,
     "instance_dependent": _instance_dependent,
 }
@@ -211,8 +253,10 @@ _MAX_LABEL_BYTES = 1 << 30
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, BadZipFile, zlib.error)
 
 
-def load_human_labels(path: str, which: str) -> np.ndarray:
+def load_human_labels(path: str, which: str, key: str = REAL_KEY) -> np.ndarray:
     """int [n] from an .npy file, or the labels `which` (a key of `HUMAN_SETS`) of an .npz; never unpickled.
+
+    `key` is the section of the recipe that messages name.
 
     Raises:
         UserError: a missing file, or not such an array.
@@ -226,7 +270,7 @@ def load_human_labels(path: str, which: str) -> np.ndarray:
             file.seek(0)
             return _npy_labels(file, size)
     except FileNotFoundError:
-        raise UserError(f"There is no file of human labels at {path} (data.real.noise.human_labels).") from None
+        raise UserError(f"There is no file of human labels at {path} ({key}.human_labels).") from None
     except _UNREADABLE as error:
         formats = f"an .npy array of integers, nor as {_CIFAR10N}"
         raise UserError(f"The human labels {path} cannot be read as {formats} ({first_line(error)}).") from error
@@ -250,6 +294,11 @@ def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) ->
     return np.asarray(counts.reshape(num_classes, num_classes))
 
 
+def labels_sha256(labels: np.ndarray) -> str:
+    """Identifies int [n] labels in source order: sha256 of them as little-endian int64."""
+    return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+
 def describe_noise(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
     """The noise as a run stores it: counts, realised rate, transition matrix and a hash of the given labels."""
     return {
@@ -260,5 +309,5 @@ def describe_noise(clean: np.ndarray, given: np.ndarray, num_classes: int, spec:
         "num_noisy": int((clean != given).sum()),
         "realised_rate": float((clean != given).mean()) if len(clean) else 0.0,
         "transition_matrix": transition_matrix(clean, given, num_classes).tolist(),
-        "sha256": hashlib.sha256(given.astype("<i8").tobytes()).hexdigest(),
+        "sha256": labels_sha256(given),
     }

@@ -44,15 +44,17 @@ def _gce(logits: Tensor, q: float = 0.7) -> Tensor:
 
 
 def _mae(logits: Tensor) -> Tensor:
-    """Mean absolute error (Ghosh et al. 2017): |onehot - p|_1 = 2 (1 - p_j)."""
+    """Mean absolute error (Ghosh et al. 2017): |onehot - p|_1 = 2 (1 - p_j); the APL authors' code has half of it, 1 - p_j."""
     return 2 * (1 - logits.softmax(1))
 
 
 def _nfl(logits: Tensor, gamma: float = 0.5) -> Tensor:
-    """Normalised focal loss (Ma et al. 2020): -(1 - p_j)^gamma log p_j over its sum over labels."""
+    """Normalised focal loss (Ma et al. 2020): -(1 - p_j)^gamma log p_j over its sum over labels.
+
+    As in the authors' code no gradient flows through the powers, neither in the numerator nor in the sum.
+    """
     log_p = logits.log_softmax(1)
-    # The floor keeps the gradient of the power finite if p_j rounds to 1; log p_j is 0 there.
-    focal = -((1 - log_p.exp()).clamp_min(torch.finfo(logits.dtype).tiny) ** gamma) * log_p
+    focal = -((1 - log_p.detach().exp()) ** gamma) * log_p
     return focal / focal.sum(1, keepdim=True)
 
 
@@ -83,6 +85,22 @@ def _weighted(*terms: tuple[float, Callable[[Tensor], Tensor]]) -> Loss:
     return loss
 
 
+def _probabilities(y: Tensor, like: Tensor) -> Tensor:
+    """Labels as probabilities [B, K], with the shape and dtype of `like`."""
+    return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
+
+
+def _smoothed(y: Tensor, like: Tensor, smoothing: float) -> Tensor:
+    """The smoothed label q = (1 - s) y + s / K, [B, K]."""
+    return (1 - smoothing) * _probabilities(y, like) + smoothing / like.shape[1]
+
+
+def _squared_error(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """SCORE's natural term (Pang et al. 2022): sum_k (p_k - q_k)^2 with the smoothed label q inside the square."""
+    logits = upcast(logits)
+    return (logits.softmax(1) - _smoothed(y, logits, smoothing)).square().sum(1)
+
+
 # name -> f(logits [B, K], y, smoothing = 0) -> [B]
 LOSSES: dict[str, Loss] = {
     "ce": _weighted((1.0, _ce)),
@@ -94,6 +112,7 @@ LOSSES: dict[str, Loss] = {
     "nfl_rce": _weighted((1.0, _nfl), (1.0, _rce)),
     "mae": _weighted((1.0, _mae)),
     "agce": _weighted((1.0, _agce)),
+    "lse": _squared_error,
 }
 
 
@@ -104,15 +123,10 @@ def plugin_smoothed(logits: Tensor, y: Tensor, smoothing: float, a: float, b: fl
     class is log(q_y / q_k): 4.511 at s = 0.1 and K = 10, instead of 9.21.
     """
     logits = upcast(logits)
-    q = (1 - smoothing) * _probabilities(y, logits) + smoothing / logits.shape[1]
+    q = _smoothed(y, logits, smoothing)
     p = logits.softmax(1).clamp(1e-7, 1.0)
     rce = -(p * q.clamp(1e-4, 1.0).log()).sum(1)
     return a * _select(_nce(logits), y, smoothing) + b * rce
-
-
-def _probabilities(y: Tensor, like: Tensor) -> Tensor:
-    """Labels as probabilities [B, K], with the shape and dtype of `like`."""
-    return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
 
 
 def _kl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
@@ -132,27 +146,51 @@ def _lse(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None) -> Tensor:
     return (upcast(logits).softmax(1) - upcast(logits_adv).softmax(1)).square().sum(1)
 
 
-def ikl(logits: Tensor, logits_adv: Tensor, y: Tensor | None = None, class_means: Tensor | None = None) -> Tensor:
-    """Improved KL [B] (Cui et al., NeurIPS 2024), alpha = beta = 1.
+def ikl(
+    logits: Tensor,
+    logits_adv: Tensor,
+    y: Tensor | None = None,
+    class_means: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.0,
+    mass: Tensor | None = None,
+) -> Tensor:
+    """Improved KL [B] (Cui et al., NeurIPS 2024), alpha * soft cross-entropy + beta * weighted MSE.
 
-    1/4 sum_jk w_j w_k ((z_j - z_k) - (z'_j - z'_k))^2 - sum_k sg(p_k) log p'_k; gradients reach both logits through the
-    first term. w is the mean prediction of the image's class.
+    alpha * -sum_k sg(p_k) log p'_k + beta / 4 * sum_jk w_j w_k ((z_j - z_k) - (z'_j - z'_k))^2; gradients reach both logits
+    through the second term. w is the mean prediction of the image's class.
 
     Args:
         y: labels; without them w is the image's own p.
         class_means: [K, K], mean predictions by label; by default those of this batch.
+        gamma: GKL's power (Cui et al., TPAMI 2026; `ikl_weights`); 0 leaves w as it is.
+        mass: with `gamma`, what the MSE is divided by: the mean of (sum_k w_k)^2, by default over this batch, as in the
+            authors' code.
     """
     logits, logits_adv = upcast(logits), upcast(logits_adv)
     weight = p = logits.detach().softmax(1)
     if y is not None:
-        means = (mean_predictions(*label_sums(p, y)) if class_means is None else class_means).to(p.dtype)
-        weight = (y.to(p.dtype)[:, :, None] * means).sum(1) if y.ndim == 2 else means[y]
+        weight = ikl_weights(y, mean_predictions(*label_sums(p, y)) if class_means is None else class_means, gamma)
+    elif gamma:
+        weight = weight**gamma
+    weight = weight.to(p.dtype)
     difference = logits - logits_adv
     # sum_jk w_j w_k (d_j - d_k)^2 = 2 sum_j w_j * sum_j w_j (d_j - mean of d under w)^2: no cancellation in float32.
     total = weight.sum(1, keepdim=True)
     centred = difference - (weight * difference).sum(1, keepdim=True) / total
     spread = 2 * total.squeeze(1) * (weight * centred.square()).sum(1)
-    return 0.25 * spread - (p * logits_adv.log_softmax(1)).sum(1)
+    if gamma:
+        spread = spread / (total.square().mean() if mass is None else mass.to(p.dtype))
+    return beta * 0.25 * spread - alpha * (p * logits_adv.log_softmax(1)).sum(1)
+
+
+def ikl_weights(y: Tensor, class_means: Tensor, gamma: float = 0.0) -> Tensor:
+    """The weights w [B, K] of IKL: the class means of the labels `y`, to the power `gamma` unless it is 0."""
+    with torch.autocast(y.device.type, enabled=False):
+        weight = y.to(class_means.dtype) @ class_means if y.ndim == 2 else class_means[y]
+    return weight**gamma if gamma else weight
 
 
 def label_sums(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

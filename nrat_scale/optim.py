@@ -29,14 +29,14 @@ class OptimSpec:
     weight_decay: float = 5e-4  # L2 penalty; decoupled for AdamW
     decay_norms: bool = True  # decay norm layers too (BatchNorm, LayerNorm, ...); DM_AT: no, the paper's ResNet-18: yes
     decay_biases: bool = True  # decay the biases of all other layers too; DM_AT: yes
-    nesterov: bool = False
+    nesterov: bool = False  # Nesterov momentum of SGD
     # `constant`; `multistep`: times `gamma` at each of `milestones`, in epochs; `onecycle`: cosine with its peak after
     # `pct_start` of the run; `cosine`: from `lr` to 0 at the end of the last epoch.
     schedule: str = "multistep"
     per: str = "epoch"  # or `step`, how often `onecycle` and `cosine` change; the others always change between epochs
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    pct_start: float = 0.025
+    milestones: list[int] = field(default_factory=list)  # of `multistep`, in epochs
+    gamma: float = 0.1  # of `multistep`
+    pct_start: float = 0.025  # of `onecycle`: the fraction of the run at which the rate peaks
 
     def __post_init__(self) -> None:
         check_choice("optim.name", self.name, OPTIMIZERS)

@@ -22,8 +22,9 @@ from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
+from nrat_scale.labels import GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
-from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
+from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
 from nrat_scale.weights import AwpSpec, EmaSpec
 
@@ -37,7 +38,14 @@ _NOT_IDENTITY = (
 )  # fmt: skip
 # Keys added since runs were stored -> their defaults. At its default a key is not part of the identity, so that a run that
 # was stored without it can be resumed.
-_ADDED: dict[str, Any] = {"objective.warm_start": 0.0}
+_ADDED: dict[str, Any] = {
+    **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
+    **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
+    "objective.warm_start": 0.0,
+}
+# Keys of `objective` in every resolved recipe from before `objective.loss` and `objective.divergence` were keys.
+_FORMER_OBJECTIVE = {"name", "lam", "inner", "smoothing", "smoothing_mode", "a", "b"}
+_FORMER_AWP_WARMUP = 10  # the default before the 9 of TRADES-AWP
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
+    """The keys that decide what is computed. Keys added later do not count at their default: stored runs keep their identity."""
     values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
-    return {key: value for key, value in values.items() if key not in _ADDED or value != _ADDED[key]}
+    usual = dict(_ADDED)
+    if own := OBJECTIVES.get(recipe.objective.name):
+        usual |= {"objective.loss": own.loss, "objective.divergence": own.divergence}
+    if not recipe.awp.gamma:
+        values["awp.warmup_epochs"] = _FORMER_AWP_WARMUP
+    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
@@ -146,8 +160,43 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
-            return f"{key} is {there.get(key)} there and {here.get(key)} here"
+            return f"{key} is {dict(_flat(_values(old)))[key]} there and {dict(_flat(_values(new)))[key]} here"
     return "no key differs"
+
+
+def outdated(path: Path) -> str:
+    """What a stored recipe of an older version trained that this version cannot: the end of a sentence, or empty."""
+    raw = OmegaConf.to_container(_read_yaml(path), resolve=True)
+    assert isinstance(raw, dict)
+    objective, augment = raw.get("objective"), (raw.get("data") or {}).get("augment") or {}
+    if not isinstance(objective, dict) or not _is_former(objective):
+        return ""
+    name, inner = objective["name"], objective["inner"]
+    if "ikl" in (OBJECTIVES[name].divergence if name in OBJECTIVES else "", inner):
+        return f"objective {quoted(name)} weighed IKL by lam and had class means of the last 100 steps"
+    if inner == "nfl_rce":
+        return "the gradient of nfl_rce was not that of its authors' code"
+    if name == "dm_at" and augment.get("cutmix") and objective["smoothing"]:
+        return "dm_at also smoothed the labels of CutMix"
+    return ""
+
+
+def _is_former(objective: Any) -> bool:
+    """Whether the raw section `objective` is of a resolved recipe that an older version stored."""
+    return isinstance(objective, dict) and set(objective) >= _FORMER_OBJECTIVE and "loss" not in objective
+
+
+def _keep_meaning(objective: dict[str, Any], path: Path) -> None:
+    """Change the resolved `objective` of an older version so that presets with another formula today keep theirs."""
+    if objective["name"] == "score":
+        objective |= {"loss": "ce", "divergence": "lse"}
+    elif objective["name"] in ("trades_ikl", "nrat_ikl"):
+        lam = objective["lam"]
+        objective |= {"lam": 1.0, "ikl_alpha": lam, "ikl_beta": lam, "ikl_temperature": 1.0}
+        what = f"{objective['name']} of an older version weighed IKL by lam {lam}, read as ikl_alpha and ikl_beta"
+        warn(f"{path}: {what}; its class means of the last 100 steps are now those of the previous epoch.")
+    elif objective["inner"] == "ikl":
+        objective |= {"ikl_alpha": 1.0, "ikl_beta": 1.0, "ikl_temperature": 1.0}
 
 
 def to_yaml(recipe: RecipeSpec) -> str:
@@ -175,7 +224,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
         raw["name"] = raw.get("name") or path.stem
         raw["run_dir"] = raw.get("run_dir") or f"runs/{raw['name']}"
         _normalise(raw)
-        spec = preset(str(raw.get("objective", {}).get("name", "nrat")))
+        objective = raw.get("objective", {})
+        if _is_former(objective):
+            _keep_meaning(objective, path)
+        spec = preset(str(objective.get("name", "nrat")), str(objective.get("divergence", "")))
         layer = {"objective": dataclasses.asdict(spec), "threat": {"init": spec.init, "bn": spec.bn}}
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:

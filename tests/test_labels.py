@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import math
 import random
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
-from nrat_scale.labels import NOISES, NoiseSpec, corrupt, describe_noise, load_human_labels, transition_matrix
+from nrat_scale.labels import (
+    NOISES,
+    GeneratedNoiseSpec,
+    NoiseSpec,
+    corrupt,
+    describe_noise,
+    load_human_labels,
+    transition_matrix,
+)
 
 REPEATABLE = settings(deadline=None, derandomize=True, max_examples=60)
 SEEDS = st.integers(-(2**40), 2**40)
@@ -22,6 +32,11 @@ BALANCED = np.tile(np.arange(10), 5000)  # 50,000 labels, as CIFAR-10 has
 def _labels(count: int, num_classes: int, seed: int) -> np.ndarray:
     """Unbalanced labels; some classes may be empty."""
     return np.random.default_rng(seed).integers(0, num_classes, count) ** 2 % num_classes
+
+
+def _floor(rate: float, n: int) -> int:
+    """The floor of the exact product of the decimal number that `rate` prints as."""
+    return math.floor(Decimal(str(rate)) * int(n))
 
 
 def _images(count: int, seed: int = 0) -> np.ndarray:
@@ -116,12 +131,12 @@ def test_known_answer(kind):
     seed=SEEDS,
 )
 def test_symmetric_flips_exactly_the_rate_of_each_class(count, num_classes, rate, seed):
-    """int(rate * n_c) labels of each class, none to itself."""
+    """floor(rate * n_c) labels of each class, none to itself."""
     labels = _labels(count, num_classes, seed % 1000)
     noisy = corrupt(labels, "symmetric", rate, seed, num_classes)
     for label in range(num_classes):
         members = labels == label
-        assert (noisy[members] != label).sum() == int(rate * members.sum())
+        assert (noisy[members] != label).sum() == _floor(rate, members.sum())
     assert count == 0 or (noisy.min() >= 0 and noisy.max() < num_classes)
 
 
@@ -150,7 +165,7 @@ def test_symmetric_seeds_are_unrelated():
 @REPEATABLE
 @given(count=st.integers(0, 400), rate=st.one_of(st.floats(0, 1), st.just(1.0)), seed=SEEDS, use_default=st.booleans())
 def test_asymmetric_flips_clean_labels_by_the_map(count, rate, seed, use_default):
-    """int(rate * n_c) clean labels of each source class flip to its target; other classes do not change."""
+    """floor(rate * n_c) clean labels of each source class flip to its target; other classes do not change."""
     labels = _labels(count, 10, seed % 1000)
     class_map = CIFAR10_MAP if use_default else {0: 1, 1: 0, 7: 9}
     noisy = corrupt(labels, "asymmetric", rate, seed, 10, class_map=None if use_default else class_map)
@@ -158,7 +173,7 @@ def test_asymmetric_flips_clean_labels_by_the_map(count, rate, seed, use_default
         given_labels = noisy[labels == label]
         flipped = given_labels != label
         if label in class_map:
-            assert flipped.sum() == int(rate * len(given_labels))
+            assert flipped.sum() == _floor(rate, len(given_labels))
             assert (given_labels[flipped] == class_map[label]).all()
         else:
             assert not flipped.any()
@@ -301,7 +316,10 @@ def test_rates_zero_and_one(kind):
         ({"kind": "asymmetric", "class_map": {0: 10}}, "0 -> 10 must name two different classes in 0..9"),
         ({"kind": "asymmetric", "class_map": {-1: 3}}, "-1 -> 3 must name two different classes"),
         ({"kind": "asymmetric_released", "class_map": {4: 4}}, "4 -> 4 must name two different classes"),
+        ({"kind": "asymmetric_blocks", "class_map": {0: 1}}, "has its own class map.*data.real.noise.class_map"),
+        ({"kind": "asymmetric_blocks", "num_classes": 12}, "needs a multiple of five classes, not 12"),
         ({"kind": "cifar10n"}, "data.real.noise.human_labels"),
+        ({"kind": "cifar10n", "key": "data.generated.noise"}, "data.generated.noise.human_labels"),
         ({"kind": "cifar10n", "human_labels": np.zeros(9, np.int64)}, "9 human labels for 10 images"),
         ({"kind": "cifar10n", "human_labels": np.full(10, 10)}, "human labels range from 10 to 10"),
         ({"kind": "cifar10n", "human_labels": np.zeros(10)}, "human labels must be integers"),
@@ -328,12 +346,16 @@ def test_wrong_arguments_are_refused(arguments, message):
         ({"kind": "none", "rate": 0.2}, "kind is 'none'.*Name a kind"),
         ({"kind": "cifar10n"}, "data.real.noise.human_labels"),
         ({"human_set": "worst"}, "human_set is 'worst'. Did you mean 'worse'"),
+        ({"kind": "asymmetric_blocks", "class_map": {0: 1}}, "has its own class map"),
     ],
 )
 def test_a_spec_checks_itself(arguments, message):
-    """A recipe with contradicting or unknown noise fails before any data are read."""
-    with pytest.raises(UserError, match=message):
+    """A recipe with contradicting or unknown noise fails before any data are read, and names the section of its noise."""
+    with pytest.raises(UserError, match=message) as of_real:
         NoiseSpec(**arguments)
+    with pytest.raises(UserError) as of_generated:
+        GeneratedNoiseSpec(**arguments)
+    assert str(of_generated.value) == str(of_real.value).replace("data.real.noise", "data.generated.noise")
 
 
 # ---- what a run stores ----------------------------------------------------------------------------------------------

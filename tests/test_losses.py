@@ -38,17 +38,26 @@ def test_every_loss_and_divergence_has_a_second_derivation():
 @REPEATABLE
 @given(smoothing=st.sampled_from([0.0, 0.1, 0.6]), **CASES)
 def test_loss_of_hard_soft_and_smoothed_labels(name, smoothing, seed, num_classes, scale):
-    """L(z, y) by definition; a soft label mixes the losses of the labels, smoothing mixes in the uniform label."""
+    """L(z, y) by definition; a soft label mixes the losses of the labels, smoothing mixes in the uniform label.
+
+    LSE has the soft or smoothed label inside the square instead.
+    """
     z, _, y = random_logits(seed, num_classes, scale)
     q = random_soft_labels(seed, len(z), num_classes)
     logits, labels, soft = tensors(z, y, q)
     matrix = np.array([[BY_HAND[name](softmax(row), j) for j in range(num_classes)] for row in z])
+
+    def expected(label: np.ndarray, s: float) -> np.ndarray:
+        target = (1 - s) * label + s / num_classes
+        if name == "lse":
+            return np.array([((softmax(row) - goal) ** 2).sum() for row, goal in zip(z, target, strict=True)])
+        return (target * matrix).sum(1)
+
     hard = matrix[np.arange(len(y)), y]
     assert_close(LOSSES[name](logits, labels), hard)
-    assert_close(LOSSES[name](logits, labels, smoothing), (1 - smoothing) * hard + smoothing * matrix.mean(1))
-    mixture = (q * matrix).sum(1)
-    assert_close(LOSSES[name](logits, soft), mixture)
-    assert_close(LOSSES[name](logits, soft, smoothing), (1 - smoothing) * mixture + smoothing * matrix.mean(1))
+    assert_close(LOSSES[name](logits, labels, smoothing), expected(np.eye(num_classes)[y], smoothing))
+    for s in (0.0, smoothing):
+        assert_close(LOSSES[name](logits, soft, s), expected(q, s))
     one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
     assert_close(LOSSES[name](logits, one_hot), hard)
 

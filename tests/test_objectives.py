@@ -115,8 +115,8 @@ def test_at_least_float32_whatever_the_logits(name, dtype, autocast):
         inner = build(name).inner(z, y)(z_adv)
     if objective.class_sums is not None:
         one_hot = torch.nn.functional.one_hot(y, 10).double()
-        assert objective.class_sums.dtype == torch.float32
-        torch.testing.assert_close(objective.class_sums.double(), one_hot.T @ z.double().softmax(1), rtol=0, atol=1e-5)
+        assert objective.class_sums.dtype == torch.float64
+        torch.testing.assert_close(objective.class_sums, one_hot.T @ (z.double() / 4).softmax(1), rtol=0, atol=1e-5)
     for low, high in ((losses, exact), (inner, exact_inner)):
         assert low.dtype == torch.float32
         torch.testing.assert_close(low.double(), high, rtol=2e-4, atol=2e-5)
@@ -136,12 +136,18 @@ TABLE = {
     "mart": ("mart", "ce", "", 5, "ce", "normal", "eval", 0.0, "off"),
     "mart_apl": ("mart", "nce_rce", "", 5, "ce", "normal", "eval", 0.0, "off"),
     "dm_at": ("trades", "ce", "kl", 5, "kl", "uniform", "batch", 0.1, "mixed"),
+    "trades_gce": ("trades", "gce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "trades_sce": ("trades", "sce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "score": ("trades", "lse", "lse", 4, "lse", "uniform", "batch", 0.1, "mixed"),
+    "trades_ikl": ("trades", "ce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),
+    "nrat_ikl": ("trades", "nce_rce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_preset_is_the_published_one(name):
     """Family, losses, constants and attack defaults of every preset of the page."""
+    assert set(TABLE) == set(OBJECTIVES)
     preset = OBJECTIVES[name]
     family, loss, divergence, lam, inner, init, bn, smoothing, mode = TABLE[name]
     assert (preset.family, preset.loss, preset.divergence, preset.inner) == (family, loss, divergence, inner)
@@ -160,6 +166,19 @@ def test_presets_are_named_after_their_key_and_frozen(name):
         preset.lam = 1.0
 
 
+def _divergence_by_hand(name: str, z: np.ndarray, z_adv: np.ndarray) -> float:
+    """D of one image; IKL with the presets' weights and the class means of the first epoch."""
+    p, p_adv = softmax(z), softmax(z_adv)
+    if name == "ikl":
+        return ikl_by_hand(z, z_adv, np.full(len(p), 1 / len(p)), alpha=4.0, beta=20.0)
+    by_hand = {
+        "kl": kl_by_hand(p, p_adv),
+        "sym_kl": (kl_by_hand(p, p_adv) + kl_by_hand(p_adv, p)) / 2,
+        "lse": ((p - p_adv) ** 2).sum(),
+    }
+    return by_hand[name]
+
+
 def _outer(name: str, z: np.ndarray, z_adv: np.ndarray, y: np.ndarray) -> list[float]:
     """The outer loss of each image, from the table and the second derivations alone."""
     family, loss, divergence, lam, *_, smoothing, _ = TABLE[name]
@@ -172,9 +191,10 @@ def _outer(name: str, z: np.ndarray, z_adv: np.ndarray, y: np.ndarray) -> list[f
         seen = p_adv if family == "at" else p
         by_label = [BY_HAND[loss](seen, k) for k in range(len(p))]
         value = (1 - smoothing) * by_label[j] + smoothing * float(np.mean(by_label))
+        if loss == "lse":
+            value = float(((p - (1 - smoothing) * np.eye(len(p))[j] - smoothing / len(p)) ** 2).sum())
         if family == "trades":
-            kl = kl_by_hand(p, p_adv)
-            value += lam * ((kl + kl_by_hand(p_adv, p)) / 2 if divergence == "sym_kl" else kl)
+            value += lam * _divergence_by_hand(divergence, row, row_adv)
         result.append(value)
     return result
 
@@ -206,7 +226,8 @@ def test_gradients_flow_through_both_logits(name):
     """In the outer loss neither argument of the divergence is detached."""
     z, z_adv, y = random_logits(0, 10, 2.0)
     leaves = [tensor.requires_grad_() for tensor in tensors(z, z_adv)]
-    objective, without = build(name), build(name, lam=0.0)
+    none = {"ikl_alpha": 0.0, "ikl_beta": 0.0} if name == "nrat_ikl" else {"lam": 0.0}
+    objective, without = build(name), build(name, **none)
     labels = torch.from_numpy(y)
     regulariser = objective.loss(leaves[0], leaves[1], labels) - without.loss(leaves[0], leaves[1], labels)
     for gradient in torch.autograd.grad(regulariser, leaves):
@@ -224,13 +245,14 @@ def test_mart_refuses_soft_labels():
 
 @pytest.mark.parametrize("name", [name for name, preset in OBJECTIVES.items() if preset.family != "mart"])
 def test_soft_labels_train_everything_else(name):
-    """One-hot probabilities mean the same as the label, in the outer loss and in the attack."""
+    """One-hot probabilities mean the same as the label without smoothing; the attack of KL or LSE is then on the label."""
     z, z_adv, y = random_logits(0, 10, 2.0)
     logits, logits_adv, labels = tensors(z, z_adv, y)
     one_hot = torch.nn.functional.one_hot(labels, 10).double()
-    objective = build(name)
-    assert_close(objective.per_sample(logits, logits_adv, one_hot), objective.per_sample(logits, logits_adv, labels))
-    assert_close(objective.inner(logits, one_hot)(logits_adv), objective.inner(logits, labels)(logits_adv))
+    objective, hard = build(name), build(name, smoothing=0.0)
+    assert_close(objective.per_sample(logits, logits_adv, one_hot), hard.per_sample(logits, logits_adv, labels))
+    on_label = {"kl": "ce", "lse": "lse"}.get(objective.spec.inner, objective.spec.inner)
+    assert_close(objective.inner(logits, one_hot)(logits_adv), LOSSES[on_label](logits_adv, labels))
 
 
 def test_smoothing_touches_only_the_classification_loss():
@@ -247,28 +269,21 @@ def test_smoothing_touches_only_the_classification_loss():
 
 
 def test_names_of_inner_losses_are_unambiguous():
-    """`objective.inner` is looked up in both tables, so that no name may be in both."""
-    assert not set(LOSSES) & set(DIVERGENCES)
+    """`objective.inner` is looked up in both tables: `lse`, the only name in both, is the divergence there."""
+    assert set(LOSSES) & set(DIVERGENCES) == {"lse"}
 
 
-@pytest.mark.parametrize("name", [*LOSSES, *DIVERGENCES])
+@pytest.mark.parametrize("name", sorted({*LOSSES, *DIVERGENCES}))
 def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
     """The attack maximises the named loss or divergence of each image; no gradient reaches the natural logits."""
     z, z_adv, y = random_logits(0, 10, 2.0)
     logits, logits_adv = (tensor.requires_grad_() for tensor in tensors(z, z_adv))
     objective = build("nrat", inner=name)
     inner = objective.inner(logits, torch.from_numpy(y))(logits_adv)
-    if name in LOSSES:
-        expected = [BY_HAND[name](softmax(b), j) for b, j in zip(z_adv, y, strict=True)]
-    elif name == "ikl":
-        expected = DIVERGENCES["ikl"](logits, logits_adv, torch.from_numpy(y)).detach().numpy()
+    if name in DIVERGENCES:
+        expected = [_divergence_by_hand(name, a, b) for a, b in zip(z, z_adv, strict=True)]
     else:
-        by_hand = {
-            "kl": kl_by_hand,
-            "sym_kl": lambda p, q: (kl_by_hand(p, q) + kl_by_hand(q, p)) / 2,
-            "lse": lambda p, q: ((p - q) ** 2).sum(),
-        }
-        expected = [by_hand[name](softmax(a), softmax(b)) for a, b in zip(z, z_adv, strict=True)]
+        expected = [BY_HAND[name](softmax(b), j) for b, j in zip(z_adv, y, strict=True)]
     assert_close(inner, expected)
     natural, adversarial = torch.autograd.grad(inner.sum(), [logits, logits_adv], allow_unused=True)
     assert natural is None and adversarial.abs().max() > 0
@@ -297,6 +312,17 @@ def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
         ({"name": "nrat", "lam": math.inf}, "0 or more"),
         ({"name": "nrat", "a": -1.0}, "0 or more"),
         ({"name": "nrat", "b": math.nan}, "0 or more"),
+        ({"name": "nrat", "loss": "nce_rec"}, "objective.loss is 'nce_rec'. Did you mean 'nce_rce'"),
+        ({"name": "nrat", "divergence": "symkl"}, "objective.divergence is 'symkl'. Did you mean 'sym_kl'"),
+        ({"name": "mart", "divergence": "kl"}, "the family 'mart' has none"),
+        ({"name": "trades_ikl", "lam": 6.0}, "IKL has objective.ikl_alpha and objective.ikl_beta"),
+        ({"name": "nrat_ikl", "lam": math.nan}, "Remove objective.lam"),
+        ({"name": "trades", "divergence": "ikl", "lam": 2.0}, "Remove objective.lam"),
+        ({"name": "trades", "ikl_alpha": 3.0}, "neither objective.divergence nor objective.inner is ikl"),
+        ({"name": "trades_ikl", "ikl_alpha": -1.0}, "0 or more"),
+        ({"name": "trades_ikl", "ikl_beta": math.inf}, "0 or more"),
+        ({"name": "trades_ikl", "ikl_temperature": 0.0}, "greater than 0"),
+        ({"name": "trades_ikl", "ikl_gamma": 1.5}, r"in \[0, 1\]"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -331,47 +357,16 @@ def test_constants_default_to_the_preset_and_can_be_replaced():
 # ---- class means of IKL ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["trades_ikl", "nrat_ikl"])
-def test_class_means_are_buffers_that_update_and_are_used(name):
-    """Means are exponential (0.99 per step), are saved, and weigh IKL after every class was seen."""
-    z, z_adv, y = random_logits(0, 4, 2.0, batch=16)
-    y = np.arange(16) % 4
-    logits, logits_adv, labels = tensors(z, z_adv, y)
-    objective = build(name, num_classes=4)
-    assert set(objective.state_dict()) == {"class_sums", "class_counts"}
-    assert not list(objective.parameters())
-    # Before any update, the means of this batch, as for an objective without buffers.
-    assert_close(objective.per_sample(logits, logits_adv, labels), build(name).per_sample(logits, logits_adv, labels))
-    one_hot = np.eye(4)[y]
-    first, second = (np.array([softmax(row) for row in rows]) for rows in (z, z_adv))
-    objective.update(logits, labels)
-    objective.update(logits_adv, labels, lambda value: 2 * value)  # as if a second rank had seen the same
-    sums = 0.99 * one_hot.T @ first + 2 * one_hot.T @ second
-    counts = (0.99 + 2) * one_hot.sum(0)
-    np.testing.assert_allclose(objective.class_sums, sums, rtol=1e-5)
-    np.testing.assert_allclose(objective.class_counts, counts, rtol=1e-5)
-    means = (sums / counts[:, None])[y]
-    divergence = [ikl_by_hand(a, b, w) for a, b, w in zip(z, z_adv, means, strict=True)]
-    difference = objective.per_sample(logits, logits_adv, labels) - build(name, lam=0.0).per_sample(
-        logits, logits_adv, labels
-    )
-    assert_close(difference, 6 * np.array(divergence), rtol=1e-5)
-    restored = build(name, num_classes=4)
-    restored.load_state_dict(objective.state_dict())
-    assert_close(restored.loss(logits, logits_adv, labels), objective.loss(logits, logits_adv, labels).item())
-
-
 def test_ikl_as_inner_loss_uses_the_class_means():
-    """The attack's IKL has the same class weights as the outer one, also in an objective with another divergence."""
+    """The attack's IKL is the outer one, class weights included, also in an objective with another divergence."""
     z, z_adv, _ = random_logits(0, 4, 2.0, batch=16)
     logits, logits_adv, labels = *tensors(z, z_adv), torch.arange(16) % 4
     outer, inner = build("trades_ikl", num_classes=4), build("trades", inner="ikl", num_classes=4)
     for objective in (outer, inner):
         objective.update(logits_adv, labels)
-    plain = build("trades_ikl", lam=0.0).per_sample(logits, logits_adv, labels)
-    assert_close(
-        6 * inner.inner(logits, labels)(logits_adv), outer.per_sample(logits, logits_adv, labels) - plain, rtol=1e-7
-    )
+        objective.begin_step([labels], new_epoch=True)
+    plain = LOSSES["ce"](logits, labels)
+    assert_close(inner.inner(logits, labels)(logits_adv), outer.per_sample(logits, logits_adv, labels) - plain)
 
 
 @pytest.mark.parametrize("name", ["nrat", "mart", "pgd_at", "natural"])
@@ -384,17 +379,18 @@ def test_other_objectives_keep_no_state(name):
     assert not objective.state_dict() and not build("nrat_ikl").state_dict()
 
 
-def test_unseen_classes_keep_the_means_of_the_batch():
-    """Until every class has been seen IKL uses the means of the batch, and nothing becomes NaN."""
+def test_a_class_without_images_keeps_its_mean():
+    """An epoch without an image of a class leaves that class's mean as it was, and nothing becomes NaN."""
     z, z_adv, _ = random_logits(0, 4, 2.0)
     logits, logits_adv = tensors(z, z_adv)
     objective = build("nrat_ikl", num_classes=4)
     objective.update(logits, torch.zeros(len(z), dtype=torch.int64))
     objective.update(None, torch.zeros(len(z), dtype=torch.int64))  # a step without natural logits
     labels = torch.tensor([0, 1, 2, 2, 0])
-    assert_close(
-        objective.per_sample(logits, logits_adv, labels), build("nrat_ikl").per_sample(logits, logits_adv, labels)
-    )
+    objective.begin_step([labels], new_epoch=True)
+    assert_close(objective.class_means[0], (logits / 4).softmax(1).mean(0))
+    assert torch.equal(objective.class_means[1:], torch.full((3, 4), 0.25).double())
+    assert objective.per_sample(logits, logits_adv, labels).isfinite().all()
 
 
 # ---- warm start -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Recipes: shipped ones have their published values, layers win in order, and every mistake is named."""
 
+import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -40,9 +44,64 @@ def test_generated_data_recipe() -> None:
     assert recipe.train.validation_attack == "cw40"
 
 
+def _flat(path: Path) -> dict[str, object]:
+    """Dotted keys and values of a resolved recipe, without its name and paths."""
+    values = dataclasses.asdict(load_recipe(path))
+    keys = {key: value for key, value in _dotted(values) if key not in ("name", "run_dir")}
+    return {key: value for key, value in keys.items() if not key.endswith("prepare")}
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        inner = isinstance(value, dict) and value
+        yield from _dotted(value, f"{prefix}{key}.") if inner else [(f"{prefix}{key}", value)]
+
+
+def _differences(one: str, other: str) -> dict[str, tuple[object, object]]:
+    first, second = (_flat(RECIPES / f"{name}.yaml") for name in (one, other))
+    return {key: (first[key], second[key]) for key in first if first[key] != second[key]}
+
+
+@pytest.mark.parametrize("model", ["wrn28_10", "resnet18"])
+def test_variants_differ_in_what_they_say(model: str) -> None:
+    """The controlled twin differs in the objective alone, the published one in its attack too; the others in the labels."""
+    base = f"{model}_gen1m"
+    controlled, published = (_differences(base, f"{base}_dm_at{suffix}") for suffix in ("_controlled", ""))
+    assert controlled["objective.name"] == ("nrat", "dm_at")
+    outside = {key: value for key, value in controlled.items() if not key.startswith("objective.")}
+    assert outside == {}
+    assert {key: value for key, value in published.items() if not key.startswith("objective.")} == {
+        "threat.init": ("normal", "uniform"),
+        "threat.bn": ("eval", "batch"),
+    }
+    assert _differences(base, f"{base}_real_val") == {"data.validation.source": ("generated", "real")}
+    assert load_recipe(RECIPES / f"{base}_real_val.yaml").data.validation.labels == "given"
+    assert _differences(f"{base}_real_val", f"{base}_all_noisy") == {
+        "data.generated.noise.kind": ("none", "symmetric"),
+        "data.generated.noise.rate": (0.0, 0.2),
+        "data.generated.noise.seed": (0, 1),
+    }
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_headers_state_the_rates(path: Path) -> None:
+    """Every recipe with noise says in its header how many labels of a batch are wrong."""
+    data, header = load_recipe(path).data, path.read_text().partition("\nseed:")[0]
+    rate = sum(data.noise_of(kind).rate * share for kind, share in data.shares.items())
+    text = " ".join(header.replace("#", " ").split())
+    assert re.search(rf"{100 * rate:.1f} % of a batch's|{100 * rate:.0f} % of a batch's", text), text
+    assert f"recipes/{path.name}" in text
+
+
+def test_nrat_has_its_authors_learning_rate() -> None:
+    """README of TrustAI/NRAT: --lr 0.05 --beta 6.0 for ResNet-18 at noise 0.2."""
+    recipe = load_recipe(RECIPES / "resnet18_cifar10.yaml")
+    assert (recipe.optim.lr, recipe.objective.lam, recipe.data.real.noise.rate) == (0.05, 6.0, 0.2)
+
+
 @pytest.mark.parametrize("model", ["wrn28_10", "resnet18"])
 def test_recipes_to_compare_differ_in_the_objective_only(model: str) -> None:
-    """NRAT and DM_AT recipes are equal but for the objective, which brings DM_AT's own attack settings."""
+    """The files of NRAT and DM_AT are equal but for the objective, which brings DM_AT's own attack settings."""
     nrat, dm_at = (OmegaConf.load(RECIPES / f"{model}_gen1m{suffix}.yaml") for suffix in ("", "_dm_at"))
     assert nrat.pop("objective") != dm_at.pop("objective")
     assert nrat == dm_at
@@ -72,6 +131,7 @@ def test_identity_is_what_is_computed() -> None:
         "data.real.noise.rate=0.1",
         "train.epochs=31",
         "precision=bf16",
+        "data.generated.noise={kind: symmetric, rate: 0.2}",
     ]
     identity = load_recipe(QUICK).identity
     assert load_recipe(QUICK, same).identity == identity
@@ -116,6 +176,9 @@ def test_our_recipes_prevent_a_collapse_and_the_papers_are_the_papers() -> None:
         ("train.validation_attack=aa", ["train.validation_attack", "pgd10"]),
         ("data.batch_size=0", ["data.batch_size is 0"]),
         ("data.generated.fraction=1.5", ["data.generated.fraction is 1.5"]),
+        ("data.generated.noise.kind=symetric", ["data.generated.noise.kind is 'symetric'", "'symmetric'"]),
+        ("data.generated.noise.rate=0.2", ["data.generated.noise.rate is 0.2", "Name a kind"]),
+        ("data.generated.noise.rte=0.2", ["data.generated.noise.rte", "'rate'"]),
         ("data.validation.take=frist", ["data.validation.take", "frist"]),
         ("precision=fp8", ["precision is 'fp8'", "bf16"]),
         ("resume=maybe", ["resume is 'maybe'"]),
@@ -163,6 +226,13 @@ def test_a_stored_recipe_loads_with_its_identity() -> None:
     """The run that abbf399 wrote, with keys that are retired since, can be resumed: its identity is unchanged."""
     state = json.loads((STORED / "checkpoints" / "step-00000012" / "state.json").read_text())
     assert load_recipe(STORED / "recipe.yaml").identity == state["identity"]
+
+
+def test_a_difference_in_an_added_key_is_named() -> None:
+    """A run without noise of generated labels is not resumed with it, and the message has both values."""
+    noisy = load_recipe(QUICK, ["data.generated.noise={kind: symmetric, rate: 0.2}"])
+    assert difference(load_recipe(QUICK), noisy) == "data.generated.noise.kind is none there and symmetric here"
+    assert difference(noisy, load_recipe(QUICK)) == "data.generated.noise.kind is symmetric there and none here"
 
 
 def test_retired_keys_are_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

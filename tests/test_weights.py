@@ -223,8 +223,8 @@ def test_another_rank_may_have_the_bad_gradient(make_net):
 
 
 def test_awp_is_off_unless_asked_for():
-    """gamma is 0 by default; the warm-up is that of TRADES and NRAT."""
-    assert (AwpSpec().gamma, AwpSpec().warmup_epochs) == (0.0, 10)
+    """gamma is 0 by default; TRADES-AWP perturbs from its tenth epoch on, after nine."""
+    assert (AwpSpec().gamma, AwpSpec().warmup_epochs) == (0.0, 9)
 
 
 # ---- EMA ------------------------------------------------------------------------------------------------------------

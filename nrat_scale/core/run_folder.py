@@ -22,6 +22,8 @@ class RunFolder:
         self.data = path / "data.json"  # fingerprints and held-out samples of the training data
         self.label_noise = path / "label_noise.json"  # kind, rate, realised transition matrix; only with label noise
         self.label_noise_arrays = path / "label_noise.npz"  # clean and given labels, in source order
+        self.generated_noise = path / "label_noise_generated.json"  # the same of data.generated.noise
+        self.generated_noise_arrays = path / "label_noise_generated.npz"
         self.metrics = path / "metrics.jsonl"  # one JSON object per epoch and per validation
         self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
         self.checkpoints = path / "checkpoints"  # step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
@@ -55,9 +57,16 @@ class RunFolder:
         """The contents of model.json; raises `UserError` if it is missing or damaged."""
         return read_json(self.model, "description of the model")
 
-    def read_label_noise(self) -> dict[str, Any] | None:
-        """The contents of label_noise.json, None if the run has no label noise."""
-        return read_json(self.label_noise, "description of the label noise") if self.label_noise.is_file() else None
+    def noise_files(self, kind: str) -> tuple[Path, Path]:
+        """Description and arrays of the label noise of the `real` or `generated` images."""
+        if kind == "real":
+            return self.label_noise, self.label_noise_arrays
+        return self.generated_noise, self.generated_noise_arrays
+
+    def read_label_noise(self, kind: str = "real") -> dict[str, Any] | None:
+        """The description of the label noise of the `real` or `generated` images, None if the run has none."""
+        path, _ = self.noise_files(kind)
+        return read_json(path, "description of the label noise") if path.is_file() else None
 
     def read_skipped_shards(self) -> list[dict[str, Any]]:
         """Shards skipped by this run: source, name, number of images, reason."""

@@ -65,6 +65,10 @@ class ShardSet(ShardIndex):
         self._cache = cache
         self._maps: OrderedDict[int, tuple[memoryview, memoryview]] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without memory maps: a worker process that unpickles it maps the files again."""
+        return {**self.__dict__, "_maps": OrderedDict()}
+
     @property
     def is_remote(self) -> bool:
         """Whether the shards are behind an address."""

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import write_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.data.shards import ShardSet, ShardUnusable
 from nrat_scale.datasets import DATASETS
-from nrat_scale.labels import NoiseSpec, corrupt, load_human_labels
+from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256, load_human_labels
 
 T = TypeVar("T")
 UNKNOWN_LABEL = -1
@@ -104,6 +104,12 @@ class TrainingSource:
         """int64 [m]; `UNKNOWN_LABEL` if unknown."""
         return np.full(len(positions), UNKNOWN_LABEL) if self.clean is None else self.clean[positions]
 
+    @property
+    def given_sha256(self) -> str:
+        """Identifies the noisy labels; for a source whose labels are known to be noisy or clean."""
+        assert self.given is not None
+        return labels_sha256(self.given[self.shards.in_source_order()])
+
     def ids_sha256(self, positions: np.ndarray) -> str:
         """Identifies a set of samples: sha256 of their source ids, ascending, as little-endian int64."""
         return hashlib.sha256(np.sort(self.shards.source_ids(positions)).astype("<i8").tobytes()).hexdigest()
@@ -171,23 +177,25 @@ class TrainingSource:
 def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.ndarray]:
     """(given, clean) labels int64 [N] by position; the noise is drawn in source order over the whole set.
 
+    Every label is read, so remote shards are all fetched once before training.
+
     Raises `UserError` if the noise does not fit these labels.
     """
-    class_map = noise.class_map
-    if class_map is None and noise.kind.startswith("asymmetric"):
+    key, class_map = noise.KEY, noise.class_map
+    if class_map is None and noise.kind.startswith("asymmetric") and noise.kind != "asymmetric_blocks":
         known = DATASETS.get(shards.dataset)
         class_map = known.asymmetric_map if known else None
         if not class_map:
             raise UserError(
-                f"No asymmetric noise map is published for '{shards.dataset}'. "
-                "Give data.real.noise.class_map, for instance {0: 6, 6: 0}."
+                f"No asymmetric noise map is published for '{printable(shards.dataset)}'. "
+                f"Give {key}.class_map, for instance {{0: 6, 6: 0}}."
             )
     order = shards.in_source_order()
     clean = shards.labels(order)
     images = shards.images(order) if noise.kind == "instance_dependent" else None
-    human = load_human_labels(noise.human_labels, noise.human_set) if noise.human_labels else None
+    human = load_human_labels(noise.human_labels, noise.human_set, key) if noise.human_labels else None
     sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
-    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human)
+    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human, key=key)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean
     return by_position[0], by_position[1]

@@ -1,15 +1,25 @@
 """The specs of a recipe's `data` section."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.data.augment import AugmentSpec
 from nrat_scale.data.plan import mix_counts
-from nrat_scale.labels import NoiseSpec
+from nrat_scale.labels import GeneratedNoiseSpec, NoiseSpec
 from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
+
+
+def batch_shares(batch_size: int, fraction: float, kinds: Collection[str]) -> dict[str, float]:
+    """The share of each source of `kinds` in the images of every batch: 154/512 and 358/512 for 512 images and 0.7.
+
+    A noise rate is one of a source's labels; times this share it is the effective rate, that of a batch's labels.
+    """
+    counts = mix_counts(batch_size, fraction) if len(kinds) == 2 else (batch_size, batch_size)
+    return {kind: count / batch_size for kind, count in zip((REAL, GENERATED), counts, strict=True) if kind in kinds}
 
 
 def _check_not_empty(kind: str, shards: str | None, exclude: str | None) -> None:
@@ -32,16 +42,22 @@ class RealSpec:
 
 @dataclass(frozen=True)
 class GeneratedSpec:
-    """Generated images with the labels they were generated for; `exclude` and `prepare` are those of `RealSpec`."""
+    """Generated images with the labels they were generated for."""
 
     shards: str | None = None  # folder or address of shards; None trains on real images alone
     fraction: float = 0.7  # generated part of every batch, in (0, 1]: floor(batch_size * fraction) images
-    exclude: str | None = None
-    prepare: str | None = None
+    exclude: str | None = None  # as `data.real.exclude`
+    prepare: str | None = None  # as `data.real.prepare`
+    noise: GeneratedNoiseSpec = field(
+        default_factory=GeneratedNoiseSpec
+    )  # as `data.real.noise`; publications have none
 
     def __post_init__(self) -> None:
         _check_not_empty(GENERATED, self.shards, self.exclude)
         check_value("data.generated.fraction", self.fraction, 0.0 < self.fraction <= 1.0, "in (0, 1]")
+        if self.noise.kind != "none" and self.shards is None:
+            noise = f"data.generated.noise.kind is '{self.noise.kind}'"
+            raise UserError(f"{noise}, but data.generated.shards is not set. Set it, or remove data.generated.noise.")
 
 
 @dataclass(frozen=True)
@@ -74,11 +90,7 @@ class RemoteSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The training data.
-
-    `resident` keeps all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and
-    take at most half of its free memory. It changes no batch.
-    """
+    """The training data."""
 
     batch_size: int = 128  # images of the global batch, over all processes and accumulation steps
     epoch_samples: int | None = None  # rounded up to whole batches; by default the real (else the generated) images
@@ -89,9 +101,21 @@ class DataSpec:
     remote: RemoteSpec = field(default_factory=RemoteSpec)
     window: int | None = None  # shards shuffled together; by default the whole source, or 8 shards if it is remote
     loader: str = "indexed"  # by the sample plan, equal for any number of ranks; or `webdataset`, by that library
+    # Keep all images in the memory of the device: `always`, `never`, or with `auto` on a GPU if all are local and take at most
+    # half of its free memory. It changes no batch.
     resident: str = "auto"
     on_bad_shard: str = "stop"  # or `skip`: train without a shard that is missing or damaged for good
     max_bad_shards: int = 1  # that may be skipped
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each source in the images of every batch."""
+        kinds = [kind for kind in (REAL, GENERATED) if getattr(self, kind).shards is not None]
+        return batch_shares(self.batch_size, self.generated.fraction, kinds)
+
+    def noise_of(self, kind: str) -> NoiseSpec:
+        """The label noise of the source `real` or `generated`."""
+        return self.real.noise if kind == REAL else self.generated.noise
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):

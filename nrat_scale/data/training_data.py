@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
 from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
@@ -146,9 +146,15 @@ class TrainingData:
                 "held_out_sha256": source.ids_sha256(source.held_out),
                 "num_excluded": len(source.excluded),
                 "excluded_sha256": source.ids_sha256(source.excluded),
+                **({"given_labels_sha256": source.given_sha256} if _has_generated_noise(source) else {}),
             }
             for source in self.sources
         }
+
+
+def _has_generated_noise(source: TrainingSource) -> bool:
+    """Whether the labels of generated images are others than those in the shards that the fingerprint names."""
+    return source.kind == GENERATED and source.given is not None
 
 
 def _window(spec: DataSpec, shards: ShardSet) -> int | None:
@@ -171,6 +177,8 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
 
     Raises `UserError` for missing or damaged shards, sources that do not fit together, and an impossible split.
     """
+    if spec.real.shards is None and spec.real.noise.kind != "none":
+        warn("data.real.noise has no effect, because data.real.shards is not set.")
     prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
     commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
     cache = Cache(spec.remote.cache, spec.remote.cache_gb)
@@ -198,7 +206,9 @@ def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> Trai
         held_out = choose_held_out(shards, spec.validation)
     if (path := getattr(spec, kind).exclude) is not None:
         excluded = read_excluded(path, shards, f"data.{kind}.exclude")
-    given, clean = noisy_labels(shards, spec.real.noise) if kind == REAL else (None, None)
+    noise = spec.noise_of(kind)
+    # Without injected noise nobody knows which labels of generated images are wrong.
+    given, clean = noisy_labels(shards, noise) if kind == REAL or noise.kind != "none" else (None, None)
     return TrainingSource(kind, shards, held_out, excluded, given, clean, skips)
 
 

@@ -11,9 +11,11 @@ from accelerate import PartialState
 
 from nrat_scale.attacks import NORMS, parse_fraction
 from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
-from nrat_scale.core.errors import UserError, first_line, run_cli
+from nrat_scale.core.errors import UserError, first_line, run_cli, warn
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
+from nrat_scale.evaluate.key import FLOAT32_MODES, use_float32
+from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
@@ -49,10 +51,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
     add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
     add("--step", type=number, help="step of PGD and CW, such as 2/255 (default: the recipe's, else eps / 4)")
-    add("--batch-size", type=int, default=256, help="size of the blocks (default: %(default)s)")
+    add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
-    add("--out", type=Path, help="results file (default: RUN/results.json, or evaluations/NAME/results.json)")
+    float32 = "of GPUs: tf32 (torch's default: convolutions in TF32) or ieee (slower) (default: %(default)s)"
+    add("--float32", choices=FLOAT32_MODES, default="tf32", help=float32)
+    out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
+    add("--out", type=Path, help=out)
     return parser.parse_args(argv)
 
 
@@ -89,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     given = _arguments(argv)
     state, device = _join(given.device)
+    use_float32(given.float32)
     shards = open_shards(given.data, "--data")
     options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std)
     found = find_targets(given.what, options)
@@ -103,13 +109,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = given.images, given.aa_images, given.batch_size
     request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken)
     out = given.out or found.results
+    if given.out is None and found.earlier is not None and found.earlier.is_file():
+        warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
     if out.is_dir() or out.suffix != ".json":
         raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")
     on_main(state, shards.verify)
     for target in [*found.targets, *([] if source is None else [source])]:
         check_fits(target.model, shards, given.what)
-        target.model.to(device)
-    results = evaluate(found.targets, shards, request, out)
+        with memory_errors(f"The model of {target.label}", 1):
+            target.model.to(device)
+    results = evaluate(found.targets, shards, request, out, replace_models=given.out is None)
     if state.is_main_process:
         print(f"{results_text(results, [target.label for target in found.targets])}\nwritten to {out}")
 

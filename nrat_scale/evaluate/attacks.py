@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nrat_scale.attacks import ThreatSpec, apply_noise, in_space, pgd, start_noise
 from nrat_scale.core.errors import UserError, did_you_mean
 from nrat_scale.core.seeds import torch_generator
-from nrat_scale.evaluate.autoattack import COMPONENTS, STANDARD, autoattack
+from nrat_scale.evaluate.autoattack import COMPONENTS, STANDARD, AutoAttackLog, autoattack, undefined_components
 from nrat_scale.losses import LOSSES
 
 TRANSFER = "transfer-"  # prefix in results: the adversarial images were made on another model
@@ -47,6 +47,7 @@ class Block:
     threat: ThreatSpec  # of which the attack uses eps, step, norm and space
     seed: int = 0
     restart: int = 0  # number of the random start
+    log: AutoAttackLog | None = None  # receives what AutoAttack reports
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class AttackKind:
     parse: Callable[[re.Match[str]], dict[str, Any]]  # -> title and other fields of `Attack`; may raise `UserError`
     perturb: Callable[[Attack, Block], Tensor] | None  # -> x_adv, shaped like block.x; None: natural images
     whole_blocks: bool = False  # the outcome depends on the whole block: no image may be dropped from it
+    # Raise it by hand with every change of the attack's code that can change an outcome: earlier results no longer count.
+    version: int = 1
 
 
 def parse_attack(name: str) -> Attack:
@@ -66,6 +69,26 @@ def parse_attack(name: str) -> Attack:
         if match := re.fullmatch(entry.pattern, name):
             return Attack(name, kind, **entry.parse(match))
     raise UserError(f"Unknown attack '{name}'. Known: {attack_usage()}.")
+
+
+def for_classes(attack: Attack, classes: int) -> tuple[Attack, list[str]]:
+    """The attack without the parts of AutoAttack that are not defined for a number of classes, and why they are not.
+
+    It is named by its parts: `aa` on three classes is `aa:apgd-ce+fab-t+square`, which no table calls AutoAttack.
+
+    Raises:
+        UserError: no part is defined.
+    """
+    left_out = undefined_components(attack.components, classes)
+    if not left_out:
+        return attack, []
+    defined = [name for name in attack.components if name not in left_out]
+    return parse_attack(f"aa:{'+'.join(defined)}"), list(left_out.values())
+
+
+def needs_gradient(attack: Attack) -> bool:
+    """Whether the attack follows gradients of the attacked model; natural images and Square do not."""
+    return ATTACKS[attack.kind].perturb is not None and set(attack.components) != {"square"}
 
 
 def attack_usage() -> str:
@@ -130,7 +153,7 @@ def _parse_components(match: re.Match[str]) -> dict[str, Any]:
 
 
 def _autoattack(attack: Attack, block: Block) -> Tensor:
-    return autoattack(block.model, block.x, block.y, block.threat, block.seed, attack.components)
+    return autoattack(block.model, block.x, block.y, block.threat, block.seed, attack.components, block.log)
 
 
 _pgd, _cw = partial(_gradient_attack, LOSSES["ce"]), partial(_gradient_attack, margin)

@@ -5,6 +5,7 @@ are seeded by image id, AutoAttack by block, so that the results do not depend o
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +13,48 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.attacks import ThreatSpec
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.seeds import KeyedPermutation
 from nrat_scale.data.augment import to_float
 from nrat_scale.data.batches import to_nchw
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
-from nrat_scale.evaluate.autoattack import autoattack_log
+from nrat_scale.evaluate.autoattack import AutoAttackLog
+
+# In errors that torch raises as RuntimeError: of the CPU's allocator, cuDNN and cuBLAS.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+class OutOfMemory(UserError):
+    """The memory of the device is exhausted."""
 
 
 class Interrupted(Exception):
     """The caller's `stopped` ended an evaluation early."""
+
+
+@contextmanager
+def memory_errors(what: str, batch_size: int) -> Iterator[None]:
+    """Raise `OutOfMemory`, with the way out, if the memory of the device is exhausted.
+
+    Args:
+        what: names the computation in the message.
+        batch_size: images per evaluation block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise
+        way_out = "Free memory on the device, or choose another one with --device."
+        if batch_size > 1:
+            way_out = (
+                f"Give a smaller --batch-size, such as {batch_size // 2}. The size belongs to the key of a result: results of "
+                "another size need another --out."
+            )
+        message = f"{what} does not fit into the memory of the device (blocks of {batch_size} images). {way_out}"
+        raise OutOfMemory(message) from error
 
 
 @dataclass(frozen=True)
@@ -81,11 +114,10 @@ def correct_under(
         FloatingPointError: logits or gradients are not finite.
     """
     parsed, outcome = parse_attack(attack), np.zeros(len(images), bool)
-    with autoattack_log():
-        for rows in images.blocks(batch_size):
-            if stopped():
-                raise Interrupted
-            outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
+    for rows in images.blocks(batch_size):
+        if stopped():
+            raise Interrupted
+        outcome[rows] = block_outcome(parsed, model, images.take(rows), threat, seed=seed)
     return outcome
 
 
@@ -98,6 +130,7 @@ def block_outcome(
     seed: int = 0,
     source: nn.Module | None = None,
     broken: np.ndarray | None = None,
+    log: AutoAttackLog | None = None,
 ) -> np.ndarray:
     """Which images of one block the model still classifies correctly under `attack`: bool [n].
 
@@ -111,6 +144,7 @@ def block_outcome(
         seed: of the random starts and of AutoAttack.
         source: make the adversarial images on this model instead (transfer attack).
         broken: bool [n], images that an earlier attack broke: they are not attacked and count as wrong.
+        log: receives AutoAttack's warnings and which component broke each image.
 
     Raises:
         FloatingPointError: logits or gradients are not finite.
@@ -129,9 +163,16 @@ def block_outcome(
             break
         rows = np.arange(len(images)) if kind.whole_blocks else np.flatnonzero(outcome)
         index = torch.from_numpy(rows).to(device)
-        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart)
+        block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart, log)
         outcome[rows] &= _predictions(model, kind.perturb(attack, block)).eq(block.y).cpu().numpy()
     return outcome
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, images: Images) -> int:
+    """The number of logits of `model`."""
+    logits: Tensor = model(to_float(images.pixels[:1].to(next(model.parameters()).device)))
+    return logits.shape[1]
 
 
 @torch.no_grad()
@@ -140,4 +181,4 @@ def _predictions(model: nn.Module, x: Tensor) -> Tensor:
     if not bool(logits.isfinite().all()):
         # argmax of NaN is 0 and would count as a prediction of class 0.
         raise FloatingPointError("The model's logits are not finite: its accuracy would be meaningless.")
-    return logits.argmax(1)
+    return logits.float().argmax(1) if logits.dtype == torch.bool else logits.argmax(1)

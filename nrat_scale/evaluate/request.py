@@ -1,16 +1,20 @@
 """What an evaluation measures, and checks that model and data allow it."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 from torch import nn
 
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
+from nrat_scale.evaluate.key import EvaluationKey, float32_mode
+from nrat_scale.evaluate.measures import Images
+from nrat_scale.evaluate.results import package_versions
 from nrat_scale.evaluate.targets import Target
 
 
@@ -54,22 +58,43 @@ class Request:
         limits = [available, self.images, self.aa_images if attack.kind == "aa" else None]
         return min(limit for limit in limits if limit is not None)
 
-    def settings(self, attack: Attack, n: int, dropped: list[str]) -> dict[str, Any]:
-        """How the attack is run, as its entry in results.json records it."""
-        kind = ATTACKS[attack.kind]
-        settings: dict[str, Any] = {"n": n, "seed": self.seed, "batch_size": self.batch_size}
-        settings |= {"eps": self.threat.eps, "norm": self.threat.norm}
-        if attack.steps:
-            settings |= {"step": gradient_threat(attack, self.threat).step, "steps": attack.steps}
-        if kind.perturb is not None and not kind.whole_blocks:
-            settings["restarts"] = attack.restarts
-        if attack.components:
-            settings["components"] = list(attack.components)
+    def evaluation_key(
+        self, attack: Attack, target: Target, shards: ShardSet, images: Images, dropped: list[str], skipped: np.ndarray
+    ) -> EvaluationKey:
+        """The key of the attack's outcome on `images`.
+
+        Args:
+            dropped: earlier attacks; the images that they broke are not attacked.
+            skipped: bool [n], these images.
+        """
+        kind, steps = ATTACKS[attack.kind], attack.steps or None
+        device = next(target.model.parameters()).device
+        source = None
         if self.source is not None and kind.perturb is not None:
-            settings["source"] = {"label": self.source.label, "sha256": self.source.identity["sha256"]}
-        if dropped:
-            settings["without_images_broken_by"] = dropped
-        return settings
+            source = {"label": self.source.label, "sha256": self.source.identity["sha256"], **asdict(self.source.key)}
+        return EvaluationKey(
+            **asdict(target.key),
+            num_classes=shards.num_classes,
+            data_sha256=shards.fingerprint,
+            attack=attack.name,
+            attack_version=kind.version,
+            components=list(attack.components) or None,
+            norm=self.threat.norm,
+            eps=self.threat.eps,
+            space=self.threat.space,
+            step=None if steps is None else gradient_threat(attack, self.threat).step,
+            steps=steps,
+            restarts=None if kind.perturb is None or kind.whole_blocks else attack.restarts,
+            source=source,
+            without_images_broken_by=dropped or None,
+            skipped_sha256=hashlib.sha256(images.ids[skipped].astype("<i8").tobytes()).hexdigest() if dropped else None,
+            n=len(images),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=device.type,
+            float32=float32_mode(device),
+            versions=package_versions(),
+        )
 
 
 def request_threat(
@@ -85,7 +110,9 @@ def request_threat(
         return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
     norm = norm or "linf"
     if eps is None:
-        raise UserError(f"{what} names no {norm} radius that it was trained for. Give --eps, such as --eps 8/255.")
+        raise UserError(
+            f"{what} names no {NORMS[norm]} radius that it was trained for. Give --eps, such as --eps 8/255."
+        )
     return ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm)
 
 

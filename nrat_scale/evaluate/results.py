@@ -3,16 +3,18 @@
 results.json                                            see docs/evaluation.md
 results.npz                                             <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
 .results.json.unfinished/<key>/block-00000512.json      one finished block: which of its images survived
+results.earlier-<8 hex>.json, .npz                      a copy of both, made when a run's checkpoint has changed
+
+Several evaluations may share a results file. Each reads, merges and writes it under its lock (`locked`), never a stale copy.
 """
 
 import hashlib
 import io
-import json
 import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ import numpy as np
 
 import nrat_scale
 from nrat_scale.attacks import ThreatSpec, threat_text
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, printable, warn
 from nrat_scale.core.files import make_folder, read_json, unfinished_sibling, write_atomically, write_json
+from nrat_scale.core.locks import locked
 from nrat_scale.data.shards import ShardSet
-from nrat_scale.evaluate.autoattack import autoattack_package
+from nrat_scale.evaluate.autoattack import autoattack_package, autoattack_version
+from nrat_scale.evaluate.key import KEY_FIELDS, MODEL_FIELDS, EvaluationKey, ModelKey, difference, value_text
 
 FORMAT = "nrat_scale.results"
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
@@ -32,48 +36,55 @@ Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """The outcome of one block: bool [m], the seconds it took, and AutoAttack's warnings."""
+    """The outcome of one block."""
 
-    right: np.ndarray
+    right: np.ndarray  # bool [m]
     seconds: float
-    warnings: list[str]
+    warnings: list[str]  # of AutoAttack
+    broken_by: np.ndarray | None = None  # int8 [m]: number of AutoAttack's component that broke each image, -1 for none
 
 
 class BlockLog:
     """Finished blocks beside a results file; a killed evaluation resumes after them.
 
-    `key` holds everything that an outcome depends on (weights, data, attack, settings), as JSON values.
+    Args:
+        key: `EvaluationKey.digest`. Evaluations of the same key at the same time share the blocks.
     """
 
-    def __init__(self, results: Path, key: dict[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = unfinished_sibling(results) / digest
+    def __init__(self, results: Path, key: str) -> None:
+        self._results, self._folder = results, unfinished_sibling(results) / key
 
     def read(self) -> dict[int, FinishedBlock]:
         """The finished blocks by the number of their first image."""
+        with locked(self._results):
+            values = {path: read_json(path, "finished block") for path in sorted(self._folder.glob("block-*.json"))}
         blocks = {}
-        for path in sorted(self._folder.glob("block-*.json")):
-            value = read_json(path, "finished block")
+        for path, value in values.items():
             try:
                 right = np.array(["01".index(letter) for letter in value["right"]], bool)
                 seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
-                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings)
+                components = value.get("broken_by")  # none in blocks of other attacks
+                broken_by = None if components is None else np.array(components, np.int8)
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings, broken_by)
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"The finished block {path} is damaged. Remove it to evaluate it again.") from error
         return blocks
 
     def write(self, first: int, block: FinishedBlock) -> None:
         """Write and fsync a finished block."""
-        make_folder(self._folder)
         text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
-        write_json(self._folder / f"block-{first:08d}.json", value)
+        value |= {} if block.broken_by is None else {"broken_by": block.broken_by.tolist()}
+        with locked(self._results):  # another evaluation may be removing the folder
+            make_folder(self._folder)
+            write_json(self._folder / f"block-{first:08d}.json", value)
 
     def clear(self) -> None:
         """Remove the blocks, once the results file holds the whole attack."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with suppress(OSError):  # not empty: blocks of another key
-            self._folder.parent.rmdir()
+        with locked(self._results):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: blocks of another key
+                self._folder.parent.rmdir()
 
 
 def outcome_digest(outcome: Outcome) -> str:
@@ -106,16 +117,21 @@ def read_arrays(results: Path) -> dict[str, Outcome]:
     return {name: (arrays[f"{name}/ids"], arrays[f"{name}/right"]) for name in names if f"{name}/right" in arrays}
 
 
+def package_versions() -> dict[str, str]:
+    """The packages that an outcome depends on, by name."""
+    installed = {name: version(name) for name in ("torch", "timm")}
+    return {"nrat_scale": nrat_scale.__version__, **installed, autoattack_package(): autoattack_version()}
+
+
 def new_results(shards: ShardSet, threat: ThreatSpec) -> dict[str, Any]:
     """The content of results.json before the first measurement."""
-    packages = ("torch", "timm", autoattack_package())
     facts = {"fingerprint": shards.fingerprint, "dataset": shards.dataset, "num_images": len(shards)}
     return {
         "format": FORMAT,
         "version": 1,
         "data": {"folder": Path(shards.folder).name, **facts},
         "threat": {"norm": threat.norm, "eps": threat.eps, "step": threat.step, "space": threat.space},
-        "versions": {"nrat_scale": nrat_scale.__version__, **{name: version(name) for name in packages}},
+        "versions": package_versions(),
         "checkpoints": {},
     }
 
@@ -140,7 +156,9 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
         checkpoints[label] = {**record, "attacks": {}}
         for name, entry in record.get("attacks", {}).items():
             outcome = arrays.get(f"{label}/{name}")
-            if outcome is not None and outcome_digest(outcome) == entry.get("outcome_sha256"):
+            if outcome is None or not isinstance(entry, dict) or entry.get("n") != len(outcome[0]):
+                continue
+            if outcome_digest(outcome) == entry.get("outcome_sha256"):
                 checkpoints[label]["attacks"][name] = entry
                 outcomes[f"{label}/{name}"] = outcome
     return checkpoints, outcomes
@@ -152,35 +170,112 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 
 
-_MEASURED = {"correct", "accuracy", "low", "high", "seconds", "warnings", "outcome_sha256"}
+def unlike(record: dict[str, Any], model: ModelKey) -> str | None:
+    """Why the results of a checkpoint are not those of `model`, in words; None if they are."""
+    for name, entry in record["attacks"].items():
+        if "key" not in entry:
+            return f"{name} was measured by an earlier version, which did not record the whole model"
+        if words := difference(entry, asdict(model), MODEL_FIELDS):
+            return words
+    return None
 
 
-def is_measured(entry: dict[str, Any] | None, settings: dict[str, Any], key: str) -> bool:
-    """Whether `entry` was measured with these settings. An entry over fewer images may be replaced.
+def keep_apart(out: Path) -> Path:
+    """Copy `out` and its arrays to `results.earlier-<8 hex>`, whose name follows from the content; returns the copy of `out`."""
+    content = out.read_bytes()
+    copy = out.with_name(f"{out.stem}.earlier-{hashlib.sha256(content).hexdigest()[:8]}.json")
+    if out.with_suffix(".npz").is_file():
+        write_atomically(copy.with_suffix(".npz"), out.with_suffix(".npz").read_bytes())
+    write_atomically(copy, content)
+    return copy
+
+
+_SLICE = ("n", "skipped_sha256")  # fields that change when an attack is measured again on more images
+
+
+def is_more(new: dict[str, Any], old: dict[str, Any], name: str) -> bool:
+    """Whether `new` (an entry, or the record of a key) is `old` over more images, and may replace it.
 
     Raises:
-        UserError: other settings, or more images: a measured number is never replaced.
+        UserError: they differ in anything else: a measured number is never replaced.
     """
-    if entry is None:
+    fields = [field for field in KEY_FIELDS if new["n"] == old.get("n") or field not in _SLICE]
+    if words := difference(old, new, fields):
+        raise UserError(f"The results hold {name} with {words}. Give another --out; no number is replaced.")
+    return bool(new["n"] > old["n"])
+
+
+def is_measured(entry: dict[str, Any] | None, key: EvaluationKey, name: str) -> bool:
+    """Whether `entry` has this key; an entry over fewer images may be replaced. Raises as `is_more`, and for more images."""
+    if entry is None or is_more(key.record(), entry, name):
         return False
-    changes = _changes({name: value for name, value in entry.items() if name not in _MEASURED}, settings)
-    if not changes:
-        return True
-    if changes.keys() == {"n"} and entry["n"] < settings["n"]:
-        return False
-    words = ", ".join(changes.values())
-    raise UserError(f"The results hold {key} with other settings: {words}. Give another --out; no number is replaced.")
+    if words := difference(entry, key.record(), KEY_FIELDS):
+        raise UserError(f"The results hold {name} with {words}. Give another --out; no number is replaced.")
+    return True
+
+
+def merged_entries(
+    stored: Mapping[str, dict[str, Any]], ours: Mapping[str, dict[str, Any]], out: Path
+) -> dict[str, dict[str, Any]]:
+    """The entries that another evaluation has written meanwhile, and ours. For one key the stored entry is kept.
+
+    Raises:
+        UserError: an attack was measured with other settings meanwhile.
+    """
+    entries = dict(stored)
+    for name, entry in ours.items():
+        if name not in stored or is_more(entry, stored[name], name):
+            entries[name] = entry
+        elif entry["key"] == stored[name]["key"] and entry["outcome_sha256"] != stored[name]["outcome_sha256"]:
+            warn(f"{out} has other outcomes of {name} for the same key: this device does not compute the same twice.")
+    return entries
+
+
+def left_out_notes(attacks: Mapping[str, Any]) -> list[str]:
+    """A sentence for each attack without the parts of AutoAttack that the number of classes does not define.
+
+    Args:
+        attacks: attack -> its entry in results.json.
+    """
+    left_out = {name: entry.get("left_out") for name, entry in attacks.items() if isinstance(entry, dict)}
+    return [
+        f"{name} is not the standard version of AutoAttack: {'; '.join(map(str, reasons))}."
+        for name, reasons in left_out.items()
+        if reasons and isinstance(reasons, list)
+    ]
 
 
 def results_text(results: dict[str, Any], labels: list[str]) -> str:
     """The accuracies and flags of these checkpoints, for a terminal."""
     threat = results["threat"]
-    lines = [f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'])}, 95 % Wilson intervals"]
+    lines = [
+        f"{results['data']['dataset']}, {threat_text(threat['norm'], threat['eps'], threat.get('space', 'pixel'))}, 95 % Wilson intervals"
+    ]
     for label in labels:
         record = results["checkpoints"][label]
         worst = {} if record["worst"] is None else {"worst case": record["worst"]}
         for attack, entry in {**record["attacks"], **worst}.items():
             accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
             lines.append(f"  {label:8s} {attack:10s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}")
+        lines += [f"  {label:8s} NOTE: {note}" for note in left_out_notes(record["attacks"])]
         lines += [f"  {label:8s} FLAG: {flag}" for flag in record["flags"]]
+        lines += [f"  {label:8s} {text}" for text in _key_lines(record["attacks"])]
     return "\n".join(lines)
+
+
+def _key_lines(attacks: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The keys of a checkpoint's results for a terminal: what all attacks share, then what is each one's own."""
+    shown = [name for name in KEY_FIELDS if name not in ("n", "norm", "eps", "attack")]  # those are printed above
+    keyed = {attack: {name: entry[name] for name in shown if name in entry} for attack, entry in attacks.items()}
+    shared = dict(next(iter(keyed.values()), {}))
+    for fields in keyed.values():
+        shared = {name: value for name, value in shared.items() if fields.get(name) == value}
+    lines = [f"keys: {_fields_text(shared)}"]
+    for attack, fields in keyed.items():
+        own = {name: value for name, value in fields.items() if name not in shared}
+        lines.append(f"key of {attack}: {_fields_text({'': attacks[attack].get('key', 'unknown'), **own}).strip()}")
+    return lines
+
+
+def _fields_text(fields: Mapping[str, Any]) -> str:
+    return printable(", ".join(f"{name} {value_text(value)}" for name, value in fields.items()))

@@ -4,9 +4,12 @@ The images are split into fixed blocks of `batch_size` in the order of their ids
 evaluates whole blocks. Each finished block is written to disk, and the same command resumes with the next one.
 """
 
+import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +18,74 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from nrat_scale.core.distributed import join_processes, known_to_all, on_main
-from nrat_scale.core.files import make_folder, write_json
+from nrat_scale.core.errors import UserError, warn
+from nrat_scale.core.files import write_json
+from nrat_scale.core.locks import locked
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate import results
-from nrat_scale.evaluate.attacks import TRANSFER, Attack
-from nrat_scale.evaluate.autoattack import autoattack_log
-from nrat_scale.evaluate.measures import Images, block_outcome, read_images
+from nrat_scale.evaluate.attacks import TRANSFER, Attack, for_classes, needs_gradient
+from nrat_scale.evaluate.autoattack import AutoAttackLog
+from nrat_scale.evaluate.differentiable import check_differentiable
+from nrat_scale.evaluate.key import machine_facts
+from nrat_scale.evaluate.measures import (
+    Images,
+    OutOfMemory,
+    block_outcome,
+    count_classes,
+    memory_errors,
+    read_images,
+)
+from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import check_model, contradictions
+from nrat_scale.evaluate.sanity import check_model, contradictions, square_warning
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
 _CHECKED_IMAGES = 64  # for `check_model`
 
 
-def evaluate(targets: Sequence[Target], shards: ShardSet, request: Request, out: Path) -> dict[str, Any]:
+def evaluate(
+    targets: Sequence[Target], shards: ShardSet, request: Request, out: Path, *, replace_models: bool = False
+) -> dict[str, Any]:
     """Measure every target as requested, over all processes; returns the content of results.json.
 
-    Results and per-image outcomes are written to `out` after each attack. Entries of `out` for the same weights, data and
-    settings are not measured again.
+    Results and per-image outcomes are written to `out` after each attack. Entries of `out` with the same `EvaluationKey` are
+    not measured again. Several evaluations may write to `out` at the same time.
 
     Args:
         targets: on the device to use, the same in every process.
+        replace_models: results of another model under the label of a target (a run's best checkpoint has changed, or an
+            earlier version measured it) are copied to a file beside `out` and measured again, instead of refused.
 
     Raises:
         UserError: `out` holds results that must not be mixed with these or replaced, or a model cannot be measured.
     """
-    evaluation = _Evaluation(shards, request, out)
-    measured: dict[str, _Measured] = {}  # by sha256: best and last may be the same weights
+    evaluation = _Evaluation(targets, shards, request, out, replace_models)
+    measured: dict[str, _Measured] = {}  # by model: best and last may be the same
     for target in targets:
-        sha256 = target.identity["sha256"]
-        if sha256 not in measured:
-            measured[sha256] = evaluation.start(target)
-        evaluation.measure(target, measured[sha256])
+        if target.key.digest not in measured:
+            measured[target.key.digest] = evaluation.start(target)
+        evaluation.measure(target, measured[target.key.digest])
     return evaluation.results
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Print an error that only this process meets; `run_cli` prints those of local rank 0 alone."""
+    try:
+        yield
+    except (UserError, FloatingPointError) as error:
+        if (rank := os.environ.get("LOCAL_RANK", "0")) != "0":
+            print(f"error (process {rank}): {error}", file=sys.stderr, flush=True)
+        raise
 
 
 @dataclass
 class _Measured:
-    """The results of one set of weights: facts, and per attack its entry of results.json and its outcome."""
+    """The results of one model: facts, and per attack its entry of results.json and its outcome."""
 
     facts: dict[str, Any]
+    num_classes: int  # of the attacked model
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     outcomes: dict[str, results.Outcome] = field(default_factory=dict)
 
@@ -63,46 +93,96 @@ class _Measured:
 class _Evaluation:
     """One evaluation, in each of its processes; `results` and `arrays` are the content of both files so far."""
 
-    def __init__(self, shards: ShardSet, request: Request, out: Path) -> None:
+    def __init__(
+        self, targets: Sequence[Target], shards: ShardSet, request: Request, out: Path, replace_models: bool
+    ) -> None:
         self.shards, self.request, self.out, self.state = shards, request, out, join_processes()
         self.results = results.new_results(shards, request.threat)
         self.arrays: dict[str, results.Outcome]
-        earlier = known_to_all(self.state, lambda: results.earlier_results(out, self.results))
+        earlier = known_to_all(self.state, lambda: self._earlier(targets, replace_models))
         self.results["checkpoints"], self.arrays = earlier
 
+    def _earlier(self, targets: Sequence[Target], replace_models: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of `out` before this evaluation, on the main process."""
+        if not self.out.is_file():
+            return {}, {}
+        with locked(self.out):
+            checkpoints, arrays = results.earlier_results(self.out, self.results)
+            unlike = {target.label: self._unlike(checkpoints, target) for target in targets}
+            replaced = {label: words for label, words in unlike.items() if words is not None}
+            if not replaced:
+                return checkpoints, arrays
+            label, words = next(iter(replaced.items()))
+            if not replace_models:
+                raise UserError(f"{self.out} holds another {label}: {words}. Give another --out, or move that file.")
+            copy = results.keep_apart(self.out)
+            warn(f"{self.out} holds another {label}: {words}. Its results are kept in {copy} and measured again.")
+            checkpoints = {label: record for label, record in checkpoints.items() if label not in replaced}
+            arrays = {name: outcome for name, outcome in arrays.items() if name.partition("/")[0] not in replaced}
+            self._write_files(checkpoints, arrays)
+        return checkpoints, arrays
+
+    @staticmethod
+    def _unlike(checkpoints: dict[str, Any], target: Target) -> str | None:
+        record = checkpoints.get(target.label)
+        return None if record is None else results.unlike(record, target.key)
+
     def start(self, target: Target) -> _Measured:
-        """Check the model, and collect earlier results of the same weights."""
-        images = read_images(self.shards, _CHECKED_IMAGES)
-        flags = check_model(target.model, images, self.request.threat, target.label)
-        measured = _Measured({**target.identity, "flags": flags})
+        """Check the model, and collect earlier results of the same model."""
+        flags = self._check(target)
+        attacked = target if self.request.source is None else self.request.source
+        num_classes = count_classes(attacked.model, read_images(self.shards, 1))
+        measured = _Measured({**target.identity, **asdict(target.key), "flags": flags}, num_classes)
         for label, record in self.results["checkpoints"].items():
-            if record.get("sha256") == target.identity["sha256"]:
+            if results.unlike(record, target.key) is None:
                 measured.entries |= record["attacks"]
                 measured.outcomes |= {name: self.arrays[f"{label}/{name}"] for name in record["attacks"]}
         return measured
 
+    def _check(self, target: Target) -> list[str]:
+        """The flags of `check_model`, on fewer images if these do not fit into memory but a block may."""
+        size, block, source = _CHECKED_IMAGES, self.request.batch_size, self.request.source
+        follows_gradient = any(map(needs_gradient, self.request.attacks))
+        options = {"follows_gradient": follows_gradient and source is None}
+        while True:
+            try:
+                with memory_errors(f"The check of {target.label}", block):
+                    images = read_images(self.shards, size)
+                    if source is not None and follows_gradient:
+                        check_differentiable(source.model, images, source.label)
+                    return check_model(target.model, images, self.request.threat, target.label, **options)
+            except OutOfMemory:
+                if size <= block:
+                    raise
+                size = block
+                warn(f"The check of {target.label} sees {size} images: {_CHECKED_IMAGES} do not fit into memory.")
+
     def measure(self, target: Target, measured: _Measured) -> None:
         """Run the attacks that have no result yet."""
         request, before, broken = self.request, list[str](), set[int]()  # earlier attacks, ids of the images they broke
-        for attack in request.attacks:
+        for requested in request.attacks:
+            attack, left_out = for_classes(requested, measured.num_classes)
             key = request.key(attack)
             images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
             dropped = list(before) if request.drops_broken(attack) else []
-            settings = request.settings(attack, len(images), dropped)
-            if not results.is_measured(measured.entries.get(key), settings, key):
-                weights = {"weights": target.identity["sha256"], "data": self.shards.fingerprint}
-                threat = {"space": request.threat.space, "versions": self.results["versions"]}
-                log = results.BlockLog(self.out, {**settings, "attack": attack.name, **weights, **threat})
-                skipped = np.isin(images.ids, list(broken) if dropped else [])
+            skipped = np.isin(images.ids, list(broken) if dropped else [])
+            record = request.evaluation_key(attack, target, self.shards, images, dropped, skipped)
+            if not results.is_measured(measured.entries.get(key), record, key):
+                log = results.BlockLog(self.out, record.digest)
                 blocks = self._run_blocks(attack, target, images, skipped, log)
                 outcome = images.ids, np.concatenate([block.right for block in blocks])
+                broken_by = _broken_by(attack, blocks)
+                square = None if request.source is not None else square_warning(broken_by, len(images))
                 assert len(outcome[1]) == len(images)
                 measured.outcomes[key] = outcome
                 measured.entries[key] = {
                     **accuracy_record(outcome[1]),
-                    **settings,
+                    **record.record(),
+                    **machine_facts(next(target.model.parameters()).device, self.state.num_processes),
                     "seconds": round(sum(block.seconds for block in blocks), 2),
-                    "warnings": sorted({warning for block in blocks for warning in block.warnings}),
+                    "warnings": merge_warnings([*(block.warnings for block in blocks), [square] if square else []]),
+                    **({"broken_by": broken_by} if broken_by else {}),
+                    **({"left_out": left_out} if left_out else {}),
                     "outcome_sha256": results.outcome_digest(outcome),
                 }
                 self._write(target, measured)
@@ -129,9 +209,11 @@ class _Evaluation:
                 rows, began = wanted[first], time.perf_counter()
                 given = images.take(rows), request.threat
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
-                with autoattack_log(bar.set_postfix_str) as warnings:
-                    right = block_outcome(attack, target.model, *given, **options)
-                mine[first] = results.FinishedBlock(right, time.perf_counter() - began, warnings)
+                log_shown = AutoAttackLog(bar.set_postfix_str)
+                with _own_errors(), memory_errors(title, request.batch_size):
+                    right = block_outcome(attack, target.model, *given, **options, log=log_shown)
+                seconds = time.perf_counter() - began
+                mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
         for part in gather_object([mine]):
@@ -140,28 +222,54 @@ class _Evaluation:
         return [done[first] for first in wanted]
 
     def _write(self, target: Target, measured: _Measured) -> None:
-        """Update results.json and the arrays."""
-        entries = measured.entries
-        alone = {
-            name: outcome
-            for name, outcome in measured.outcomes.items()
-            if not name.startswith(TRANSFER) and "without_images_broken_by" not in entries[name]
-        }
-        warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
-        self.results["checkpoints"][target.label] = {
-            **measured.facts,
-            "flags": [*measured.facts["flags"], *contradictions(alone), *warned],
-            "worst": worst_case(measured.outcomes),
-            "attacks": dict(entries),
-        }
-        prefix = f"{target.label}/"  # drop its earlier arrays, because the label may have belonged to other weights
-        others = {name: outcome for name, outcome in self.arrays.items() if not name.startswith(prefix)}
-        self.arrays = others | {prefix + name: outcome for name, outcome in measured.outcomes.items()}
+        """Merge what is measured into both files, and learn what other evaluations have written there meanwhile."""
+        label = target.label
 
-        def write() -> None:
-            make_folder(self.out.parent)
-            # The arrays first, so that results.json never names missing ones.
-            results.write_arrays(self.out, self.arrays)
-            write_json(self.out, self.results)
+        def write() -> tuple[dict[str, Any], dict[str, results.Outcome]]:
+            with locked(self.out):
+                checkpoints, arrays = results.earlier_results(self.out, self.results)
+                if (words := self._unlike(checkpoints, target)) is not None:
+                    raise UserError(f"{self.out} got another {label} meanwhile: {words}. Give another --out.")
+                stored = checkpoints.get(label, {"attacks": {}})["attacks"]
+                entries = results.merged_entries(stored, measured.entries, self.out)
+                outcomes = {
+                    name: arrays[f"{label}/{name}"] if entry is stored.get(name) else measured.outcomes[name]
+                    for name, entry in entries.items()
+                }
+                checkpoints[label] = _record(measured.facts, entries, outcomes)
+                arrays |= {f"{label}/{name}": outcome for name, outcome in outcomes.items()}
+                self._write_files(checkpoints, arrays)
+            return checkpoints, arrays
 
-        on_main(self.state, write)
+        self.results["checkpoints"], self.arrays = known_to_all(self.state, write)
+        measured.entries = dict(self.results["checkpoints"][label]["attacks"])
+        measured.outcomes = {name: self.arrays[f"{label}/{name}"] for name in measured.entries}
+
+    def _write_files(self, checkpoints: dict[str, Any], arrays: dict[str, results.Outcome]) -> None:
+        # The arrays first, so that results.json never names missing ones.
+        results.write_arrays(self.out, arrays)
+        write_json(self.out, {**self.results, "checkpoints": checkpoints})
+
+
+def _record(
+    facts: dict[str, Any], entries: dict[str, dict[str, Any]], outcomes: dict[str, results.Outcome]
+) -> dict[str, Any]:
+    """The record of one checkpoint in results.json."""
+    alone = {
+        name: outcome
+        for name, outcome in outcomes.items()
+        if not name.startswith(TRANSFER) and "without_images_broken_by" not in entries[name]
+    }
+    warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
+    return {
+        **facts,
+        "flags": [*facts["flags"], *contradictions(alone), *warned],
+        "worst": worst_case(outcomes),
+        "attacks": entries,
+    }
+
+
+def _broken_by(attack: Attack, blocks: Sequence[results.FinishedBlock]) -> dict[str, int]:
+    """Component of AutoAttack -> number of images that it was the first to break; empty for other attacks."""
+    numbers = [block.broken_by for block in blocks if block.broken_by is not None]  # None: nothing left to attack
+    return {name: sum(int((found == i).sum()) for found in numbers) for i, name in enumerate(attack.components)}

@@ -1,6 +1,5 @@
 """What can be evaluated: checkpoints of a run, a release (a folder or on the Hub), a weight file, a timm model."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,11 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import sha256_of
 from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
+from nrat_scale.evaluate.key import ModelKey, model_key
+from nrat_scale.loading.checks import read_configuration
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import WEIGHTS, resolve
+from nrat_scale.loading.release_folder import CONFIG, WEIGHTS, resolve
 from nrat_scale.recipe import load_recipe
 
 CHECKPOINTS = ("best", "last")
@@ -34,6 +35,7 @@ class Target:
     label: str  # its name in results.json
     model: nn.Module  # in evaluation mode, on the CPU
     identity: dict[str, Any]  # its facts in results.json; "sha256" is that of the weight file
+    key: ModelKey
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class FoundTargets:
     threat: ThreatSpec | None  # for which they were trained, if known
     results: Path  # default results file
     run: RunFolder | None = None
+    earlier: Path | None = None  # default of earlier versions, if another
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,18 @@ def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list
                     "step": checkpoint.step,
                     "epoch": checkpoint.state["epoch"],
                     "weights": "ema" if kind == "ema" else "raw",
-                    "sha256": checkpoint.sha256[f"{kind}.safetensors"],
                     "objective": objective,
+                    "sha256": checkpoint.sha256[f"{kind}.safetensors"],
                     "skipped_shards": skipped,
                 }
-                model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
+                architecture, arguments = str(description["architecture"]), dict(description["model_args"])
+                model = models.create(architecture, arguments).eval()
                 try:
                     model.load_state_dict(checkpoint.tensors(kind))
                 except (RuntimeError, SafetensorError) as error:
                     raise UserError(f"{checkpoint.folder} does not fit the model of {run.model}: {error}") from error
-                loaded[checkpoint.step, kind] = Target(name, model, identity)
+                key = model_key(model, architecture, arguments)
+                loaded[checkpoint.step, kind] = Target(name, model, identity, key)
             label = name if choice == "evaluated" else f"{name}-{choice}"
             targets.append(replace(loaded[checkpoint.step, kind], label=label))
     return targets
@@ -134,8 +139,9 @@ def _release(source: str) -> FoundTargets:
     identity |= {"objective": trained.objective.title} if trained else {}
     if not Path(source).is_dir():
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
-    threat = trained.threat if trained else None
-    return FoundTargets([Target("release", load(folder), identity)], threat, _default_results(source))
+    model = load(folder)
+    target = Target("release", model, identity, model_key(model, *read_configuration(folder / CONFIG)[:2]))
+    return _found(source, trained.threat if trained else None, target)
 
 
 def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
@@ -143,17 +149,28 @@ def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
         raise UserError(f"{path} is a weight file: name its model with --arch, such as --arch wrn28_10_silu.")
     model = load(path, arch=options.arch, mean=options.mean, std=options.std)
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
-    return FoundTargets([Target("file", model, identity)], None, _default_results(path.stem))
+    target = Target("file", model, identity, model_key(model, options.arch, _shape_arguments(model)))
+    return _found(path.stem, None, target)
 
 
 def _timm_model(name: str) -> FoundTargets:
     model = pretrained(name)
-    digest = hashlib.sha256()  # of the tensors: timm does not report which file it read
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.contiguous().numpy().tobytes())
-    identity = {"sha256": digest.hexdigest(), "weights": "pretrained", "architecture": name}
-    return FoundTargets([Target("pretrained", model, identity)], None, _default_results(name))
+    key = model_key(model, name, _shape_arguments(model))
+    # timm does not report which file it read: the hash is that of the tensors.
+    identity = {"sha256": key.weights_sha256, "weights": "pretrained", "architecture": name}
+    target = Target("pretrained", model, identity, key)
+    return _found(name, None, target)
 
 
-def _default_results(name: str) -> Path:
-    return Path("evaluations") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") / RESULTS
+def _shape_arguments(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: int(value) for name in ("num_classes", "in_chans") if (value := getattr(model, name, None)) is not None
+    }
+
+
+def _found(name: str, threat: ThreatSpec | None, target: Target) -> FoundTargets:
+    """One target, with its results in evaluations/NAME-<8 hex>: other weights of this name have another folder."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or target.label
+    folder = Path("evaluations")
+    results, earlier = (folder / part / RESULTS for part in (f"{name}-{target.key.digest[:8]}", name))
+    return FoundTargets([target], threat, results, earlier=earlier)

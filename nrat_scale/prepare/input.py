@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, quoted, warn
 from nrat_scale.datasets import DATASETS
 
 
@@ -39,6 +39,62 @@ class Concatenated:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What the class numbers of the input mean.
+
+    Attributes:
+        dataset: a key of `DATASETS`, which sets the names, or None.
+        names: in label order, if `dataset` is None; empty: "0".."K-1", with K from the labels.
+        start: the class number of the first class, 1 for labels 1..K.
+
+    Raises:
+        UserError: both `dataset` and `names` are given, or a name is empty or given twice.
+    """
+
+    dataset: str | None = None
+    names: tuple[str, ...] = ()
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.names:
+            raise UserError("--classes cannot be given with --dataset, which sets the class names. Omit one of them.")
+        if any(not name.isprintable() or not name.strip() for name in self.names):
+            raise UserError(f"--classes has an empty or unprintable name: {quoted(','.join(self.names))}.")
+        if len(set(self.names)) != len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise UserError(f"--classes has the name {quoted(twice)} twice. Each class needs a name of its own.")
+
+    @property
+    def known_names(self) -> tuple[str, ...]:
+        """The names in label order; empty if they follow from the labels."""
+        return DATASETS[self.dataset].class_names if self.dataset else self.names
+
+    def check_no_gap(self, counts: np.ndarray) -> None:
+        """Refuse a class without images, which label noise would fill; only warn if the class was named explicitly."""
+        empty = np.flatnonzero(counts == 0).tolist()
+        if not empty:
+            return
+        listed = ", ".join(str(label + self.start) for label in empty[:5]) + ", ..." * (len(empty) > 5)
+        what = f"No image has the label{'s'[: len(empty) > 1]} {listed}"
+        if self.known_names:
+            name = self.known_names[empty[0]]
+            warn(f"{what} (class {quoted(name)}{' and others' * (len(empty) > 1)}); label noise can still assign it.")
+            return
+        found = f"the labels go up to {len(counts) - 1 + self.start}"
+        first = int(np.flatnonzero(counts)[0])
+        if len(empty) == first and first + self.start <= 1:
+            way_out = f"If the class numbers start at {first + self.start}, add --labels-start {first + self.start}."
+        else:
+            way_out = "Renumber the labels without gaps."
+        raise UserError(
+            f"{what}, but {found}. {way_out} To keep a class without images, name all classes: --classes NAME,NAME,..."
+        )
+
+
+NUMBERED = Classes()  # "0".."K-1"
+
+
+@dataclass(frozen=True)
 class LabelledArrays:
     """Images and labels to convert, in source order.
 
@@ -48,6 +104,7 @@ class LabelledArrays:
         dataset: name of the data set (a key of `DATASETS`, or "custom").
         class_names: in label order; K of them.
         files: name, size and sha256 of each input file.
+        note: what the reader did to the images, for the summary.
 
     Raises:
         UserError: images and labels do not match, or a label is not in 0..K-1.
@@ -58,6 +115,7 @@ class LabelledArrays:
     dataset: str
     class_names: tuple[str, ...]
     files: tuple[dict[str, Any], ...] = ()
+    note: str = ""
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -67,23 +125,44 @@ class LabelledArrays:
             raise UserError(f"There are {shape[0]} images but {len(self.labels)} labels.")
         low, high, num_classes = int(self.labels.min()), int(self.labels.max()), len(self.class_names)
         if low < 0 or high >= num_classes:
+            way_out = "Name the right data set with --dataset, or all classes with --classes."
+            if low == 1 and high == num_classes:
+                way_out = "If the class numbers start at 1, add --labels-start 1."
             raise UserError(
                 f"Labels range from {low} to {high}, expected 0..{num_classes - 1} for the data set '{self.dataset}'. "
-                "Name the right data set with --dataset."
+                + way_out
             )
 
     @classmethod
     def of(
-        cls, images: ImageArray, labels: np.ndarray, dataset: str | None, files: Sequence[dict[str, Any]]
+        cls,
+        images: ImageArray,
+        labels: np.ndarray,
+        classes: Classes,
+        files: Sequence[dict[str, Any]],
+        num_classes: int | None = None,
+        note: str = "",
     ) -> "LabelledArrays":
-        """With the class names of `dataset`, or "0".."K-1" if it is None."""
-        if dataset is None:
-            names = tuple(str(label) for label in range(int(labels.max()) + 1))
-            return cls(images, labels, "custom", names, tuple(files))
-        known, channels = DATASETS[dataset], images.shape[3]
-        if len(known.mean) != channels:
+        """With the class names of `classes`.
+
+        Args:
+            labels: int64 [N], class numbers from `classes.start`.
+            num_classes: if the input states it, e.g. by the width of one-hot rows.
+
+        Raises:
+            UserError: as `LabelledArrays`, or a class has no image and was not named explicitly.
+        """
+        low, high = int(labels.min()), int(labels.max())
+        if low < classes.start:
+            raise UserError(f"Labels range from {low} to {high}, but --labels-start is {classes.start}. Give {low}.")
+        labels = labels - classes.start
+        if classes.dataset and len(DATASETS[classes.dataset].mean) != images.shape[3]:
             raise UserError(
-                f"The images have {channels} channel(s), expected {len(known.mean)} for '{dataset}'. Name the right data "
-                "set with --dataset, or omit --dataset."
+                f"The images have {images.shape[3]} channel(s), expected {len(DATASETS[classes.dataset].mean)} for "
+                f"'{classes.dataset}'. Name the right data set with --dataset, or omit --dataset."
             )
-        return cls(images, labels, dataset, known.class_names, tuple(files))
+        width = max(high - classes.start + 1, num_classes or 0)
+        names = classes.known_names or tuple(str(label + classes.start) for label in range(width))
+        source = cls(images, labels, classes.dataset or "custom", names, tuple(files), note)
+        classes.check_no_gap(np.bincount(labels, minlength=len(names)))
+        return source

@@ -50,7 +50,8 @@ def convert(read: Callable[[Path], LabelledArrays | Mapping[str, LabelledArrays]
 def _summary(folder: Path, source: LabelledArrays) -> str:
     sizes = [path.stat().st_size for path in folder.glob("*.tar")]
     what = f"{len(source.labels)} images of {len(source.class_names)} classes ({source.dataset})"
-    return f"{folder}: {what} in {len(sizes)} shard{'s'[: len(sizes) != 1]}, {sum(sizes) / 1e6:.1f} MB"
+    summary = f"{folder}: {what} in {len(sizes)} shard{'s'[: len(sizes) != 1]}, {sum(sizes) / 1e6:.1f} MB"
+    return f"{summary}; {source.note}" if source.note else summary
 
 
 def write_shards(source: LabelledArrays, folder: Path, **options: Any) -> Path:

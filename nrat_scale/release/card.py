@@ -8,20 +8,13 @@ from markupsafe import Markup
 import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
 from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.evaluate.results import left_out_notes
+from nrat_scale.publications import ORIGINS, PAPERS
 from nrat_scale.release.contents import Contents
 from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
 
 TEMPLATES = environment("nrat_scale.release", autoescape=False)  # Markdown
-_PAPERS = {  # first word of an objective, or `aa` for AutoAttack -> citation
-    "nrat": "*NRAT: towards adversarial training with inherent label noise* (the objective)",
-    "trades": "Zhang et al., *Theoretically Principled Trade-off between Robustness and Accuracy*, ICML 2019, arXiv:1901.08573",
-    "mart": "Wang et al., *Improving Adversarial Robustness Requires Revisiting Misclassified Examples*, ICLR 2020",
-    "pgd_at": "Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, ICLR 2018, arXiv:1706.06083",
-    "dm_at": "Wang et al., *Better Diffusion Models Further Improve Adversarial Training*, ICML 2023, arXiv:2302.04638",
-    "aa": "Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks*, "
-    "ICML 2020, arXiv:2003.01690 (AutoAttack)",
-}
 
 
 def model_card(contents: Contents) -> str:
@@ -31,7 +24,8 @@ def model_card(contents: Contents) -> str:
     dataset, threat = str(contents.description["dataset"]), ""
     evaluation = {}
     if results is not None:
-        threat = threat_text(results["threat"]["norm"], results["threat"]["eps"])
+        tested = results["threat"]
+        threat = threat_text(tested["norm"], tested["eps"], tested.get("space", "pixel"))
         table, command = Markup(markdown_table(results)), _check_command(contents, results)
         evaluation = {"tested_threat": threat, "table": table, "command": command}
     return TEMPLATES.get_template("card.md").render(
@@ -42,10 +36,12 @@ def model_card(contents: Contents) -> str:
         version=nrat_scale.__version__,
         metadata=Markup(_metadata(contents, dataset, threat)),
         warning=RELEASED_CODE_WARNING,
+        notes=left_out_notes(contents.attacks),
         attacked=recipe.objective.name != "natural",
-        trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps),
+        trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps, recipe.threat.space),
         step=fraction_text(recipe.threat.step),
         selection_attack=attack_title(recipe.train.validation_attack),
+        origin=_origin(contents),
         papers=_papers(contents),
         **evaluation,
     )
@@ -87,12 +83,24 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
         f"python -m nrat_scale.evaluate {contents.name} --data TEST_SHARDS --attacks {','.join(attacks)}"
         f" --norm {threat['norm']} --eps {fraction_text(threat['eps'])} --step {fraction_text(threat['step'])}"
         f" --batch-size {first['batch_size']} --seed {first['seed']}"
+        + (" --float32 ieee" if (first.get("device"), first.get("float32")) == ("cuda", "ieee") else "")
         + (f" --images {most}" if most < total else "")
         + (f" --aa-images {autoattack}" if autoattack < most else "")
     )
 
 
+def _origin(contents: Contents) -> str:
+    """Which publication the objective is, or that it is not one."""
+    objective = contents.recipe.objective
+    origin = ORIGINS.get(objective.name, "not a preset of nrat_scale")
+    return origin if objective.title == objective.name else f"a variation of ours of {objective.name} ({origin})"
+
+
 def _papers(contents: Contents) -> list[str]:
-    name, generated = contents.recipe.objective.name, contents.recipe.data.generated.shards
-    cited = {"dm_at": generated, "aa": any(attack.startswith("aa") for attack in contents.attacks)}
-    return [paper for key, paper in _PAPERS.items() if name.startswith(key) or cited.get(key)] or ["nrat_scale"]
+    """Citations of the objective, of the generated images and of AutoAttack, each if it was used."""
+    cited = _origin(contents)
+    if contents.recipe.data.generated.shards:
+        cited += "; Wang et al. 2023"
+    if any(attack.startswith("aa") for attack in contents.attacks):
+        cited += "; Croce and Hein 2020"
+    return [paper for key, paper in PAPERS.items() if key in cited]

@@ -10,6 +10,7 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
+from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.loading.release_folder import WEIGHTS
 from nrat_scale.recipe import RecipeSpec, load_recipe
@@ -34,12 +35,17 @@ class Contents:
     weights: Weights
     recipe: RecipeSpec  # without local paths
     description: dict[str, Any]  # model.json
-    noise: dict[str, Any] | None  # label_noise.json; None without label noise
+    noise: dict[str, dict[str, Any]]  # by source with injected label noise: its description
     skipped: list[dict[str, Any]]  # shards that the run skipped
     results: dict[str, Any] | None  # results.json; None if the weights were not evaluated
     attacks: dict[str, Any]  # attack -> its entry in the results
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
+
+    def noise_text(self, source: str) -> str:
+        """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
+        rate, share = 100 * self.noise[source]["realised_rate"], self.recipe.data.shares.get(source, 0.0)
+        return f"{rate:.1f} % of its {source} training labels ({rate * share:.1f} % of a batch's labels, the effective rate)"
 
 
 def checkpoint_weights(run: Path, name: str) -> Weights:
@@ -85,12 +91,13 @@ def gather(run: Path, weights: Weights, name: str) -> Contents:
             outcomes = {new: arrays[old] for new, old in names.items() if old in arrays}
     flags = [] if recipe.threat.space == "pixel" else [RELEASED_CODE_WARNING]
     flags += [flag for flag in map(str, record.get("flags") or []) if flag not in flags]
+    noise = {kind: folder.read_label_noise(kind) or {} for kind in (REAL, GENERATED)}
     return Contents(
         name=name,
         weights=weights,
         recipe=_without_paths(recipe),
         description=folder.read_model(),
-        noise=folder.read_label_noise(),
+        noise={kind: found for kind, found in noise.items() if found.get("num_noisy")},
         skipped=folder.read_skipped_shards(),
         results=results,
         attacks=record.get("attacks", {}),
@@ -108,12 +115,14 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         return PurePath(path).name if path and PurePath(path).is_absolute() else path
 
-    real, generated = recipe.data.real, recipe.data.generated
-    noise = replace(real.noise, human_labels=public(real.noise.human_labels))
+    def without(source: Any) -> Any:
+        noise = replace(source.noise, human_labels=public(source.noise.human_labels))
+        return replace(source, shards=public(source.shards), exclude=public(source.exclude), noise=noise, prepare=None)
+
     data = replace(
         recipe.data,
-        real=replace(real, shards=public(real.shards), exclude=public(real.exclude), noise=noise, prepare=None),
-        generated=replace(generated, shards=public(generated.shards), exclude=public(generated.exclude), prepare=None),
+        real=without(recipe.data.real),
+        generated=without(recipe.data.generated),
         remote=replace(recipe.data.remote, cache=None),
     )
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")

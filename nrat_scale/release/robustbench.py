@@ -3,6 +3,7 @@
 from typing import Any
 
 from nrat_scale.attacks import AUTOATTACK_NORMS, fraction_text
+from nrat_scale.evaluate.results import left_out_notes
 from nrat_scale.release.card import TEMPLATES
 from nrat_scale.release.contents import Contents
 
@@ -47,11 +48,10 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     notes = []
     if contents.recipe.data.generated.shards:
         notes.append("It uses generated images in training.")
-    if contents.noise is not None and contents.noise.get("num_noisy"):
-        rate, kind = 100 * contents.noise["realised_rate"], contents.noise["kind"]
-        notes.append(f"{rate:.1f} % of its real training labels are wrong ({kind} label noise).")
+    for source, noise in contents.noise.items():
+        notes.append(f"{contents.noise_text(source)} are wrong ({noise['kind']} label noise).")
     measured = contents.attacks.get("aa", {"n": 0})["n"]
     if measured != total:
         problem = f"run on {measured} of {total} images only" if measured else "not run"
         notes.append(f"No AutoAttack accuracy is claimed: AutoAttack was {problem}.")
-    return notes + contents.flags
+    return notes + left_out_notes(contents.attacks) + contents.flags

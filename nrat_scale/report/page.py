@@ -5,21 +5,21 @@ The page has no script, loads nothing and contains its figures; equal runs give 
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nrat_scale.attacks import fraction_text, threat_text
+from nrat_scale.attacks import fraction_text
 from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
+from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.objectives import OBJECTIVES
+from nrat_scale.objectives import objective_title
 from nrat_scale.report.curves import CURVES, draw_curves
-from nrat_scale.report.run import Run, number_at, read_score, value_at
-from nrat_scale.report.tables import all_flags, attack_columns, evaluate_command
+from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
+from nrat_scale.report.tables import all_flags, all_notes, attack_columns, evaluate_command
 
 _LARGEST_MATRIX = 20  # classes; a larger transition matrix is not readable as a table
 _FEW_IMAGES = 1000
@@ -79,7 +79,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
             "has_clean": any(row.get(key) for row in run.validation[-1:] for key, *_ in CURVES[2:]),
             "gaps": list(_gaps(run)),
             "best_is_last": run.best.get("step") is not None and run.best.get("step") == run.last.get("step"),
-            "noise": _noise(run),
+            "noises": [facts for source in run.noise if (facts := _noise(run, source))],
         }
         for run, png in zip(runs, curves, strict=True)
     ]
@@ -91,6 +91,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
         warnings=[(run.name, warning) for run in runs for warning in run.warnings],
         settings=_group(_setting, evaluated),
         selections=_group(_selection, runs),
+        notes=all_notes(runs),
         flags=all_flags(runs),
         few_images=_FEW_IMAGES if min(counts, default=_FEW_IMAGES) < _FEW_IMAGES else None,
         versions=sorted(versions),
@@ -103,6 +104,9 @@ def _group(describe: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, str
     for run in runs:
         groups.setdefault(describe(run), []).append(run.name)
     return {text: ", ".join(names) for text, names in groups.items()}
+
+
+_IKL_SIGNS = {"alpha": "α", "beta": "β", "temperature": "T", "gamma": "γ"}
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -118,29 +122,22 @@ def _facts(run: Run) -> dict[str, str]:
     inner = phrase("objective.inner", "inner loss {}") if attacked else ""
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
+    warm_start = number_at(run.recipe, "objective.warm_start") or 0.0
+    title = objective_title(*(phrase(f"objective.{key}") for key in ("name", "loss", "divergence")), warm_start)
+    weights = [phrase("objective.lam", "λ = {}")]
+    if value_at(run.recipe, "objective.divergence") == "ikl":
+        weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]
     facts = {
-        "Objective": [phrase("objective.name"), phrase("objective.lam", "λ = {}"), inner, smoothing, _warm_start(run)],
+        "Objective": [title, *weights, inner, smoothing],
         "Model": [phrase("model.name")],
-        "Threat": [_threat_text(run.recipe), phrase("threat.num_steps", steps)],
-        "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}")],
+        "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
+        "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}"), *_noise_texts(run)],
         "Data": _shares(run.recipe),
         "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
         "Weights": [phrase("ema.decay", "EMA {}"), phrase("awp.gamma", "AWP γ = {}")],
         "Seed": [str(value_at(run.recipe, "seed", ""))],
     }
     return {title: ", ".join(filter(None, phrases)) for title, phrases in facts.items() if any(phrases)}
-
-
-def _warm_start(run: Run) -> str:
-    name, fraction = value_at(run.recipe, "objective.name"), number_at(run.recipe, "objective.warm_start") or 0.0
-    preset = OBJECTIVES.get(str(name))
-    warm = preset is not None and replace(preset, warm_start=fraction).starts_warm
-    return f"warm start over {100 * fraction:g} % of training" if warm else ""
-
-
-def _threat_text(tree: dict[str, Any]) -> str:
-    eps = number_at(tree, "threat.eps")
-    return "" if eps is None else threat_text(str(value_at(tree, "threat.norm", "linf")), eps)
 
 
 def _epochs_text(run: Run) -> str:
@@ -159,13 +156,35 @@ def _shares(recipe: dict[str, Any]) -> list[str]:
     ]
 
 
-def _noise(run: Run) -> dict[str, Any] | None:
+def _noise_texts(run: Run) -> Iterator[str]:
+    """The noise of generated labels, and the rates of wrong labels in a batch, as far as noise was injected."""
+    if (kind := value_at(run.recipe, "data.generated.noise.kind", "none")) != "none":
+        yield f"generated labels: {kind}, rate {value_at(run.recipe, 'data.generated.noise.rate', '?')}"
+    rates = [rate for source in run.noise if (rate := _effective_rate(run, source))]
+    if rates:
+        yield f"{100 * sum(rates):.1f} % of a batch's labels"
+
+
+def _effective_rate(run: Run, source: str) -> float | None:
+    """The fraction of a batch's labels that the noise of `source` makes wrong, None if it is unknown."""
+    kinds = [kind for kind in (REAL, GENERATED) if value_at(run.recipe, f"data.{kind}.shards")]
+    size, fraction = number_at(run.recipe, "data.batch_size"), number_at(run.recipe, "data.generated.fraction")
+    rate = number_at(run.noise[source], "realised_rate")
+    if not size or rate is None or source not in kinds or (fraction is None and len(kinds) == 2):
+        return None
+    return rate * batch_shares(int(size), fraction or 0.0, kinds)[source]
+
+
+def _noise(run: Run, source: str) -> dict[str, Any] | None:
     """Label noise with its transition matrix as rows of (class, [(count, shade from 0 to 1), ...]); no rows for many classes."""
-    realised, matrix = number_at(run.noise, "realised_rate"), value_at(run.noise, "transition_matrix", [])
+    noise = run.noise[source]
+    realised, matrix = number_at(noise, "realised_rate"), value_at(noise, "transition_matrix", [])
     if not realised:
         return None
-    facts = {key: value_at(run.noise, key, "?") for key in ("kind", "rate", "seed", "num_labels", "num_noisy")}
-    facts |= {"realised": f"{100 * realised:.1f}", "num_classes": len(matrix), "matrix": []}
+    facts = {key: value_at(noise, key, "?") for key in ("kind", "rate", "seed", "num_labels", "num_noisy")}
+    effective = _effective_rate(run, source)
+    facts |= {"realised": f"{100 * realised:.1f}", "num_classes": len(matrix), "matrix": [], "source": source}
+    facts["effective"] = None if effective is None else f"{100 * effective:.1f}"
     if len(matrix) <= _LARGEST_MATRIX:
         names = run.class_names if len(run.class_names) == len(matrix) else range(len(matrix))
         for i, (name, counts) in enumerate(zip(names, matrix, strict=True)):
@@ -208,7 +227,7 @@ def _selection(run: Run) -> str:
     """How the best checkpoint was selected."""
     source, labels = (value_at(run.recipe, f"data.validation.{key}", "?") for key in ("source", "labels"))
     count = value_at(run.best_row, "robust.n", value_at(run.recipe, "data.validation.size", "?"))
-    noisy = ", including the wrong ones" if labels == "given" and number_at(run.noise, "num_noisy") else ""
+    noisy = ", including the wrong ones" if labels == "given" and number_at(run.noise.get(source), "num_noisy") else ""
     return (
         f"the best epoch has the highest {run.attack} accuracy on {count} held-out {source} images of the training data "
         f"({labels} labels{noisy}); the last epoch is the newest. Selection never uses test images."
@@ -221,6 +240,5 @@ def _setting(run: Run) -> str:
     dataset, folder, count, fingerprint = (value_at(run.results, f"data.{key}", "?") for key in keys)
     step = number_at(run.results, "threat.step")
     steps = "" if step is None else f", PGD and CW steps of {fraction_text(step)}"
-    space = value_at(run.results, "threat.space", "pixel")
     data = f"{dataset} (folder {folder}, {count} images, fingerprint {str(fingerprint)[:16]})"
-    return f"{data}, {_threat_text(run.results)}{steps}, in {space} space"
+    return f"{data}, {threat_at(run.results)}{steps}"

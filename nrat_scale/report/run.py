@@ -10,12 +10,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING
+from nrat_scale.attacks import RELEASED_CODE_WARNING, threat_text
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.evaluate.results import FORMAT
+from nrat_scale.evaluate.results import FORMAT, left_out_notes
 
 
 def value_at(tree: Any, path: str, default: Any = None) -> Any:
@@ -29,6 +29,13 @@ def number_at(tree: Any, path: str) -> float | None:
     """The finite number at a dotted path, None if there is none."""
     value = value_at(tree, path)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def threat_at(tree: dict[str, Any]) -> str:
+    """The threat of a recipe or a results.json in text, empty if it has no radius."""
+    eps = number_at(tree, "threat.eps")
+    norm, space = (str(value_at(tree, f"threat.{key}", old)) for key, old in (("norm", "linf"), ("space", "pixel")))
+    return "" if eps is None else threat_text(norm, eps, space)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Row:
     epoch: Any  # None if unknown
     weights: Any  # `ema` or `raw`, None if unknown
     scores: dict[str, Score]  # by attack; `worst` is the worst case over all of them
+    notes: list[str]  # on parts of AutoAttack that were left out
     flags: list[str]  # reasons to doubt these scores; `Run.warnings` has the one about `threat.space`
 
 
@@ -77,7 +85,8 @@ def result_rows(results: dict[str, Any]) -> list[Row]:
             scores.pop("worst", None)  # over fewer attacks than in another row, hence not comparable
         flags = [str(flag) for flag in record.get("flags") or [] if flag != RELEASED_CODE_WARNING]
         checkpoint = "best = last" if same and name == "best" else name
-        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, flags))
+        notes = left_out_notes(value_at(record, "attacks", {}))
+        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, notes, flags))
     return rows
 
 
@@ -92,7 +101,7 @@ class Run:
     validation: list[dict[str, Any]]  # one row of metrics.jsonl per validation
     best: dict[str, Any]  # best.json
     last: dict[str, Any]  # last.json
-    noise: dict[str, Any]  # label_noise.json
+    noise: dict[str, dict[str, Any]]  # by source, the description of its label noise; empty if it has none
     class_names: list[Any]
     results: dict[str, Any]  # results.json
     rows: list[Row]  # the evaluated checkpoints in it
@@ -136,8 +145,9 @@ def read_run(path: Path, name: str) -> Run:
         files = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
         problem = files if path.is_dir() else "there is no such folder"
         raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
-    optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.label_noise, folder.model)
-    results, best, last, noise, model = map(_read_optional, optional)
+    optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.model)
+    results, best, last, model = map(_read_optional, optional)
+    noise = {kind: _read_optional(folder.noise_files(kind)[0]) for kind in ("real", "generated")}
     if results and (results.get("format"), results.get("version")) != (FORMAT, 1):
         raise UserError(f"{folder.results} is not an {FORMAT} file of version 1. Delete it and evaluate again.")
     rows = folder.read_metrics()

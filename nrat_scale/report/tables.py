@@ -7,7 +7,7 @@ from typing import Any
 
 from nrat_scale.core.errors import printable
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.report.run import Row, Run, Score, result_rows
+from nrat_scale.report.run import Row, Run, Score, result_rows, threat_at
 
 ATTACKS = ("natural", "pgd20", "cw20", "aa")  # always columns, measured or not
 
@@ -26,6 +26,11 @@ def evaluate_command(run: Run) -> str:
 def all_flags(runs: Sequence[Run]) -> list[str]:
     """The flags of every row, each with the names of its run and checkpoint."""
     return [f"{run.name}, {row.checkpoint}: {flag}" for run in runs for row in run.rows for flag in row.flags]
+
+
+def all_notes(runs: Sequence[Run]) -> list[str]:
+    """The notes of every row, each with the names of its run and checkpoint."""
+    return [f"{run.name}, {row.checkpoint}: {note}" for run in runs for row in run.rows for note in row.notes]
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -54,7 +59,9 @@ def text_table(runs: Sequence[Run]) -> str:
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)] if found else []
     lines += [f"{run.name}: not evaluated yet: {evaluate_command(run)}" for run in runs if not run.rows]
+    lines += [f"{run.name}: tested in {threat}" for run in runs if run.rows and (threat := threat_at(run.results))]
     lines += [f"NOTE: {run.name}: {warning}" for run in runs for warning in run.warnings]
+    lines += [f"NOTE: {note}" for note in all_notes(runs)]
     lines += [f"FLAG: {flag}" for flag in all_flags(runs)]
     return "\n".join(map(printable, lines))
 

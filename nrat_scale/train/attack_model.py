@@ -3,10 +3,14 @@
 It shares parameters and buffers, needs no gradient for any of them, and keeps the mode of the attack, so no mode is switched
 during a step and torch.compile sees one graph. In evaluation mode BatchNorm is a constant affine map: behind a convolution it is
 folded into the convolution's weights by `refresh`, before the attack of every step.
+
+Under autocast every forward would cast all weights anew, because autocast caches only casts of parameters that need gradients.
+So `refresh` also writes the weights in the compute type, once a step; the results have the same bits.
 """
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -18,6 +22,8 @@ from nrat_scale.core.errors import first_line
 from nrat_scale.core.modes import BN_MODES, batchnorms
 from nrat_scale.train.batchnorm import GroupedBatchNorm
 
+_CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # subclasses may use their weights in other operations
+
 
 class AttackModel:
     """The model as attacks run it. Create it before Accelerate or a compiler wraps the model's forward.
@@ -26,15 +32,18 @@ class AttackModel:
         model: the bare module.
         bn: `eval`, or `batch`: batch statistics, running statistics unchanged.
         fold: fold BatchNorm into convolutions if `bn` is `eval`.
+        compute: bfloat16 or float16: also keep the weights in this type, for forwards under autocast.
 
     Attributes:
         module: maps images [B, C, H, W] to logits [B, K].
         forward: what attacks call: `module` or its compiled version.
+        low: `module` with the weights of convolutions and linear layers in `compute`; `module` itself if that is None.
+        low_forward: what attacks call under autocast: `low` or its compiled version.
         num_folded: number of folded BatchNorm layers.
         untraced: why torch.fx cannot trace the model, which prevents folding; None if it can, or folding is off.
     """
 
-    def __init__(self, model: nn.Module, bn: str, *, fold: bool = True) -> None:
+    def __init__(self, model: nn.Module, bn: str, *, fold: bool = True, compute: torch.dtype | None = None) -> None:
         assert bn in BN_MODES, bn
         shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
@@ -59,8 +68,14 @@ class AttackModel:
             for (_, theirs), (_, own) in zip(model.named_modules(), self.module.named_modules(), strict=True)
             if type(theirs) is type(own) and own not in folded
         ]
-        self.forward: Callable[[Tensor], Tensor] = self.module
+        self.low, self._cast = (self.module, []) if compute is None else _low_precision(self.module, compute)
+        self.use_eager()
         self.refresh()
+
+    def use_eager(self) -> None:
+        """Let attacks call the modules themselves."""
+        self.forward: Callable[[Tensor], Tensor] = self.module
+        self.low_forward: Callable[[Tensor], Tensor] = self.low
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -78,6 +93,24 @@ class AttackModel:
             torch.mul(convolution.weight, scale.view(-1, 1, 1, 1), out=own.weight)
             shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
             own.bias.copy_(shift * scale if norm.bias is None else norm.bias + shift * scale)
+        if self._cast:
+            for own, low in zip(self.module.modules(), self.low.modules(), strict=True):
+                low._buffers.update(own._buffers)
+            torch._foreach_copy_([low for low, _ in self._cast], [full for _, full in self._cast])
+
+
+def _low_precision(module: nn.Module, compute: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """(a copy of `module` that shares everything but the weights that autocast casts, pairs (its weight, that of `module`)).
+
+    A weight that another layer also holds or reads stays shared, and is cast by autocast as before.
+    """
+    holders = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
+    layers = [layer for layer in module.modules() if type(layer) in _CAST_BY_AUTOCAST]
+    cast = [p for layer in layers for p in layer.parameters(recurse=False) if holders[id(p)] == 1]
+    copies = {id(p): nn.Parameter(torch.empty_like(p, dtype=compute), requires_grad=False) for p in cast}
+    shared: dict[int, object] = {id(p): p for p in module.parameters()} | {id(b): b for b in module.buffers()}
+    low = copy.deepcopy(module, {**shared, **copies})
+    return low, [(copies[id(p)], p) for p in cast]
 
 
 class _LayerTracer(Tracer):

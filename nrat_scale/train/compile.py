@@ -31,7 +31,7 @@ def compile_models(state: TrainState) -> None:
     failed = torch.tensor([float(bool(reason))], device=device)
     if not state.accelerator.reduce(failed, "sum").item():
         return
-    state.attack_model.forward = state.attack_model.module
+    state.attack_model.use_eager()
     state.base._compiled_call_impl = None
     problem = f"torch.compile cannot compile the model ({reason or 'it failed on another rank'})"
     if wanted is True:
@@ -45,11 +45,16 @@ def _compile(state: TrainState) -> None:
     x = next(micro_batches(state, next(state.data.batches(state.step, state.step + 1, *ranks)))).x
     state.attack_model.refresh()
     if state.objective.attacks:
-        state.attack_model.forward = torch.compile(state.attack_model.module, dynamic=False)
+        attack, mixed = state.attack_model, state.attack_model.low is not state.attack_model.module
+        attack.forward = attack.low_forward = torch.compile(attack.module, dynamic=False)
+        if mixed:
+            attack.low_forward = torch.compile(attack.low, dynamic=False)
         leaf = x.detach().clone().requires_grad_()
         with state.accelerator.autocast():
-            logits = state.attack_model.forward(leaf)
+            logits = attack.low_forward(leaf)
         torch.autograd.grad(logits.float().square().sum(), leaf)
+        if mixed and state.objective.inner_needs_natural:  # the first step of such an attack is in float32
+            torch.autograd.grad(attack.forward(leaf).square().sum(), leaf)
     # What Module.compile sets. The wrappers (DDP, autocast) call `base` and need not be compiled.
     state.base._compiled_call_impl = torch.compile(state.base._call_impl, dynamic=False)
     before = [(buffer, buffer.clone()) for buffer in state.base.buffers()]

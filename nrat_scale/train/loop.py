@@ -79,7 +79,9 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
     if recipe.objective.warm_start and not recipe.objective.starts_warm:
-        accelerator.print(f"objective.warm_start has no effect: {recipe.objective.name} has cross-entropy throughout.")
+        accelerator.print(f"objective.warm_start has no effect: {recipe.objective.title} has cross-entropy throughout.")
+    for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
+        accelerator.print(note)
     compile_models(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,12 +22,12 @@ from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
-from nrat_scale.labels import describe_noise
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
-from nrat_scale.recipe import RecipeSpec, difference, load_recipe, to_yaml
+from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, convert
+from nrat_scale.train.label_noise import keep_stored_noise, write_noise
 from nrat_scale.train.metrics import sum_names
 from nrat_scale.train.nonfinite import StepChecks
 from nrat_scale.train.profiling import Clock
@@ -63,6 +62,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     on_main(accelerator, lambda: data.skips.attach(run))
     data.skips.attach(run)
+    keep_stored_noise(run, data)
     data.place_images(accelerator.device)
     state = _build(recipe, data, accelerator, base)
     on_main(accelerator, lambda: recover(run.path))
@@ -103,6 +103,8 @@ def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
         problem = "is not empty and resume is 'never'"
     elif used and not run.recipe.is_file():
         problem = "holds something that is not a run; nothing in it was touched"
+    elif used and (changed := outdated(run.recipe)):
+        problem = f"holds a run of an older version, in which {changed}; resume it with that version"
     elif used and load_recipe(run.recipe).identity != recipe.identity:
         problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
     if problem:
@@ -126,7 +128,8 @@ def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, bas
         base = base.to(memory_format=torch.channels_last)
     base = convert(base, recipe.model.bn, recipe.model.bn_group_size)
     ema = build_ema(base, recipe.ema, recipe.train.epochs * data.steps_per_epoch) if recipe.ema.decay else None
-    attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm)
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
+    attack_model = AttackModel(base, recipe.threat.bn, fold=recipe.train.fold_batchnorm, compute=compute)
     if attack_model.untraced is not None and batchnorms(base):
         accelerator.print(f"BatchNorm is not folded: torch.fx cannot trace the model ({attack_model.untraced}).")
     with warnings.catch_warnings():
@@ -156,7 +159,7 @@ def prepare_for_skipped_steps(state: TrainState) -> None:
 
 def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     """Write model.json, data.json and the files of the label noise."""
-    shards, real = state.data.shards, state.data.real
+    shards = state.data.shards
     description = {
         "architecture": state.recipe.model.name,
         "model_args": arguments,
@@ -166,10 +169,4 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     }
     write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())
-    if real is not None and real.given is not None and real.clean is not None:
-        order = real.shards.in_source_order()
-        clean, given = real.clean[order], real.given[order]
-        noise = describe_noise(clean, given, shards.num_classes, state.recipe.data.real.noise)
-        write_json(state.run.label_noise, noise)
-        if not state.run.label_noise_arrays.is_file():
-            np.savez(state.run.label_noise_arrays, clean=clean, given=given, noisy=clean != given)
+    write_noise(state.run, state.data)

@@ -23,7 +23,6 @@ from nrat_scale.attacks import apply_noise, in_space, search, start_noise
 from nrat_scale.core.seeds import torch_generator
 from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
-from nrat_scale.losses import LOSSES
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
 from nrat_scale.train.state import MicroBatch, TrainState
@@ -35,10 +34,12 @@ def train_step(state: TrainState, batch: Batch) -> None:
     done: list[MicroBatch] = []
     state.recent.append((batch, done))
     state.checks.begin(state.signals.received)
-    before = [tensor.clone() for tensor in state.restored]
     with state.clock.section("data"):
         parts = list(micro_batches(state, batch))
-    epoch = state.step // state.data.steps_per_epoch
+    epoch, place = divmod(state.step, state.data.steps_per_epoch)
+    total = partial(state.accelerator.reduce, reduction="sum")
+    state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
+    before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
     reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
@@ -61,7 +62,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
             natural, adversarial = (z.detach() if z is not None else None for z in (logits, logits_adv))
             done.append(replace(part, loss=loss.detach(), logits=natural, logits_adv=adversarial))
             record_micro_batch(state, done[-1])
-            state.objective.update(logits, part.y, lambda value: state.accelerator.reduce(value, "sum"))
+            state.objective.update(logits, part.y, total)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
@@ -100,20 +101,17 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        threat, module, forward = state.recipe.threat, state.attack_model.module, state.attack_model.forward
+        threat, module = state.recipe.threat, state.attack_model.module
 
         def mixed(x: Tensor) -> Tensor:
             with state.accelerator.autocast():
-                return forward(x)
+                return state.attack_model.low_forward(x)
 
-        first = forward if _starts_precisely(state) else mixed
+        first = state.attack_model.forward if _starts_precisely(state) else mixed
         if logits is None and state.objective.inner_needs_natural:
             with torch.no_grad():
                 logits = first(part.x)
         inner = state.objective.inner(logits, part.y)
-        if part.y.ndim == 2 and state.objective.spec.inner == "kl":
-            # With CutMix, DM_AT attacks KL(y || p') instead of KL(p || p'); it has the gradient of cross-entropy.
-            inner = partial(LOSSES["ce"], y=part.y)
         model, encode, decode = in_space(module, threat.space, mixed)
         first_model, _, _ = in_space(module, threat.space, first)
         start = apply_noise(encode(part.x), part.noise, threat)

@@ -179,3 +179,14 @@ def test_the_l2_step_is_the_normalised_gradient(scale: float) -> None:
     x = torch.full((1, 1, 1, 2), 0.5)
     x_adv = pgd(Linear(), x, lambda logits: logits[:, 0], ThreatSpec(0.2, 0.1, 1, "zero", norm="l2"))
     torch.testing.assert_close(x_adv - x, torch.tensor([[[[0.06, 0.08]]]]))
+
+
+def test_the_terminal_names_the_norm(run: Path, measured: Callable[..., dict[str, Any]], capsys: Any) -> None:
+    """An evaluation in l_2 of a run that was trained in l_inf."""
+    measured("--attacks", "natural", "--checkpoint", "best")
+    assert "digits, l_inf, eps = 0.15, " in capsys.readouterr().out
+    options = ("--norm", "l2", "--eps", "0.5", "--out", str(run / "l2.json"))
+    measured("--attacks", "natural", "--checkpoint", "best", *options)
+    assert "digits, l_2, eps = 0.5, " in capsys.readouterr().out
+    with pytest.raises(UserError, match="names no l_2 radius"):
+        measured("--attacks", "natural", "--norm", "l2", "--out", str(run / "other.json"))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrat_scale.evaluate.statistics import wilson, worst_case
+from nrat_scale.evaluate.statistics import beyond_chance, paired, wilson, worst_case
 
 
 def test_wilson_known_values() -> None:
@@ -33,3 +33,18 @@ def test_the_worst_case_is_over_common_images() -> None:
     assert (record["attacks"], record["correct"], record["n"]) == (["cw20", "pgd20"], 1, 2)
     assert worst_case({"pgd20": one}) is None
     assert worst_case({"pgd20": one, "aa": (np.array([9]), np.array([True]))}) is None
+
+
+def test_chance() -> None:
+    """The exact one-sided sign test at 2.5 %: known values, and no overflow for many images."""
+    assert not beyond_chance(0, 0) and not beyond_chance(5, 0) and beyond_chance(6, 0)
+    assert not beyond_chance(14, 5) and beyond_chance(15, 5)  # 0.0318 and 0.0207
+    assert not beyond_chance(5000, 4900) and beyond_chance(5100, 4900) and not beyond_chance(10, 500)
+
+
+def test_pairs_are_of_common_images() -> None:
+    """In whatever order the ids are."""
+    one = np.array([3, 1, 2, 9]), np.array([True, False, True, True])
+    other = np.array([1, 2, 3, 4]), np.array([True, True, False, True])
+    pair = paired(one, other)
+    assert (pair.n, pair.right, pair.other_right, pair.only_first_broke, pair.only_second_broke) == (3, 2, 2, 1, 1)

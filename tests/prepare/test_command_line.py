@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nrat_scale.prepare.__main__ import COMMANDS, build_parser
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import NUMBERED, LabelledArrays
 from nrat_scale.prepare.readers import READERS, Reader, argument
 from tests.support.preparation import assert_refused, holds, random_images
 
@@ -23,7 +23,7 @@ def test_a_reader_is_added_by_one_entry(tmp_path, cli, convert, monkeypatch):
 
     def read_raw(given, scratch: Path) -> LabelledArrays:
         images = np.fromfile(given.file, np.uint8).reshape(-1, 8, 8, given.channels)
-        return LabelledArrays.of(images, np.arange(len(images)) % 10, None, [{"name": given.file.name}])
+        return LabelledArrays.of(images, np.arange(len(images)) % 10, NUMBERED, [{"name": given.file.name}])
 
     arguments = argument("file", type=Path), argument("--channels", type=int, default=3)
     reader = Reader(read_raw, "raw bytes of 8 x 8 images", arguments, ("a.raw --out data/raw",))

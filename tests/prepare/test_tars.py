@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -15,11 +16,13 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import DATASETS
+from nrat_scale.prepare.input import Classes
 from nrat_scale.prepare.readers.tars import count_samples, read_tars
 from tests.support.preparation import assert_refused, encoded, holds, is_one_sentence, npy, npy_header
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(12) * 5 % 7
+TEN = Classes(names=tuple("0123456789"))
 
 
 def _member(name: str, content: bytes, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
@@ -93,11 +96,11 @@ def test_kinds_of_images(tmp_path, convert, extension, encode):
     """Lossless formats come back bit for bit, JPEG as Pillow decodes it."""
     members = []
     for number in range(12):
-        members += [_member(f"{number}.{extension}", encode(IMAGES[number])), _member(f"{number}.cls", b"3\n")]
+        members += [_member(f"{number}.{extension}", encode(IMAGES[number])), _member(f"{number}.cls", b"0\n")]
     expected = IMAGES
     if extension in ("jpg", "jpeg"):
         expected = np.stack([np.asarray(Image.open(io.BytesIO(encode(image)))) for image in IMAGES])
-    assert holds(convert("reshard", _tar(tmp_path / "a.tar", *members)), expected, np.full(12, 3))
+    assert holds(convert("reshard", _tar(tmp_path / "a.tar", *members)), expected, np.zeros(12))
 
 
 LABEL_FORMS = [
@@ -117,7 +120,7 @@ def test_kinds_of_labels(tmp_path, form):
     """A number in text or JSON, by itself or as `label` or `cls`."""
     labels = [_member(f"a.{key}", value) for key, value in form.items()]
     path = _tar(tmp_path / "a.tar", _member("a.png", encoded(IMAGES[0], "PNG")), *labels)
-    assert read_tars([str(path)], None, tmp_path).labels.tolist() == [3]
+    assert read_tars([str(path)], TEN, tmp_path).labels.tolist() == [3]
 
 
 def test_grey_images(tmp_path, convert, cli):
@@ -142,15 +145,28 @@ def test_memory_stays_small(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(400):
             image = npy(np.full((128, 128, 3), number % 251, np.uint8))
-            writer.write({"__key__": f"{number:06d}", "npy": image, "cls": 1})
+            writer.write({"__key__": f"{number:06d}", "npy": image, "cls": 0})
     tracemalloc.start()
     try:
-        source = read_tars([str(tmp_path / "a.tar")], None, tmp_path)
+        source = read_tars([str(tmp_path / "a.tar")], TEN, tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 3e6 < 400 * 128 * 128 * 3 / 6
     assert np.array_equal(source.images[np.arange(400)][:, 5, 5, 2], np.arange(400) % 251)
+
+
+@pytest.mark.parametrize("arguments", [("folder",), ("--format=pax", "folder"), ("-C", "folder", ".")])
+def test_tars_of_folders(tmp_path, convert, monkeypatch, arguments):
+    """`tar --sort=name -cf x.tar folder` has entries for the folders, also with long names; they are skipped."""
+    monkeypatch.chdir(tmp_path)
+    for number, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        path = tmp_path / "folder" / f"part{number // 6}" / ("long" * 40) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image, "PNG"))
+        path.with_suffix(".cls").write_text(str(label))
+    subprocess.run(["tar", "--sort=name", "-cf", "x.tar", *arguments], check=True)
+    assert holds(convert("reshard", "x.tar"), IMAGES, LABELS)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -180,7 +196,6 @@ MISTAKES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "nothing in it": ((), ("it is empty",)),
     "symbolic link": ((*ONE, _link(tarfile.SYMTYPE)), ("'c.png'", "plain file")),
     "hard link": ((*ONE, _link(tarfile.LNKTYPE)), ("'c.png'", "plain file")),
-    "folder": ((_member("x", b"", type=tarfile.DIRTYPE), *ONE), ("'x'", "plain file")),
     "pipe": ((*ONE, _member("c", b"", type=tarfile.FIFOTYPE)), ("plain file",)),
     "device": ((*ONE, _member("c", b"", type=tarfile.CHRTYPE)), ("plain file",)),
     "absolute": ((*ONE, _member("/etc/b.png", b"")), ("'/etc/b.png'", "absolute")),
@@ -189,7 +204,7 @@ MISTAKES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "twice": ((*ONE, ONE[0]), ("'a.png'", "this member twice")),
     "twice with capitals": ((*ONE, _member("a.PNG", ONE[0][1])), ("'a.PNG'", "this member twice")),
     "sample twice": ((*ONE, *TWO, *ONE), ("'a.png'", "not adjacent")),
-    "interleaved": ((ONE[0], TWO[0], ONE[1], TWO[1]), ("'a'", "expected one image")),
+    "interleaved": ((ONE[0], TWO[0], ONE[1], TWO[1]), ("'a'", "sort the tar by name")),
     "not adjacent": ((*ONE, *TWO, _member("a.json", b"1")), ("'a.json'", "not adjacent")),
     "no label": ((ONE[0], *TWO), ("'a'", ".png, expected one image")),
     "no image": ((ONE[1], *TWO), ("'a'", ".cls, expected one image")),
@@ -197,7 +212,10 @@ MISTAKES: dict[str, tuple[tuple, tuple[str, ...]]] = {
     "only labels": ((ONE[1], _member("a.json", b"1")), (".cls, .json, expected one image",)),
     "caption": ((*ONE, _member("a.txt", b"a cat")), ("'a.txt'", "is not supported")),
     "pickle": ((*ONE, _member("a.pyd", b"")), ("'a.pyd'", "is not supported")),
-    "two extensions": ((*ONE, _member("a.b.png", b"")), ("'a.b.png'", "is not supported")),
+    "images first": ((ONE[0], TWO[0], TWO[1], ONE[1]), ("'a'", "sort the tar by name")),
+    "unsorted, not whole": ((ONE[0], TWO[0], TWO[1]), ("'a'", "expected one image")),
+    "two dots": ((*ONE, _member("a.b.png", b"")), ("'a.b.png'", "first dot", "'a'", "'b.png'")),
+    "two dots, label first": ((_member("v1.0/0001.v2.cls", b"1"), *ONE), ("first dot", "'v1.0/0001'", "'v2.cls'")),
     "hidden": ((*ONE, _member("._b.png", b"")), ("'._b.png'", "webdataset skips")),
     "no extension": ((*ONE, _member("README", b"")), ("'README'", "webdataset skips")),
     "meta": ((_member("__meta__/a.json", b"1"), *ONE), ("webdataset skips",)),
@@ -269,7 +287,7 @@ NO_TARS = {
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed (zstd)"),
     "zip": (b"PK\x03\x04" + bytes(600), "compressed (zip)"),
     "text": (b"hello " * 200, "invalid header"),
-    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "cut short"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "one block of zeros": (bytes(512), "marker is missing"),
 }
 
@@ -288,7 +306,7 @@ def test_names_of_tars(tmp_path, cli, monkeypatch):
     _tar(tmp_path / "a.tar", *ONE)
     for names, words in [
         (["no.tar"], "There is no tar at no.tar"),
-        (["."], "cannot be read (Is a directory)"),
+        (["."], "prepare folder . --out DIR"),
         (["{a..c}.tar"], "There is no tar at b.tar"),
         (["a.tar", "a.tar"], "a.tar is given twice"),
         (["a.tar", "./a.tar"], "is given twice"),
@@ -320,7 +338,7 @@ def fuzzed(tmp_path_factory):
 def _outcome(path: Path, content: bytes, scratch: Path) -> str:
     path.write_bytes(content)
     try:
-        source = read_tars([str(path)], None, scratch)
+        source = read_tars([str(path)], TEN, scratch)
     except UserError as error:
         return "refused" if str(path) in str(error) and "\n" not in str(error) else str(error)
     assert np.array_equal(source.images[np.arange(2)], IMAGES[:2]) and source.labels.tolist() == [1, 2]

@@ -9,11 +9,13 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 from torch import nn
 
 import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.loading.load import load
 from nrat_scale.release import __main__ as release_cli
@@ -56,6 +58,22 @@ def test_the_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     assert "hf_secret" not in text and str(tmp_path) not in text and RELEASED_CODE_WARNING not in text
 
 
+def test_a_release_names_the_norm_that_was_tested(run: Path, tmp_path: Path) -> None:
+    """Card, metadata, command and RobustBench's texts of an evaluation in l_2 nowhere say that it was in l_inf."""
+    path = run / "results.json"
+    results = json.loads(path.read_text())
+    results["threat"] |= {"norm": "l2", "eps": 0.5, "step": 0.125}
+    path.write_text(json.dumps(results))
+    folder = bundle.release(run, tmp_path / "out" / "mine")
+    card, issue = (folder / "README.md").read_text(), (folder / bundle.ISSUE).read_text()
+    assert "Threat: l_2, eps = 0.5." in card and "--norm l2 --eps 0.5 --step 0.125" in card
+    assert {result.metric_name for result in ModelCard(card).data.eval_results} >= {
+        "PGD-3 accuracy in %, l_2, eps = 0.5 (n = 40)"
+    }
+    assert card.count("l_inf") == 1 and "trained with **nrat**, against the threat l_inf, eps = 8/255" in card
+    assert "- **Threat Model**: L2\n- **eps**: 0.5\n" in issue and "Linf" not in issue
+
+
 @pytest.mark.medium
 def test_the_command_on_the_card_gives_its_numbers(run: Path, test_shards: Path, tmp_path: Path) -> None:
     """The release and the test images are enough to reproduce the outcome of every image."""
@@ -93,6 +111,36 @@ def test_robustbench_gets_only_what_was_measured(run: Path, tmp_path: Path) -> N
     assert info["clean_acc"] == f"{100 * natural['accuracy']:.2f}"
     text = (folder / "robustbench" / "new_model_issue.md").read_text()
     assert "**Threat Model**: Linf" in text and "**Robust accuracy**: not measured" in text
+
+
+def _with_noise(run: Path, **rates: float) -> None:
+    """Give the run the label noise of the GPU recipes: 154 real and 358 generated images in a batch."""
+    recipe = OmegaConf.load(run / "recipe.yaml")
+    recipe.data.batch_size, recipe.data.generated.shards = 512, "/secret/edm_1m"
+    OmegaConf.save(recipe, run / "recipe.yaml")
+    for kind, rate in rates.items():
+        noise = {"kind": "symmetric", "rate": rate, "num_labels": 50_000, "num_noisy": 10_000, "realised_rate": rate}
+        RunFolder(run).noise_files(kind)[0].write_text(json.dumps(noise))
+
+
+def test_the_card_states_the_effective_rate(run: Path, tmp_path: Path) -> None:
+    """20 % of the real labels are 6.0 % of a batch's, on the card and in RobustBench's footnote."""
+    _with_noise(run, real=0.2)
+    folder = bundle.release(run, tmp_path / "mine")
+    sentence = "20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate) are wrong"
+    card = (folder / "README.md").read_text()
+    assert f"* label noise: symmetric, {sentence}\n" in card and "nobody has checked the labels" in card
+    assert sentence in json.loads((folder / "robustbench" / "model_info.json").read_text())["footnote"]
+    assert "secret" not in card
+
+
+def test_the_card_knows_noise_of_generated_labels(run: Path, tmp_path: Path) -> None:
+    """Each source has its line; without wrong labels there is none."""
+    assert "* label noise" not in (bundle.release(run, tmp_path / "clean") / "README.md").read_text()
+    _with_noise(run, real=0.2, generated=0.2)
+    card = (bundle.release(run, tmp_path / "mine") / "README.md").read_text()
+    assert "20.0 % of its generated training labels (14.0 % of a batch's labels, the effective rate) are wrong" in card
+    assert card.count("* label noise: ") == 2 and "Some training labels are wrong" in card
 
 
 def test_a_run_of_an_older_version(tmp_path: Path) -> None:

@@ -117,6 +117,30 @@ def test_gaps_and_noise(tmp_path: Path) -> None:
     assert page.rows(2)[3] == ["2 ship", "5", "0", "5"]
 
 
+def test_noise_of_both_sources_and_its_effective_rate(tmp_path: Path) -> None:
+    """40 % of 39 of 128 real images and 25 % of 89 of 128 generated ones: 29.6 % of a batch's labels."""
+    page = page_of(make_run(tmp_path / "real"))
+    assert "The effective rate is 12.2 % of the labels of a batch." in page.text
+    assert "symmetric, rate 0.4, 12.2 % of a batch's labels" in page.text and "generated labels" not in page.text
+    recipe = changed(
+        RECIPE, "data.generated", {**RECIPE["data"]["generated"], "noise": {"kind": "symmetric", "rate": 0.25}}
+    )
+    noise = {"kind": "symmetric", "rate": 0.25, "seed": 1, "num_labels": 8, "num_noisy": 2, "realised_rate": 0.25}
+    noise["transition_matrix"] = [[6, 2], [0, 0]]
+    page = page_of(make_run(tmp_path / "both", recipe=recipe, label_noise_generated=noise))
+    assert "Label noise of the generated images" in page.text and "2 of 8 generated labels are wrong" in page.text
+    assert "The effective rate is 17.4 % of the labels of a batch." in page.text
+    assert "generated labels: symmetric, rate 0.25, 29.6 % of a batch's labels" in page.text
+    assert page.rows(3)[1] == ["0", "6", "2"]
+
+
+@pytest.mark.parametrize(("source", "wrong"), [("real", True), ("generated", False)])
+def test_selection_by_wrong_labels_is_said_of_its_source(tmp_path: Path, source: str, wrong: bool) -> None:
+    """Wrong real labels do not make the generated images of a validation wrong."""
+    page = page_of(make_run(tmp_path / "run", recipe=changed(RECIPE, "data.validation.source", source)))
+    assert ("including the wrong ones" in page.text) == wrong
+
+
 def test_a_large_transition_matrix_is_not_a_table(tmp_path: Path) -> None:
     """With 100 classes the page names the file instead."""
     noise = {"kind": "symmetric", "rate": 0.4, "realised_rate": 0.4, "transition_matrix": [[1] * 100] * 100}

@@ -7,7 +7,7 @@ import pytest
 
 from nrat_scale.report.__main__ import main
 from nrat_scale.report.tables import markdown_table
-from tests.support.evaluated_runs import changed, make_run, results, score
+from tests.support.evaluated_runs import RECIPE, changed, make_run, results, score
 
 
 def test_markdown_table() -> None:
@@ -32,9 +32,33 @@ def test_text_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "nrat  best        97.4 [95.6, 98.5]  62.0 [57.7, 66.1]  61.0 [56.7, 65.2]  59.0 [52.1, 65.6]",
         "nrat  last        98.4 [96.9, 99.2]  55.0 [50.6, 59.3]  61.0 [56.7, 65.2]  59.0 [52.1, 65.6]",
         f"plain: not evaluated yet: python -m nrat_scale.evaluate {runs[1]} --data SHARDS --attacks natural,pgd20,cw20,aa",
+        "nrat: tested in l_inf, eps = 8/255",
         str(tmp_path / "r.html"),
     ]
     shutil.rmtree(runs[1])
     other = changed(results(), "checkpoints.best.attacks.aa", score(50, 100, 0.4, 0.6))
     main([str(runs[0]), str(make_run(tmp_path / "plain", results=other))])
     assert "50.0 [40.0, 60.0] n=100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "space", "text"),
+    [
+        ("l2", 0.5, "pixel", "l_2, eps = 0.5"),
+        ("l2", 128 / 255, "pixel", "l_2, eps = 128/255"),
+        ("linf", 4 / 255, "pixel", "l_inf, eps = 4/255"),
+        ("linf", 8 / 255, "released_code", "l_inf, eps = 8/255 in released_code space"),
+    ],
+)
+def test_every_table_names_the_threat_that_was_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], norm: str, eps: float, space: str, text: str
+) -> None:
+    """Terminal and page say the norm and radius of the training and of the test, whatever they are."""
+    threat = {"eps": eps, "step": eps / 4, "num_steps": 10, "norm": norm, "space": space}
+    files = {"recipe": {**RECIPE, "threat": threat}, "results": {**results(), "threat": threat}}
+    run = make_run(tmp_path / "run", **files)
+    main([str(run)])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"run: tested in {text}\n" in capsys.readouterr().out
+    assert page.count(text) == 2, "the training's threat and the test's"
+    assert ("l_2" in page, "l_inf" in page) == (norm == "l2", norm == "linf")

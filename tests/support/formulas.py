@@ -72,6 +72,7 @@ BY_HAND: dict[str, Callable[[np.ndarray, int], float]] = {
     "nfl_rce": lambda p, j: nfl_by_hand(p, j) + rce_by_hand(p, j),
     "mae": lambda p, j: sum(abs(q - (k == j)) for k, q in enumerate(p)),
     "agce": lambda p, j: (1.6**0.6 - (0.6 + p[j]) ** 0.6) / 0.6,
+    "lse": lambda p, j: sum((q - (k == j)) ** 2 for k, q in enumerate(p)),
 }
 
 
@@ -79,13 +80,13 @@ def kl_by_hand(p: np.ndarray, q: np.ndarray) -> float:
     return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
 
 
-def ikl_by_hand(z: np.ndarray, z_adv: np.ndarray, w: np.ndarray) -> float:
-    """Cui et al., eq. 8 with alpha = beta = 1: the double sum over classes, and the cross-entropy of the predictions."""
+def ikl_by_hand(z: np.ndarray, z_adv: np.ndarray, w: np.ndarray, alpha: float = 1.0, beta: float = 1.0) -> float:
+    """Cui et al. 2024: beta times the double sum over classes, alpha times the cross-entropy of the predictions."""
     total = 0.0
     for j in range(len(z)):
         for k in range(len(z)):
-            total += 0.25 * w[j] * w[k] * ((z[j] - z[k]) - (z_adv[j] - z_adv[k])) ** 2
-    return total - float((softmax(z) * np.log(softmax(z_adv))).sum())
+            total += beta * 0.25 * w[j] * w[k] * ((z[j] - z[k]) - (z_adv[j] - z_adv[k])) ** 2
+    return total - alpha * float((softmax(z) * np.log(softmax(z_adv))).sum())
 
 
 def mart_by_hand(z: np.ndarray, z_adv: np.ndarray, j: int, lam: float, *, margin: bool) -> float:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import recipe_keys
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -39,3 +41,10 @@ def test_named_files_exist(page: Path) -> None:
     """Every `nrat_scale/...`, `tests/...`, `tools/...` or `recipes/...` that a page names is in the repository."""
     for name in re.findall(r"\b(?:nrat_scale|tests|tools|recipes)/[\w./]*\w", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_the_page_of_recipe_keys_is_current() -> None:
+    """It is written from the specs, so it cannot name a key that does not exist; every key is explained."""
+    assert (ROOT / "docs" / "recipe_keys.md").read_text() == recipe_keys.page(), "run: python tools/recipe_keys.py"
+    unexplained = re.findall(r"^\| `([\w.]+)` \| [^|]* \|  \|$", recipe_keys.page(), re.MULTILINE)
+    assert unexplained == []

@@ -18,7 +18,7 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote"),
-    ("losses", "datasets"),
+    ("losses", "datasets", "publications"),
     ("_class_names",),
     ("core",),
 )

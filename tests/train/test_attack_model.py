@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -352,3 +353,48 @@ def test_channels_last_weights_stay_channels_last():
     with attack_mode(model, "eval"):
         expected = model(x)
     torch.testing.assert_close(attack.forward(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("bn", ["eval", "batch"])
+@pytest.mark.parametrize("name", ["wrn", "resnet18_cifar", "vit"])
+def test_weights_in_the_compute_type_change_no_bit(name, bn):
+    """Under autocast, logits and gradients of the images equal those of weights that every forward casts anew."""
+    torch.manual_seed(0)
+    model = {
+        "wrn": lambda: timm.create_model("wrn28_10_silu", depth=10, width=1),
+        "resnet18_cifar": lambda: timm.create_model("resnet18_cifar"),
+        "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2),
+    }[name]()
+    attack = AttackModel(model, bn, compute=torch.bfloat16)
+    assert attack.low is not attack.module
+    types = {weight.dtype for weight in attack.low.parameters() if weight.ndim == 4}
+    assert types == {torch.bfloat16}
+    for _ in range(2):
+        shaken(model, 1)
+        attack.refresh()
+        x = torch.rand(8, 3, 32, 32, requires_grad=True)
+        found = []
+        for forward in (attack.forward, attack.low_forward):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = forward(x)
+            found.append((logits, *torch.autograd.grad(logits.float().square().sum(), x)))
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_weight_with_two_holders_is_not_cast():
+    """Tied layers keep one weight."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.free = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.free(self.two(self.one(x)))
+
+    attack = AttackModel(Tied(), "eval", compute=torch.bfloat16)
+    assert attack.low.one.weight is attack.low.two.weight is attack.module.one.weight
+    assert attack.low.free.weight.dtype == torch.bfloat16

@@ -43,8 +43,9 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
         ("recipe_path", []),
         ("wide_path", [*GROUPS, "awp.gamma=0.005", "awp.warmup_epochs=2"]),
         ("wide_path", [*GROUPS, "objective.name=dm_at", "train.epochs=5"]),  # whose attack reuses the natural forward
+        ("recipe_path", ["objective.name=trades_ikl", "objective.ikl_gamma=0.2"]),  # with class means over the epoch
     ],
-    ids=["no BatchNorm", "groups", "dm_at"],
+    ids=["no BatchNorm", "groups", "dm_at", "GKL"],
 )
 @pytest.mark.medium
 def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -47,7 +47,8 @@ def test_mixed_precision_starts_in_float32(recipe_path: Path, tmp_path: Path) ->
     """Under bf16 the first attack step of a divergence from a tiny start is computed in float32, the others are not."""
     state = start(load_recipe(recipe_path, ["precision=bf16", "threat.num_steps=3", f"run_dir={tmp_path / 'run'}"]))
     types: list[torch.dtype] = []
-    state.attack_model.module.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    for module in (state.attack_model.module, state.attack_model.low):
+        module.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     train_step(state, next(state.data.batches(0, 1)))
     assert types == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]  # natural logits, three steps
 

@@ -3,7 +3,7 @@
 A reader checks its files and returns `LabelledArrays`; images stay on disk (memory maps) if the format allows it. A missing,
 damaged or unexpected file raises a `UserError` that names it. Arguments that several readers have:
 
-    dataset    a key of `DATASETS`, or None: the classes are "0".."K-1"
+    classes    names and first number of the classes; by default "0".."K-1"
     scratch    an existing folder for decompressed or decoded images, deleted after the conversion
 """
 
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
+from nrat_scale.prepare.readers.arrays import read_arrays
 from nrat_scale.prepare.readers.cifar import SPLITS, read_cifar
 from nrat_scale.prepare.readers.digits import read_digits
+from nrat_scale.prepare.readers.encoded import FITS, Fit
+from nrat_scale.prepare.readers.folder import read_folder
 from nrat_scale.prepare.readers.idx import read_idx
 from nrat_scale.prepare.readers.npz import read_npz
+from nrat_scale.prepare.readers.parquet import read_hf, read_parquet
 from nrat_scale.prepare.readers.svhn import read_svhn
 from nrat_scale.prepare.readers.tars import read_tars
 from nrat_scale.prepare.readers.tiny_imagenet import TINY_PER_CLASS, read_tiny_imagenet
@@ -43,6 +47,46 @@ _NAMES = ", ".join(DATASETS)
 _DATASET = argument(
     "--dataset", choices=list(DATASETS), metavar="NAME", help=f"sets the class names: {_NAMES} (default: 0, 1, 2, ...)"
 )
+_NAMES_OF_CLASSES = (
+    _DATASET,
+    argument(
+        "--classes",
+        type=lambda text: tuple(name.strip() for name in text.split(",")),
+        default=(),
+        metavar="NAME,NAME,...",
+        help="names of all classes in label order, instead of --dataset",
+    ),
+)
+_CLASSES = (
+    *_NAMES_OF_CLASSES,
+    argument(
+        "--labels-start", type=int, default=0, metavar="N", help="number of the first class (default: %(default)s)"
+    ),
+)
+
+
+_FIT = (
+    argument("--size", type=int, metavar="N", help="scale images to N x N (default: all must have one size already)"),
+    argument(
+        "--fit",
+        choices=FITS,
+        default=FITS[0],
+        help="with --size: scale the shorter side and crop the centre, or stretch (default: %(default)s)",
+    ),
+    argument("--channels", type=int, choices=(1, 3), help="default: 1 if all images are grey, else 3"),
+)
+_COLUMNS = (
+    argument("--image-column", metavar="NAME", help="default: the column with a usual name, such as `image` or `img`"),
+    argument("--label-column", metavar="NAME", help="default: the column with a usual name, such as `label`"),
+)
+
+
+def _classes(given: Namespace) -> Classes:
+    return Classes(given.dataset, given.classes, getattr(given, "labels_start", 0))
+
+
+def _fit(given: Namespace) -> Fit:
+    return Fit(given.size, given.fit, given.channels)
 
 
 def _cifar(dataset: str, summary: str, binary: str) -> Reader:
@@ -63,17 +107,60 @@ def _cifar(dataset: str, summary: str, binary: str) -> Reader:
 
 READERS: dict[str, Reader] = {
     "npz": Reader(
-        lambda given, scratch: read_npz(given.files, given.dataset, scratch),
+        lambda given, scratch: read_npz(given.files, _classes(given), scratch),
         "npz files with `image` (uint8 [N, H, W, C] or [N, C, H, W]) and `label` (integers [N], or one-hot [N, K])",
         (
             argument("files", nargs="+", metavar="FILE", help="path or hf://datasets/USER/REPO/FILE; one or more"),
-            _DATASET,
+            *_CLASSES,
         ),
         (
             "1m.npz --dataset cifar10 --out data/cifar10_1m",
             "part0.npz part1.npz part2.npz --out data/parts",
+            "animals.npz --classes cat,dog,bird --labels-start 1 --out data/animals",
             "hf://datasets/USER/REPO/cifar10/1m.npz --dataset cifar10 --out data/cifar10_1m",
         ),
+    ),
+    "folder": Reader(
+        lambda given, scratch: read_folder(given.root, _fit(given), _classes(given), scratch),
+        "a folder of images (png, jpg, webp) with one subfolder for each class, as torchvision's ImageFolder",
+        (argument("root", type=Path, metavar="ROOT"), *_FIT, *_NAMES_OF_CLASSES),
+        ("photos/train --size 64 --out data/photos/train",),
+    ),
+    "arrays": Reader(
+        lambda given, scratch: read_arrays(given.images, given.labels, _classes(given)),
+        ".npy files: images (uint8 [N, H, W, C], [N, C, H, W] or [N, H, W]) and labels (integers [N], or one-hot [N, K])",
+        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
+        ("images.npy labels.npy --classes cat,dog,bird --out data/animals",),
+    ),
+    "parquet": Reader(
+        lambda given, scratch: read_parquet(
+            given.files, given.image_column, given.label_column, _fit(given), _classes(given), scratch
+        ),
+        "parquet files with encoded images and labels (needs the extra hf)",
+        (argument("files", type=Path, nargs="+", metavar="FILE"), *_COLUMNS, *_FIT, *_CLASSES),
+        ("train-*.parquet --size 32 --out data/animals",),
+    ),
+    "hf": Reader(
+        lambda given, scratch: read_hf(
+            given.name,
+            given.split,
+            given.config,
+            given.image_column,
+            given.label_column,
+            _fit(given),
+            _classes(given),
+            scratch,
+        ),
+        "a data set of the Hugging Face Hub, through its `datasets` library (needs the extra hf)",
+        (
+            argument("name", metavar="DATASET", help="USER/NAME, or a local folder of such a data set"),
+            argument("--split", required=True),
+            argument("--config", metavar="NAME", help="of a data set with several configurations"),
+            *_COLUMNS,
+            *_FIT,
+            *_CLASSES,
+        ),
+        ("uoft-cs/cifar10 --split train --out data/cifar10/train",),
     ),
     "cifar10": _cifar("cifar10", "CIFAR-10 as published (Python or binary version)", "cifar-10-batches-bin"),
     "cifar100": _cifar(
@@ -95,18 +182,18 @@ READERS: dict[str, Reader] = {
         ("data --split train --out data/tiny_imagenet/train",),
     ),
     "reshard": Reader(
-        lambda given, scratch: read_tars(given.files, given.dataset, scratch),
+        lambda given, scratch: read_tars(given.files, _classes(given), scratch),
         "WebDataset tars of single images (png, jpg, jpeg, webp, npy) with labels (cls, json)",
         (
             argument("files", nargs="+", metavar="TAR", help="path; braces are ranges: 'PATH/{0000..0010}.tar'"),
-            _DATASET,
+            *_CLASSES,
         ),
         ("'other/{0000..0010}.tar' --dataset cifar10 --out data/other",),
     ),
     "idx": Reader(
-        lambda given, scratch: read_idx(given.images, given.labels, given.dataset),
+        lambda given, scratch: read_idx(given.images, given.labels, _classes(given)),
         "MNIST, Fashion-MNIST and similar data sets: IDX files, plain or .gz",
-        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), _DATASET),
+        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
         ("train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist/train",),
     ),
     "digits": Reader(

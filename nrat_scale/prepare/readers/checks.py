@@ -85,6 +85,11 @@ def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def one_hot_width(array: np.ndarray) -> int | None:
+    """K of one-hot labels [N, K], None for class numbers [N]."""
+    return array.shape[1] if array.ndim == 2 else None
+
+
 def _from_one_hot(array: np.ndarray, where: str) -> np.ndarray:
     labels = np.empty(len(array), np.int64)
     for first in range(0, len(array), _ONE_HOT_ROWS):

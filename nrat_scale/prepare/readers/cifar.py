@@ -18,7 +18,7 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import make_folder, temporary_sibling
-from nrat_scale.prepare.input import Concatenated, LabelledArrays
+from nrat_scale.prepare.input import Classes, Concatenated, LabelledArrays
 from nrat_scale.prepare.readers.checks import COPY_AGAIN, as_labels, file_facts, reading
 
 # https://www.cs.toronto.edu/~kriz/cifar.html. A pickle can run any program, so files with another md5 are never opened.
@@ -80,7 +80,7 @@ def read_cifar(dataset: str, root: Path, split: str, *, download: bool = False) 
         images.append(batch.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(as_labels(batch_labels, len(batch), f"The labels of {path}"))
         files.append(file_facts(path, what))
-    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), dataset, files)
+    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), Classes(dataset), files)
 
 
 def _folder(version: _Version, root: Path, split: str) -> Path | None:

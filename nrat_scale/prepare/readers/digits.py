@@ -5,7 +5,7 @@ import numpy as np
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import manifest_entry
 from nrat_scale.core.seeds import derive, hash64
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 
 _NUM_TEST = 500
 
@@ -28,7 +28,7 @@ def read_digits(split: str, seed: int) -> LabelledArrays:
     rows = np.flatnonzero(_is_test(labels, seed) == (split == "test"))
     # Each pixel becomes 2 x 2 equal ones, which is exact and keeps the contrast that interpolation would lower.
     images = np.rint(grey[rows] * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
-    return LabelledArrays.of(images[..., None], labels[rows], "digits", [facts])
+    return LabelledArrays.of(images[..., None], labels[rows], Classes("digits"), [facts])
 
 
 def _is_test(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 from nrat_scale.prepare.readers.checks import COPY_AGAIN, as_labels, file_facts, reading
 
 _MAGIC = {"images": 0x803, "labels": 0x801}  # unsigned bytes in three dimensions, in one dimension
 
 
-def read_idx(images: Path, labels: Path, dataset: str | None) -> LabelledArrays:
+def read_idx(images: Path, labels: Path, classes: Classes) -> LabelledArrays:
     """An IDX file of images and one of labels, plain or gzipped."""
     pixels = _read_idx(images, "images")
     targets = as_labels(_read_idx(labels, "labels"), len(pixels), f"The IDX file of labels {labels}")
     files = [file_facts(path, "IDX file") for path in (images, labels)]
-    return LabelledArrays.of(pixels[..., None], targets, dataset, files)
+    return LabelledArrays.of(pixels[..., None], targets, classes, files)
 
 
 def _read_idx(path: Path, kind: str) -> np.ndarray:

@@ -40,7 +40,7 @@ def decode(data: bytes, kind: str, channels: int | None, where: str) -> np.ndarr
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large sizes, which are checked below, and odd metadata
             if kind == "WEBP":
-                check_side(_webp_size(data), where)  # Pillow allocates the canvas when it opens a WebP
+                check_side(webp_size(data), where)  # Pillow allocates the canvas when it opens a WebP
             with Image.open(io.BytesIO(data), formats=[kind]) as image:
                 check_side(image.size, where)
                 image.verify()  # the checksums of a PNG, which decoding ignores
@@ -66,7 +66,7 @@ def check_side(size: tuple[int, int], where: str) -> None:
         raise UserError(f"{where} is {size[0]} x {size[1]}, {expected}. Scale the images to the training size first.")
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
+def webp_size(data: bytes) -> tuple[int, int]:
     """(width, height) from the first chunk of a WebP, of any of the three kinds."""
     kind = data[12:16]
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
@@ -82,7 +82,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError(f"its first chunk is {kind!r}")
 
 
-def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int) -> np.ndarray:
+def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int | None) -> np.ndarray:
     """Write images of one shape to a file in `scratch` one by one, and map it: uint8 [N, H, W, C].
 
     Args:
@@ -96,5 +96,6 @@ def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int) 
             if image.shape != shape:
                 raise UserError(f"{where} has shape {list(image.shape)}, but the first image has {list(shape)}.")
             file.write(np.ascontiguousarray(image).data)  # with a memory map, a full disk would end in SIGBUS
-    assert shape is not None
+    if shape is None:
+        raise UserError("The data set is empty.")
     return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)

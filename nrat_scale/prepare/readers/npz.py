@@ -10,13 +10,13 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.prepare.download import hub_file
-from nrat_scale.prepare.input import Concatenated, LabelledArrays
-from nrat_scale.prepare.readers.checks import CHUNK, as_images, as_labels, file_facts, npy_array, reading
+from nrat_scale.prepare.input import Classes, Concatenated, LabelledArrays
+from nrat_scale.prepare.readers.checks import CHUNK, as_images, as_labels, file_facts, npy_array, one_hot_width, reading
 from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.stores import hub_failure
 
 
-def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> LabelledArrays:
+def read_npz(names: Sequence[str], classes: Classes, scratch: Path) -> LabelledArrays:
     """The files of one data set, in the given order, each with the members `image` and `label`.
 
     Args:
@@ -25,18 +25,26 @@ def read_npz(names: Sequence[str], dataset: str | None, scratch: Path) -> Labell
     """
     images: list[np.ndarray] = []
     labels, files = [], []
+    widths: set[int | None] = set()
     for number, name in enumerate(names):
         path = _local_path(name)
+        with reading(path, "npz file"), open(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                way_out = "python -m nrat_scale.prepare arrays IMAGES.npy LABELS.npy --out DIR"
+                raise UserError(f"{path} is an .npy file, not an npz. For a pair of arrays: {way_out}")
         with reading(path, "npz file"), zipfile.ZipFile(path) as archive:
             pixels = _member(archive, path, "image", scratch / f"{number}.image")
             images.append(as_images(pixels, f"`image` in {path}"))
             targets = _member(archive, path, "label", scratch / f"{number}.label")
             labels.append(as_labels(targets, len(pixels), f"`label` in {path}"))
+            widths.add(one_hot_width(targets))
         shape, first_shape = list(images[-1].shape[1:]), list(images[0].shape[1:])
         if shape != first_shape:
             raise UserError(f"The images in {path} have shape {shape}, but those in {names[0]} have {first_shape}.")
         files.append(file_facts(path, "npz file"))
-    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), dataset, files)
+    if len(widths) > 1:
+        raise UserError("The files have one-hot labels of different widths, or only some have. Save them alike.")
+    return LabelledArrays.of(Concatenated(images), np.concatenate(labels), classes, files, widths.pop())
 
 
 def _local_path(name: str) -> Path:

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 from nrat_scale.prepare.readers.checks import file_facts, reading
 
 # http://ufldl.stanford.edu/housenumbers. SciPy trusts the sizes that a .mat file states: one wrong bit can crash the
@@ -31,4 +31,4 @@ def read_svhn(path: Path) -> LabelledArrays:
         arrays = loadmat(file)
     images = arrays["X"].transpose(3, 0, 1, 2)  # from [32, 32, 3, N]
     labels = arrays["y"].reshape(-1).astype("int64") % 10  # 10 is the digit 0
-    return LabelledArrays.of(images, labels, "svhn", [file_facts(path, "SVHN file")])
+    return LabelledArrays.of(images, labels, Classes("svhn"), [file_facts(path, "SVHN file")])

@@ -6,6 +6,7 @@ whose members are not adjacent. This reader checks every header before it decode
 
 import json
 import re
+import shlex
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from nrat_scale.core.errors import UserError, first_line, quoted
 from nrat_scale.data.index import TAR_BLOCK
 from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 from nrat_scale.prepare.readers.checks import CHUNK, MAX_CLASSES, file_facts, npy_array, reading
 from nrat_scale.prepare.readers.images import check_side, decode, gather
 from nrat_scale.remote.address import expand, is_remote
@@ -28,6 +29,9 @@ _LABELS = ("cls", "json")
 _EXPECTED = f"one image (.{', .'.join(_FORMATS)}) and a label (.{', .'.join(_LABELS)})"
 _MAX_IMAGE_BYTES, _MAX_LABEL_BYTES = 1 << 25, 1 << 20  # 32 MiB is ten times the largest allowed image
 _MAX_PAX_BYTES = 1 << 16
+_NOT_ADJACENT = (
+    "the members of its sample are not adjacent; sort the tar by name, e.g. with `tar --sort=name -cf NEW.tar FOLDER`"
+)
 _ZEROS = bytes(TAR_BLOCK)
 # webdataset splits a name at the first dot of its last part, and skips names without one, and `__meta__`.
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -39,31 +43,35 @@ _EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # headers before the me
 _HARMLESS = re.compile(r"mtime|atime|ctime|uid|gid|uname|gname|comment|LIBARCHIVE\..*|SCHILY\..*")
 
 
-def read_tars(names: Sequence[str], dataset: str | None, scratch: Path) -> LabelledArrays:
+def read_tars(names: Sequence[str], classes: Classes, scratch: Path) -> LabelledArrays:
     """The samples of WebDataset tars, in the given order; all images must have the same shape.
 
-    Images: 8 bits, grey or RGB (grey becomes RGB if the data set, or the first image, has 3 channels), at most 1024 x
+    Folder entries are skipped, as webdataset does. Images: 8 bits, grey or RGB (grey becomes RGB if the data set, or the first image, has 3 channels), at most 1024 x
     1024; `npy` uint8 [H, W] or [H, W, C]. Labels: `cls`, a decimal integer; `json`, an integer or an object with
     `label` or `cls`. A sample may have both kinds of label if they agree. `names` may have braces for ranges:
     'data/{0000..0010}.tar'.
     """
     paths = _expanded(names)
+    if folder := next((path for path in paths if path.is_dir()), None):
+        command = f"python -m nrat_scale.prepare folder {shlex.quote(str(folder))} --out DIR"
+        raise UserError(f"{folder} is a folder. Name its tars ({folder}/*.tar); for a folder of images: {command}")
     total = sum(count_samples(path) for path in paths)  # checks every header before the first image is decoded
-    num_classes = len(DATASETS[dataset].class_names) if dataset else MAX_CLASSES
+    allowed = range(classes.start, classes.start + (len(classes.known_names) or MAX_CLASSES))
     labels: list[int] = []
 
     def decoded() -> Iterator[tuple[np.ndarray, str]]:
-        channels = len(DATASETS[dataset].mean) if dataset else None
+        channels = len(DATASETS[classes.dataset].mean) if classes.dataset else None
         for path in paths:
             for key, members in _samples(path, load=True):
                 where = f"{quoted(key, 120)} in the tar {path}"
-                labels.append(_label(members, num_classes, where))
+                labels.append(_label(members, allowed, where))
                 image = _image(members, channels, where)
                 channels = channels or image.shape[2]
                 yield image, f"The image of {where}"
 
     images = gather(decoded(), scratch, total)
-    return LabelledArrays.of(images, np.array(labels, np.int64), dataset, [file_facts(path, "tar") for path in paths])
+    facts = [file_facts(path, "tar") for path in paths]
+    return LabelledArrays.of(images, np.array(labels, np.int64), classes, facts)
 
 
 def _expanded(names: Sequence[str]) -> list[Path]:
@@ -112,7 +120,7 @@ def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[tuple[str, dict[
         sample: dict[str, bytes] = {}
         for _, extension, name, start, num_bytes in group:
             if key in keys:
-                raise _Refused("the members of its sample are not adjacent; sort the tar by name", name)
+                raise _Refused(_NOT_ADJACENT, name)
             if extension in sample:
                 raise _Refused("the tar has this member twice (upper and lower case are the same)", name)
             if num_bytes > (_MAX_LABEL_BYTES if extension in _LABELS else _MAX_IMAGE_BYTES):
@@ -120,7 +128,12 @@ def _grouped(file: BinaryIO, size: int, load: bool) -> Iterator[tuple[str, dict[
             file.seek(start)
             sample[extension] = file.read(num_bytes) if load else b""
         if len(_FORMATS.keys() & sample) != 1 or len(sample) == 1:
+            if any(later == key for later, *_ in members):
+                raise _Refused(_NOT_ADJACENT, key)
             found = ", ".join(f".{extension}" for extension in sample)
+            if "/" in key.strip("./") and not sample.keys() & set(_LABELS):
+                unpack = "if its folders are the classes, unpack it and run: python -m nrat_scale.prepare folder FOLDER"
+                raise _Refused(f"the sample has {found} and no label; {unpack}", key)
             raise _Refused(f"the sample has {found}, expected {_EXPECTED}", key)
         keys.add(key)
         yield key, sample
@@ -137,6 +150,9 @@ def _split(name: str) -> tuple[str, str]:
         raise _Refused(f"webdataset skips such names; expected {_EXPECTED}", name)
     extension = match[2].lower()
     if extension not in _FORMATS and extension not in _LABELS:
+        if extension.rpartition(".")[2] in (*_FORMATS, *_LABELS):
+            cut = f"webdataset cuts a name at its first dot, so this one is {quoted(match[1])} with {quoted(extension)}"
+            raise _Refused(f"{cut} as extension; use names with one dot", name)
         raise _Refused(f"its extension is not supported; expected {_EXPECTED}", name)
     return match[1], extension
 
@@ -150,7 +166,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
         if len(block) < TAR_BLOCK:
             raise _Refused("the tar is cut short: its end is missing")
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # verifies the header's checksum
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, *_EXTENDED):
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, *_EXTENDED):
             raise _Refused(f"it is not a plain file (tar type {info.type!r})", info.name)
         start, padded = file.tell(), -(-info.size // TAR_BLOCK) * TAR_BLOCK
         if info.size < 0 or padded > size - start:
@@ -160,7 +176,8 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
                 raise _Refused("two extended headers follow each other")
             long_name = _extended_name(info, file.read(min(info.size, _MAX_PAX_BYTES + 1)))
         else:
-            yield long_name or info.name, start, info.size
+            if info.type != tarfile.DIRTYPE:  # `tar -cf x.tar FOLDER` adds the folders, which webdataset skips
+                yield long_name or info.name, start, info.size
             long_name = None
         file.seek(start + padded)
     if long_name is not None:
@@ -176,6 +193,8 @@ def _check_beginning(block: bytes) -> None:
     """Recognise files that are commonly mistaken for a tar."""
     if not block:
         raise _Refused("it is empty")
+    if block.startswith(b"version https://git-lfs"):
+        raise _Refused("it is a pointer of git LFS, not the file itself; run `git lfs pull` in its repository")
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -220,7 +239,7 @@ def _image(members: dict[str, bytes], channels: int | None, where: str) -> np.nd
     return image.repeat(3, axis=2) if channels == 3 and image.shape[2] == 1 else image
 
 
-def _label(members: dict[str, bytes], num_classes: int, where: str) -> int:
+def _label(members: dict[str, bytes], allowed: range, where: str) -> int:
     labels: set[int] = set()
     if "cls" in members:
         text = members["cls"].strip()
@@ -233,8 +252,10 @@ def _label(members: dict[str, bytes], num_classes: int, where: str) -> int:
         wrong = f"contradict each other: {sorted(labels)}" if labels else "have no class number"
         raise UserError(f"The labels of {where} {wrong}. Expected one, in .cls or as `label` or `cls` in .json.")
     (label,) = labels
-    if not 0 <= label < num_classes:
-        raise UserError(f"The label of {where} is {str(label)[:30]}, expected a class number in 0..{num_classes - 1}.")
+    if label not in allowed:
+        expected = f"a class number in {allowed[0]}..{allowed[-1]}"
+        way_out = ". If the class numbers start at 1, add --labels-start 1" if label == allowed[-1] + 1 else ""
+        raise UserError(f"The label of {where} is {str(label)[:30]}, expected {expected}{way_out}.")
     return label
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.datasets import DATASETS
-from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.input import Classes, LabelledArrays
 from nrat_scale.prepare.readers.checks import file_facts, read_small, reading
 from nrat_scale.prepare.readers.images import decode, gather
 
@@ -46,7 +46,7 @@ def read_tiny_imagenet(root: Path, split: str, scratch: Path) -> LabelledArrays:
     files = [file_facts(wnids, "list of classes"), facts]
     if split == "val":
         files.append(file_facts(folder / "val" / "val_annotations.txt", "list of labels"))
-    return LabelledArrays.of(images, labels, "tiny_imagenet", files)
+    return LabelledArrays.of(images, labels, Classes("tiny_imagenet"), files)
 
 
 def _files_in(folder: Path, what: str) -> list[str]:

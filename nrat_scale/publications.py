@@ -1,0 +1,42 @@
+"""Which publication each preset of `objectives.OBJECTIVES` is, or that it is a combination of ours, with the citations."""
+
+# Preset -> its origin. A key of `PAPERS` in it becomes a citation of the model card.
+ORIGINS = {
+    "natural": "plain training, without an attack",
+    "pgd_at": "published: Madry et al. 2018",
+    "pgd_at_apl": "published: a baseline of NRAT 2024, PGD-AT (Madry et al. 2018) with NCE+RCE (Ma et al. 2020)",
+    "trades": "published: Zhang et al. 2019",
+    "trades_apl": "published: a baseline of NRAT 2024, TRADES (Zhang et al. 2019) with NCE+RCE (Ma et al. 2020)",
+    "nrat": "published: NRAT 2024",
+    "mart": "published: Wang et al. 2020",
+    "mart_apl": "published: a baseline of NRAT 2024, MART (Wang et al. 2020) with NCE+RCE (Ma et al. 2020)",
+    "dm_at": "published: Wang et al. 2023",
+    "trades_gce": "a combination of ours: TRADES (Zhang et al. 2019) with GCE (Zhang and Sabuncu 2018) as natural term",
+    "trades_sce": "a combination of ours: TRADES (Zhang et al. 2019) with SCE (Wang et al. 2019) as natural term",
+    "trades_ikl": "published: IKL-AT, Cui et al. 2024",
+    "nrat_ikl": "a combination of ours: NRAT 2024 with the divergence of Cui et al. 2024",
+    "score": "published: Pang et al. 2022, as in the code of Wang et al. 2023",
+}
+
+PAPERS = {
+    "NRAT 2024": "*NRAT: towards adversarial training with inherent label noise*, Machine Learning, 2024",
+    "Zhang et al. 2019": "Zhang et al., *Theoretically Principled Trade-off between Robustness and Accuracy*, ICML 2019, "
+    "arXiv:1901.08573 (TRADES)",
+    "Wang et al. 2020": "Wang et al., *Improving Adversarial Robustness Requires Revisiting Misclassified Examples*, ICLR 2020 "
+    "(MART)",
+    "Madry et al. 2018": "Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, ICLR 2018, "
+    "arXiv:1706.06083 (PGD-AT)",
+    "Wang et al. 2023": "Wang et al., *Better Diffusion Models Further Improve Adversarial Training*, ICML 2023, "
+    "arXiv:2302.04638 (DM_AT)",
+    "Ma et al. 2020": "Ma et al., *Normalized Loss Functions for Deep Learning with Noisy Labels*, ICML 2020, "
+    "arXiv:2006.13554 (NCE+RCE)",
+    "Zhang and Sabuncu 2018": "Zhang and Sabuncu, *Generalized Cross Entropy Loss for Training Deep Neural Networks with "
+    "Noisy Labels*, NeurIPS 2018, arXiv:1805.07836 (GCE)",
+    "Wang et al. 2019": "Wang et al., *Symmetric Cross Entropy for Robust Learning with Noisy Labels*, ICCV 2019, "
+    "arXiv:1908.06112 (SCE)",
+    "Cui et al. 2024": "Cui et al., *Decoupled Kullback-Leibler Divergence Loss*, NeurIPS 2024, arXiv:2305.13948 (IKL)",
+    "Pang et al. 2022": "Pang et al., *Robustness and Accuracy Could Be Reconcilable by (Proper) Definition*, ICML 2022, "
+    "arXiv:2202.10103 (SCORE)",
+    "Croce and Hein 2020": "Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse "
+    "Parameter-free Attacks*, ICML 2020, arXiv:2003.01690 (AutoAttack)",
+}
