@@ -13,7 +13,10 @@ from torch import Tensor
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, quoted
 
-ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses"
+ADVICE = "Lower optim.lr: the paper uses 0.1, and 0.05 or 0.01 if training collapses; or start warm (docs/training.md)"
+# Of a network that has never had a good window: untrained ones name one class, too, but with nearly equal logits (a spread
+# of 0.05 to 0.4 was measured; collapsed networks have 10 and more).
+_FIRST_PATIENCE, _FIRST_SPREAD = 3, 1.0
 _SAVED = ("bad_windows", "healthy_step", "rewinds", "lr_scale", "warned")  # of a `Guard`, in checkpoints
 
 
@@ -24,8 +27,8 @@ class GuardSpec:
     # `warn`; `stop` with advice; `rewind` to the last checkpoint before the collapse, at a lower learning rate; `none`.
     action: str = "warn"
     window: int = 100  # steps
-    patience: int = 3  # more than 1, because an untrained network predicts one class, too
-    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is at most twice chance
+    patience: int = 3  # an untrained network names one class, too: before the first good window it is at least 3
+    top_share: float = 0.9  # limit: share of the most frequent prediction, if accuracy is near chance (`near_chance`)
     min_grad_norm: float = 1e-8  # limit: gradient norm, mean over the steps
     max_logit_scale: float = 1e4  # limit: standard deviation of an image's logits, mean over the images
     lr_factor: float = 0.5  # `rewind` multiplies the learning rate by it
@@ -47,6 +50,15 @@ class WindowStats:
     accuracy: float
     grad_norm: float
     logit_scale: float
+
+
+def near_chance(num_classes: int) -> float:
+    """The largest accuracy that counts as chance: twice 1 / K, but for few classes a quarter of the way from 1 / K to 1.
+
+    Twice chance is 100 % for two classes, so a good model of unbalanced data would count as collapsed.
+    """
+    chance = 1.0 / num_classes
+    return min(2.0 * chance, chance + 0.25 * (1.0 - chance))
 
 
 class Guard:
@@ -88,7 +100,7 @@ class Guard:
         n = max(float(counts.sum()), 1.0)
         window = WindowStats(float(counts.max()) / n, right / n, norms / max(steps, 1.0), spread / n)
         self.sums.zero_()
-        one_class = window.top_share >= self.spec.top_share and window.accuracy <= 2.0 / self.num_classes
+        one_class = window.top_share >= self.spec.top_share and window.accuracy <= near_chance(self.num_classes)
         degenerate = window.grad_norm < self.spec.min_grad_norm or window.logit_scale > self.spec.max_logit_scale
         if one_class or degenerate:
             self.bad_windows += 1
@@ -98,8 +110,13 @@ class Guard:
 
     @property
     def collapsed(self) -> bool:
-        """Whether `patience` windows in a row were bad."""
-        return self.bad_windows >= self.spec.patience
+        """Whether `patience` windows in a row were bad; at least three before the first good one."""
+        untrained = self.healthy_step == 0
+        return self.bad_windows >= max(self.spec.patience, _FIRST_PATIENCE if untrained else 1)
+
+    def has_learnt(self, window: WindowStats) -> bool:
+        """Whether training has moved the network at all; if not, a smaller learning rate is no remedy."""
+        return self.healthy_step > 0 or window.logit_scale >= _FIRST_SPREAD
 
     def state(self) -> dict[str, Any]:
         """The entry of a checkpoint, without the sums."""

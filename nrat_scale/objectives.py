@@ -7,7 +7,8 @@
     mart     CE(z', y)                      C'(z', y) + lam * KL(p, p') (1 - p_y)
 
 z, z' are natural and adversarial logits [B, K], p and p' their softmax; C is one of `LOSSES`, D one of `DIVERGENCES`.
-`objective.loss`, `objective.divergence` and `objective.inner` replace C, D and the inner loss by any other of the tables.
+`objective.loss`, `objective.divergence` and `objective.inner` replace C, D and the inner loss by any other of the tables;
+`objective.warm_start` begins with cross-entropy as C.
 docs/objectives.md has the mathematics and the sources.
 """
 
@@ -59,6 +60,9 @@ class ObjectiveSpec:
     ikl_gamma: float = 0.0  # GKL's power of the class means in (0, 1]; 0 leaves them as they are, which is IKL
     a: float = 1.0  # weight of NCE in NCE+RCE
     b: float = 1.0  # weight of RCE in NCE+RCE (Ma et al. use a = 1, b = 10 on MNIST)
+    # Fraction of training over which C goes linearly from cross-entropy to itself (ours, not published). A bounded C has
+    # almost no gradient once the model names one class; that of cross-entropy is largest there.
+    warm_start: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("objective.family", self.family, FAMILIES)
@@ -80,6 +84,16 @@ class ObjectiveSpec:
         self._check_ikl()
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
             check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
+        check_value("objective.warm_start", self.warm_start, 0.0 <= self.warm_start <= 1.0, "in [0, 1]")
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether `warm_start` changes what is trained: not if C is cross-entropy anyway."""
+        return self.warm_start > 0 and self.loss != "ce"
+
+    def loss_weight(self, progress: float) -> float:
+        """The weight of C, the rest being cross-entropy's, after the fraction `progress` of training."""
+        return min(1.0, progress / self.warm_start) if self.starts_warm else 1.0
 
     def _check_ikl(self) -> None:
         if self.divergence == "ikl" and self.lam != 1.0:
@@ -98,8 +112,8 @@ class ObjectiveSpec:
 
     @property
     def title(self) -> str:
-        """The preset's name, with the losses that replace its own: `nrat + loss=ce`."""
-        return objective_title(self.name, self.loss, self.divergence)
+        """The preset's name, with the losses that replace its own and the warm start: `nrat + loss=gce, warm start ...`."""
+        return objective_title(self.name, self.loss, self.divergence, self.warm_start)
 
     @property
     def weights_text(self) -> str:
@@ -160,11 +174,16 @@ def preset(name: str, divergence: str = "") -> ObjectiveSpec:
     return dataclasses.replace(spec, divergence=divergence, lam=lam)
 
 
-def objective_title(name: str, loss: str, divergence: str) -> str:
-    """`name`, with the losses that are not those of this preset: `nrat + loss=ce + divergence=kl`; empty ones are not named."""
+def objective_title(name: str, loss: str, divergence: str, warm_start: float = 0.0) -> str:
+    """`name`, with the losses that are not those of this preset: `nrat + loss=ce + divergence=kl`; empty ones are not named.
+
+    A warm start follows, unless it has no effect.
+    """
     usual = OBJECTIVES.get(name)
     pairs = () if usual is None else (("loss", loss, usual.loss), ("divergence", divergence, usual.divergence))
-    return " + ".join([name, *(f"{key}={given}" for key, given, own in pairs if given not in ("", own))])
+    title = " + ".join([name, *(f"{key}={given}" for key, given, own in pairs if given not in ("", own))])
+    warm = warm_start > 0 and (loss or (usual.loss if usual is not None else "")) != "ce"
+    return title + (f", warm start over {100 * warm_start:g} % of training" if warm else "")
 
 
 def _mart_margin(logits_adv: Tensor, y: Tensor) -> Tensor:
@@ -231,18 +250,21 @@ class Objective(nn.Module):
         natural = logits.detach()
         return lambda logits_adv: self._diverge(self.spec.inner, natural, logits_adv, y)
 
-    def per_sample(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+    def per_sample(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, progress: float = 1.0) -> Tensor:
         """The outer loss of each image [B]; gradients flow through both logits.
 
         Args:
             logits: natural logits [B, K]; None for the `at` family.
             logits_adv: adversarial logits [B, K]; None for the `natural` family.
             y: int64 [B], or probabilities [B, K] except for MART.
+            progress: the fraction of training that is done, for `objective.warm_start`.
         """
         spec = self.spec
         classified = logits if self.family in ("natural", "trades") else logits_adv
         assert classified is not None
-        outer = self._classify(spec.loss, classified, y, spec.smoothing)
+        outer, weight = self._classify(spec.loss, classified, y, spec.smoothing), spec.loss_weight(progress)
+        if weight < 1:
+            outer = weight * outer + (1 - weight) * self._classify("ce", classified, y, spec.smoothing)
         if self.family in ("natural", "at"):
             return outer
         assert logits is not None and logits_adv is not None
@@ -255,9 +277,9 @@ class Objective(nn.Module):
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
 
-    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor) -> Tensor:
+    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, progress: float = 1.0) -> Tensor:
         """The mean of `per_sample`: a scalar."""
-        return self.per_sample(logits, logits_adv, y).mean()
+        return self.per_sample(logits, logits_adv, y, progress).mean()
 
     @torch.no_grad()
     def begin_step(

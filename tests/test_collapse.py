@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrat_scale.collapse import Guard, GuardSpec
+from nrat_scale.collapse import Guard, GuardSpec, near_chance
 from nrat_scale.core.errors import UserError
 
 
@@ -29,3 +29,40 @@ def test_wrong_settings_are_refused(key: str, value: object) -> None:
     """The message names the key."""
     with pytest.raises(UserError, match=f"guard.{key}"):
         GuardSpec(**{key: value})
+
+
+def windows(guard: Guard, *bad: bool) -> list[bool]:
+    """Whether the guard sees a collapse after each of these windows of ten steps."""
+    seen, step = [], guard.healthy_step
+    for one_class in bad:
+        step += 10
+        predicted = torch.zeros(40, dtype=torch.int64) if one_class else torch.arange(40) % 4
+        guard.record(torch.nn.functional.one_hot(predicted, 4).float(), torch.arange(40) % 4)
+        guard.record_step(torch.tensor(1.0))
+        guard.close(guard.sums, step)
+        seen.append(guard.collapsed)
+    return seen
+
+
+def test_one_bad_window_is_a_collapse_but_not_of_an_untrained_network() -> None:
+    """With patience 1 a collapse is seen in the window in which it happens; an untrained network has three windows to learn."""
+    assert windows(Guard(GuardSpec(patience=1), 4, torch.device("cpu")), True, True, False, False, True) == [
+        False, False, False, False, True,
+    ]  # fmt: skip
+    assert windows(Guard(GuardSpec(patience=1), 4, torch.device("cpu")), True, True, True) == [False, False, True]
+    assert windows(Guard(GuardSpec(patience=2), 4, torch.device("cpu")), False, True, True) == [False, False, True]
+    assert windows(Guard(GuardSpec(), 4, torch.device("cpu")), False, True, True, True) == [False, False, False, True]
+
+
+def test_a_good_model_of_unbalanced_data_has_not_collapsed() -> None:
+    """With two classes, 95 % of the images in one, a model that is right for all names that class for 95 % of them."""
+    guard = Guard(GuardSpec(patience=1), 2, torch.device("cpu"))
+    y = (torch.arange(100) < 5).long()
+    for right in (True, True, False):
+        predicted = y if right else torch.zeros_like(y)
+        labels = y if right else torch.arange(100) % 2
+        guard.record(torch.nn.functional.one_hot(predicted, 2).float(), labels)
+        guard.record_step(torch.tensor(1.0))
+        guard.close(guard.sums, 10)
+        assert guard.collapsed != right
+    assert [round(near_chance(count), 4) for count in (2, 3, 5, 10, 100)] == [0.625, 0.5, 0.4, 0.2, 0.02]

@@ -138,9 +138,31 @@ def test_identity_is_what_is_computed() -> None:
     assert all(load_recipe(QUICK, [override]).identity != identity for override in other)
 
 
+def test_a_warm_start_is_another_recipe_and_its_default_is_not() -> None:
+    """A key that was added later leaves the identity of stored runs alone, but the message names it if it differs."""
+    none, warm = (load_recipe(QUICK, [f"objective.warm_start={value}"]) for value in (0, 0.5))
+    assert none.identity == load_recipe(QUICK, ["objective.warm_start=0.0"]).identity != warm.identity
+    assert difference(none, warm) == "objective.warm_start is 0.0 there and 0.5 here"
+    assert difference(warm, none) == "objective.warm_start is 0.5 there and 0.0 here"
+
+
+def test_our_recipes_prevent_a_collapse_and_the_papers_are_the_papers() -> None:
+    """Per-step rates, a warm start and a rewind within one window of 50 steps, where no published numbers are repeated."""
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = load_recipe(path)
+        ours = path.stem in ("quickstart", "fashion_mnist")
+        assert recipe.objective.warm_start == (0.3 if ours else 0.0)
+        assert recipe.guard.action == ("rewind" if ours else "warn")
+        if ours:
+            assert (recipe.optim.per, recipe.guard.window, recipe.guard.patience) == ("step", 50, 1)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("objective.warm_start=1.5", ["objective.warm_start is 1.5", "in [0, 1]"]),
+        ("objective.warm_start=-0.1", ["objective.warm_start is -0.1"]),
+        ("objective.warm_start=nan", ["objective.warm_start is nan"]),
         ("objective.nmae=x", ["objective.nmae", "Did you mean 'name'"]),
         ("data.real.noise.rte=0.1", ["data.real.noise.rte", "'rate'"]),
         ("objective.family=at", ["unknown key 'objective.family'", "smoothing_mode"]),

@@ -121,9 +121,10 @@ def named_checkpoint(run: Path, name: str) -> Checkpoint:
     return checkpoint
 
 
-def prune(run: Path, keep: int) -> None:
+def prune(run: Path, keep: int, good_until: int | None = None) -> None:
     """Remove old checkpoints: all but the `keep` newest (at least one) and those that best.json and last.json name.
 
+    With `good_until` the newest one of a step up to it stays too, and that of step 0: a later collapse is rewound to them.
     Checkpoints newer than last.json are damaged; they are not counted in `keep` and not removed.
     If a pointer is damaged, its checkpoint is unknown: nothing is removed, with a warning.
 
@@ -139,8 +140,12 @@ def prune(run: Path, keep: int) -> None:
             warn(f"{error} No old checkpoint is removed.")
             return
     folders = [folder for folder in checkpoint_folders(run) if folder.name <= named.get("last", "step-99999999")]
+    needed = set(named.values())
+    if good_until is not None:
+        good = [folder.name for folder in folders if step_of(folder) <= good_until]
+        needed |= {*good[:1], RunFolder(run).checkpoint(0).name}
     for folder in folders[max(1, keep) :]:
-        if folder.name not in named.values():
+        if folder.name not in needed:
             try:
                 remove_checkpoint(folder, folder)
             except OSError as error:

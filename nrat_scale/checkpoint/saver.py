@@ -40,12 +40,19 @@ class Saver:
     def __init__(self, run: Path, keep: int, queue_every: int | None = None) -> None:
         self.run, self.keep, self.queue_every = run, keep, queue_every
         self._thread: threading.Thread | None = None
+        self._good_until: int | None = None
         self._error: BaseException | None = None
         self._missed: UserError | None = None  # why the last save is not on disk
         self._unsaved_best: tuple[dict[str, Tensors], dict[str, Any]] | None = None
 
     def save(
-        self, tensors: dict[str, Tensors], state: dict[str, Any], best: bool, selected: bool = True, final: bool = False
+        self,
+        tensors: dict[str, Tensors],
+        state: dict[str, Any],
+        best: bool,
+        selected: bool = True,
+        final: bool = False,
+        good_until: int | None = None,
     ) -> None:
         """Copy `tensors` and `state` and save them in the background.
 
@@ -54,12 +61,14 @@ class Saver:
             best: point best.json to this checkpoint too.
             selected: false if no validation has chosen it.
             final: return only when the checkpoint is durable.
+            good_until: see `prune`.
 
         Raises:
             UserError: the previous save failed with an error that is not transient; with `final`, this save failed.
         """
         self.wait()
         # "pointer" is for `recover`, which completes the pointers of a killed save.
+        self._good_until = good_until
         copied = json.loads(json_bytes({**state, "pointer": {"best": best, "selected": selected}}))
         # Not a daemon: a process that exits with an error still finishes the save in progress.
         self._thread = threading.Thread(target=self._work, args=(_to_host(tensors), copied), name="checkpoint")
@@ -112,7 +121,7 @@ class Saver:
                     queue_release(self.run, checkpoint)
                 except (UserError, OSError) as error:
                     warn(f"The weights of epoch {epoch} are not queued for a release: {error}")
-            prune(self.run, self.keep)
+            prune(self.run, self.keep, self._good_until)
         except UserError as error:
             if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in _TRANSIENT:
                 raise

@@ -144,5 +144,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
         scalar = value.ndim == 0 and parameter.ndim > 0
         like = torch.empty_like(parameter.detach())
         restored.append((parameter, key, value.to(parameter.device) if scalar else like.copy_(value)))
+    optimizer.state.clear()  # a checkpoint from before the first step has no state
     for parameter, key, value in restored:
         optimizer.state[parameter][key] = value

@@ -122,7 +122,8 @@ def _facts(run: Run) -> dict[str, str]:
     inner = phrase("objective.inner", "inner loss {}") if attacked else ""
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
-    title = objective_title(*(phrase(f"objective.{key}") for key in ("name", "loss", "divergence")))
+    name, loss, divergence = (phrase(f"objective.{key}") for key in ("name", "loss", "divergence"))
+    title = objective_title(name, loss, divergence, number_at(run.recipe, "objective.warm_start") or 0.0)
     weights = [phrase("objective.lam", "λ = {}")]
     if value_at(run.recipe, "objective.divergence") == "ikl":
         weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]

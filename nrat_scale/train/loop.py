@@ -125,6 +125,8 @@ def _run(state: TrainState, profile: int) -> None:
         f"{torch.get_num_threads()} CPU thread(s) each, "
         f"{recipe.precision}, steps {state.step} to {state.last_step} of {state.total_steps}"
     )
+    if recipe.objective.warm_start and not recipe.objective.starts_warm:
+        accelerator.print(f"objective.warm_start has no effect: {recipe.objective.title} has cross-entropy throughout.")
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
         accelerator.print(note)
     compile_models(state)
@@ -148,6 +150,8 @@ def _fit(state: TrainState, profile: int) -> None:
     progress, profiler = Progress(state), Profile(state, profile)
     table = learning_rates(recipe.optim, recipe.train.epochs, per_epoch)
     momenta = {layer: layer.momentum for layer in batchnorms(state.base)}
+    if state.step == 0 and recipe.guard.action == "rewind":
+        save(state, is_best=False)  # an early collapse is rewound to the initial weights
     batches = _batches(state, progress)
     while state.step < state.last_step:
         profiler.update(state)
@@ -220,21 +224,25 @@ def _watch_for_collapse(state: TrainState) -> bool:
     if spec.action == "none" or state.step % spec.window:
         return False
     window = guard.close(state.accelerator.reduce(guard.sums, "sum"), state.step)
-    if not guard.collapsed or (spec.action == "warn" and guard.warned):
+    untrained = spec.action == "rewind" and not guard.has_learnt(window)
+    action = "warn" if untrained else spec.action
+    if not guard.collapsed or (action == "warn" and guard.warned):
         return False
     guard.warned = True
+    has, advice = ("has not begun to learn", "optim.lr may be too small") if untrained else ("has collapsed", ADVICE)
     what = (
-        f"Training has collapsed by step {state.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
+        f"Training {has} by step {state.step}: in the last {spec.window} steps {100 * window.top_share:.0f} % of the "
         f"predictions name one class, accuracy is {percent(window.accuracy)}, the mean gradient norm {window.grad_norm:.2g}, "
         f"the mean spread of the logits {window.logit_scale:.2g}."
     )
-    row = {"kind": "guard", "step": state.step, "action": spec.action, **asdict(window), "lr_scale": guard.lr_scale}
-    if spec.action == "warn":
+    row = {"kind": "guard", "step": state.step, "action": action, **asdict(window), "lr_scale": guard.lr_scale}
+    if action == "warn":
         log(state, row)
-        state.accelerator.print(f"warning: {what} {ADVICE}.")
+        state.accelerator.print(f"warning: {what} {advice}.")
         return False
-    if spec.action == "stop" or guard.rewinds >= spec.max_rewinds:
-        raise UserError(f"{what} {ADVICE}, or use guard.action=rewind.")
+    if action == "stop" or guard.rewinds >= spec.max_rewinds:
+        tried = f"{guard.rewinds} rewinds did not help." if guard.rewinds else "Or use guard.action=rewind."
+        raise UserError(f"{what} {ADVICE}. {tried}")
     rewind(state, what, row)
     return True
 

@@ -39,7 +39,7 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
         facts = {
             "step": state.step,
             "epoch": -(-state.step // state.data.steps_per_epoch),
-            "whole_epoch": state.step % state.data.steps_per_epoch == 0,
+            "whole_epoch": state.step > 0 and state.step % state.data.steps_per_epoch == 0,
             "identity": state.recipe.identity,
             "best": state.best,
             "validation_due": state.validation_due,
@@ -57,7 +57,9 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
             "optimizer": optimizer_tensors(state.optimizer, state.base),
             "objective": state.objective.state_dict(),
         }
-        state.saver.save(tensors, facts, best=is_best, selected=state.best is not None, final=final)
+        good_until = state.guard.healthy_step if state.recipe.guard.action == "rewind" else None
+        selected = state.best is not None
+        state.saver.save(tensors, facts, best=is_best, selected=selected, final=final, good_until=good_until)
 
     on_main(state.accelerator, write)
 
@@ -146,6 +148,9 @@ def _restore_sums(state: TrainState, facts: dict[str, Any]) -> None:
 def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:
     """Restore the newest checkpoint from before a collapse and reduce the learning rate; `UserError` if there is none.
 
+    The checkpoint counts as good again only after another good window. If the run collapses without one, the weights were
+    about to collapse already, and the next rewind goes further back: in the end to the initial weights.
+
     `what` describes the collapse in a sentence, `row` in metrics.jsonl.
     """
     guard, run = state.guard, state.run
@@ -158,6 +163,7 @@ def rewind(state: TrainState, what: str, row: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(good[0])
     _restore(state, checkpoint)
     guard.rewinds, guard.lr_scale, guard.bad_windows, guard.warned = rewinds, lr_scale, 0, False
+    guard.healthy_step = max(0, min(guard.healthy_step, state.step - 1))
     state.accelerator.print(
         f"warning: {what} Going back to step {state.step}, with {lr_scale:g} times the learning rate."
     )

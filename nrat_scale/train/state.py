@@ -89,6 +89,11 @@ class TrainState:
         return self.recipe.train.epochs * self.data.steps_per_epoch
 
     @property
+    def progress(self) -> float:
+        """The fraction of the whole schedule that is done; `train.max_steps` does not change it."""
+        return self.step / self.total_steps
+
+    @property
     def last_step(self) -> int:
         """The step at which this call stops."""
         return min(self.total_steps, self.recipe.train.max_steps or self.total_steps)

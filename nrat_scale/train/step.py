@@ -57,7 +57,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
                 part = attacked(state, part, logits) if reuse else part
                 with state.clock.section("outer"):
                     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
-                    loss = state.objective.loss(logits, logits_adv, part.y)
+                    loss = state.objective.loss(logits, logits_adv, part.y, state.progress)
                     state.accelerator.backward(loss / len(parts))
             natural, adversarial = (z.detach() if z is not None else None for z in (logits, logits_adv))
             done.append(replace(part, loss=loss.detach(), logits=natural, logits_adv=adversarial))
@@ -133,7 +133,8 @@ def _starts_precisely(state: TrainState) -> bool:
 def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib.AbstractContextManager[None]:
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
-        return state.objective.loss(logits, model(part.x_adv) if part.x_adv is not None else None, part.y)
+        logits_adv = model(part.x_adv) if part.x_adv is not None else None
+        return state.objective.loss(logits, logits_adv, part.y, state.progress)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)

@@ -43,6 +43,18 @@ def test_pointers_and_pruning(tmp_path: Path) -> None:
         named_checkpoint(tmp_path / "other", "best")
 
 
+def test_pruning_keeps_what_a_rewind_needs(tmp_path: Path) -> None:
+    """The newest checkpoint that is known to be good, and the initial weights in case its successors collapse too."""
+    for step in (0, 10, 20, 30, 40):
+        write_pointer(tmp_path, "last", save(tmp_path, step))
+    prune(tmp_path, keep=1, good_until=25)
+    assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["40", "20", "00"]
+    prune(tmp_path, keep=1, good_until=40)
+    assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["40", "00"]
+    prune(tmp_path, keep=1)
+    assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["40"]
+
+
 def test_pruning_ignores_checkpoints_newer_than_last(tmp_path: Path) -> None:
     """A damaged newer checkpoint, which the run did not resume from, is not counted and not removed."""
     for step in (10, 20, 50):

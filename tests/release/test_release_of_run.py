@@ -86,6 +86,25 @@ def test_the_card_of_natural_training_cites_no_method(run: Path, tmp_path: Path)
     assert "Citation" not in card and "* nrat_scale" not in card and "NRAT" not in card
 
 
+def test_results_and_card_say_how_the_objective_started(run: Path, tmp_path: Path) -> None:
+    """results.json of the run and of its release, and the card, name a warm start, which no publication has."""
+    recipe = run / "recipe.yaml"
+    usual = results_of(run, "--attacks", "natural")["checkpoints"]["best"]
+    assert usual["objective"] == "nrat"
+    recipe.write_text(to_yaml(load_recipe(recipe, ["objective.warm_start=0.3"])))
+    (run / "results.json").unlink()
+    warm = results_of(run, "--attacks", "natural")["checkpoints"]["best"]
+    assert warm["objective"] == "nrat, warm start over 30 % of training"
+    folder = bundle.release(run, tmp_path / "warm")
+    card = (folder / "README.md").read_text()
+    assert "trained with **nrat, warm start over 30 % of training**" in card
+    assert "goes linearly from cross-entropy to its own over the first 30 % of training" in card
+    out = tmp_path / "again.json"
+    data = ["--data", str(run.parent / "test"), "--attacks", "natural"]
+    evaluate_cli.main([str(folder), *data, "--out", str(out)])
+    assert json.loads(out.read_text())["checkpoints"]["release"]["objective"] == warm["objective"]
+
+
 def test_release_refuses(run: Path, tmp_path: Path) -> None:
     """No results, or those of other weights, are not passed off as these; nothing foreign is overwritten."""
     with pytest.raises(UserError, match="no results"):

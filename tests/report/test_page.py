@@ -176,6 +176,15 @@ def test_plain_training_makes_no_attack(tmp_path: Path) -> None:
     assert "inner loss" not in page.text and "trained with" not in page.text
 
 
+@pytest.mark.parametrize(("name", "stamped"), [("nrat", True), ("trades", False)])
+def test_a_warm_start_is_stamped(tmp_path: Path, name: str, stamped: bool) -> None:
+    """It belongs to the description of the objective, unless it has no effect."""
+    recipe = changed(changed(RECIPE, "objective.name", name), "objective.warm_start", 0.3)
+    page = page_of(make_run(tmp_path / "run", recipe=recipe))
+    assert ("warm start over 30 % of training" in page.text) == stamped
+    assert "warm start" not in page_of(make_run(tmp_path / "usual")).text
+
+
 def test_best_is_last(tmp_path: Path) -> None:
     """A best checkpoint that is also the last one has one row."""
     same = changed(results(), "checkpoints.last", results()["checkpoints"]["best"])

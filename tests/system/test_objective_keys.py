@@ -98,7 +98,8 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
 def test_ikl_in_another_preset_needs_no_lam() -> None:
     """`objective.divergence` to and from IKL brings the weights that the new divergence has."""
     ikl = load_recipe(QUICK, ["objective.name=trades", "objective.divergence=ikl"]).objective
-    kl = load_recipe(QUICK, ["objective.name=nrat_ikl", "objective.divergence=sym_kl"]).objective
+    cold = ["objective.name=nrat_ikl", "objective.divergence=sym_kl", "objective.warm_start=0"]
+    kl = load_recipe(QUICK, cold).objective
     assert (ikl.lam, ikl.ikl_alpha, ikl.ikl_beta, ikl.title) == (1.0, 4.0, 20.0, "trades + divergence=ikl")
     assert (kl.lam, kl.title) == (6.0, "nrat_ikl + divergence=sym_kl")
 

@@ -1,5 +1,6 @@
 """Runs: the same result for any number of processes; a collapse is reported, stopped with advice, or rewound."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,102 @@ def test_a_collapse_can_be_rewound(recipe_path: Path, tmp_path: Path) -> None:
         train(load_recipe(recipe_path, [*overrides, f"run_dir={other}", *stop]))
     assert rows(other) == rows(run)
     assert digest(other) == digest(run)
+
+
+def guard_rows(run: Path, action: str) -> list[dict[str, Any]]:
+    return [row for row in rows(run) if row["kind"] == "guard" and row["action"] == action]
+
+
+@pytest.mark.medium
+def test_a_collapse_from_the_start_is_rewound_to_the_initial_weights(recipe_path: Path, tmp_path: Path) -> None:
+    """A rate that is too large from the first step: there is no good checkpoint, and the run still ends trained, whether or
+    not it is interrupted before and after the rewind."""
+    rates = ["optim.lr=10", "optim.schedule=constant", "guard.lr_factor=0.001"]
+    overrides = [*LEARNING, *rates, "train.epochs=20", "guard.action=rewind", "train.keep=1"]
+    run, other = tmp_path / "run", tmp_path / "other"
+    train(load_recipe(recipe_path, [*overrides, f"run_dir={run}"]))
+    (row,) = guard_rows(run, "rewind")
+    assert row["rewound_to"] == 0
+    assert [r["epoch"] for r in rows(run) if r["kind"] == "train"] == list(range(1, 21))
+    assert [r for r in rows(run) if r["kind"] == "train"][-1]["robust_accuracy"] > 0.2, "it learns"
+    for stop in (["train.max_steps=20"], ["train.max_steps=70"], []):
+        train(load_recipe(recipe_path, [*overrides, f"run_dir={other}", *stop]))
+    assert digest(other) == digest(run)
+    plain = [o for o in overrides if not o.startswith(("guard.action", "optim.lr="))]
+    slow = train(load_recipe(recipe_path, [*plain, "optim.lr=0.01", f"run_dir={tmp_path / 'slow'}"]))
+    ours, theirs = (named_checkpoint(folder, "last").tensors("model") for folder in (run, slow))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items()), "as if it had begun with this rate"
+
+
+@pytest.mark.medium
+def test_a_checkpoint_that_collapses_again_is_not_tried_twice(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If a rewind did not help, the next one goes further back, and the last sentence says how many were tried."""
+    rates = ["optim.lr=0.01", "optim.schedule=multistep", "optim.milestones=[10]", "optim.gamma=1000"]
+    overrides = [*LEARNING, *rates, "train.epochs=20", "guard.action=rewind", "guard.lr_factor=0.9", "train.keep=1"]
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"Lower optim\.lr.* 3 rewinds did not help"):
+        train(load_recipe(recipe_path, [*overrides, "guard.patience=1", f"run_dir={run}"]))
+    steps = [int(step) for step in re.findall(r"Going back to step (\d+)", capsys.readouterr().out)]
+    assert len(steps) == 3 and steps[0] == 80 > steps[1]
+
+
+def test_a_rewinding_run_keeps_a_good_checkpoint(recipe_path: Path, tmp_path: Path) -> None:
+    """With `train.keep=1` too, although the newest ones are of the collapse and the best is older."""
+    rates = ["optim.lr=0.01", "optim.schedule=multistep", "optim.milestones=[10]", "optim.gamma=300"]
+    overrides = [
+        *LEARNING,
+        *rates,
+        "train.epochs=16",
+        "guard.action=rewind",
+        "guard.lr_factor=0.003",
+        "guard.patience=2",
+    ]
+    overrides += ["train.keep=1", "train.validate_every=100"]
+    run = train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'run'}"]))
+    (row,) = guard_rows(run, "rewind")
+    assert 40 < row["rewound_to"] <= 96
+
+
+def test_a_slow_start_is_not_rewound(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An untrained network names one class, too: one warning, and the same run as without the guard."""
+    slow = [*LEARNING, "optim.lr=1e-5", "optim.schedule=constant", "train.epochs=8", "guard.patience=1"]
+    runs = [
+        train(load_recipe(recipe_path, [*slow, f"guard.action={action}", f"run_dir={tmp_path / action}"]))
+        for action in ("none", "rewind")
+    ]
+    assert capsys.readouterr().out.count("Training has not begun to learn by step 48") == 1
+    (row,) = guard_rows(runs[1], "warn")
+    assert row["step"] == 48
+    one, other = (named_checkpoint(run, "last").tensors("model") for run in runs)
+    assert all(torch.equal(one[key], value) for key, value in other.items())
+
+
+# ---- warm start -----------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_start_is_a_function_of_the_step(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes the run, the start of the run says so, and an interruption within it changes nothing."""
+    warm, parts, usual = tmp_path / "warm", tmp_path / "parts", tmp_path / "usual"
+    train(load_recipe(recipe_path, ["objective.warm_start=0.8", f"run_dir={warm}"]))
+    assert "nrat, warm start over 80 % of training on cpu" in capsys.readouterr().out
+    for stop in (["train.max_steps=3"], ["train.max_steps=7"], []):
+        train(load_recipe(recipe_path, ["objective.warm_start=0.8", f"run_dir={parts}", *stop]))
+    assert digest(parts) == digest(warm)
+    train(load_recipe(recipe_path, [f"run_dir={usual}"]))
+    assert digest(usual) != digest(warm)
+
+
+def test_a_warm_start_without_effect_is_said(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRADES has cross-entropy throughout: the run is the same, and a sentence says so."""
+    for value in (0, 0.5):
+        arguments = ["objective.name=trades", f"objective.warm_start={value}", f"run_dir={tmp_path / str(value)}"]
+        train(load_recipe(recipe_path, arguments))
+        said = "objective.warm_start has no effect: trades has cross-entropy throughout" in capsys.readouterr().out
+        assert said == bool(value)
+    assert digest(tmp_path / "0.5") == digest(tmp_path / "0")

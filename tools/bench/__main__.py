@@ -7,6 +7,8 @@
     python tools/bench precision           the attack's final loss in bf16 and fp16 against float32, for every objective
     python tools/bench processes           one process against two; where the time of a step goes; start-up
     python tools/bench soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
+    python tools/bench collapse recipes/fashion_mnist.yaml train.max_steps=300 --seeds 0-19
+                                           runs that collapse to one class, with and without the recipe's remedies
 
 Temporary files go to a folder (inside --work if given) that is removed at the end.
 """
@@ -26,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
+from bench.collapse import collapse, parse_seeds
 from bench.data import convert, data, plan, run_contender, run_plan
 from bench.precision import precision
 from bench.processes import processes
@@ -81,7 +84,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
     long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
+    seeded = add(
+        "collapse",
+        lambda work, given: collapse(work, given.recipe, given.overrides, _variants(given), given),
+        "runs that collapse to one class, with and without the recipe's remedies",
+    )
+    seeded.add_argument("recipe", type=Path, metavar="RECIPE")
+    seeded.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
+    seeded.add_argument("--seeds", default="0-19", help="with the remedies; also of label noise (default: %(default)s)")
+    seeded.add_argument("--base-seeds", default="", help="without them (default: none)")
+    seeded.add_argument(
+        "--data", type=Path, metavar="SHARDS", help="test images: also measure natural and PGD-20 accuracy"
+    )
+    seeded.add_argument("--images", type=int, default=1000, help="of them (default: %(default)s)")
+    seeded.add_argument("--runs", type=Path, help="folder of the runs, which stay and are resumed (default: temporary)")
+    seeded.add_argument("--out", type=Path, help="JSON file of finished runs, which are not repeated")
     return parser.parse_args(argv)
+
+
+def _variants(given: argparse.Namespace) -> dict[str, list[int]]:
+    named = {"remedy": given.seeds, "base": given.base_seeds}
+    return {variant: parse_seeds(seeds) for variant, seeds in named.items() if seeds}
 
 
 # Measurements that need a process of their own: `python tools/bench NAME ARGUMENTS`, started by the benchmarks.
