@@ -40,11 +40,31 @@ def threat_at(tree: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """One accuracy in %, its 95 % interval as `[low, high]` (empty if unknown) and the number of images (`?` if unknown)."""
+    """A quantity in % or percentage points with its 95 % interval (None if unknown) and the number of images (`?` if unknown)."""
 
     percent: float
-    interval: str
+    low: float | None
+    high: float | None
     n: int | str
+    is_difference: bool = False  # shown with its sign
+
+    @property
+    def text(self) -> str:
+        """`62.0`, or with its sign, `+7.0`."""
+        return signed(self.percent) if self.is_difference else f"{self.percent:.1f}"
+
+    @property
+    def interval(self) -> str:
+        """`[57.7, 66.1]`, empty if unknown."""
+        if self.low is None or self.high is None:
+            return ""
+        return "[{}, {}]".format(*((signed(x) if self.is_difference else f"{x:.1f}") for x in (self.low, self.high)))
+
+
+def signed(points: float) -> str:
+    """A difference in percentage points: `+7.0`, `−3.0`, `0.0`."""
+    text = f"{points:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def read_score(record: Any) -> Score | None:
@@ -52,8 +72,8 @@ def read_score(record: Any) -> Score | None:
     accuracy, low, high, n = (number_at(record, key) for key in ("accuracy", "low", "high", "n"))
     if accuracy is None:
         return None
-    interval = "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
-    return Score(100 * accuracy, interval, "?" if n is None else int(n))
+    known = None if low is None else 100 * low, None if high is None else 100 * high
+    return Score(100 * accuracy, *known, "?" if n is None else int(n))
 
 
 @dataclass(frozen=True)

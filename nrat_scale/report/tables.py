@@ -1,8 +1,11 @@
-"""The results table in Markdown and plain text, and the columns that it shares with the page."""
+"""Tables of a report as values, and in CSV, LaTeX, Markdown and plain text."""
 
+import csv
 import html
+import io
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nrat_scale.core.errors import printable
@@ -10,6 +13,96 @@ from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.run import Row, Run, Score, result_rows, threat_at
 
 ATTACKS = ("natural", "pgd20", "cw20", "aa")  # always columns, measured or not
+RESULTS_CAPTION = "Test accuracy in %, its 95 % Wilson interval and the number of images n."
+Cell = str | int | float | Score | None  # None: not measured
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a report."""
+
+    name: str  # unique in a report, such as `results`; usable as a file name
+    caption: str
+    head: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]  # as long as `head`
+
+
+def csv_table(table: Table) -> str:
+    """`table` as CSV with a header line; a column of scores becomes four: accuracy in %, `low`, `high` and `n`.
+
+    Numbers have all their digits; a cell that was not measured is empty.
+    """
+    scored = [any(isinstance(row[i], Score) for row in table.rows) for i in range(len(table.head))]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    titles = zip(table.head, scored, strict=True)
+    writer.writerow(
+        [
+            title
+            for head, many in titles
+            for title in ([head, *(f"{head} {x}" for x in ("low", "high", "n"))] if many else [head])
+        ]
+    )
+    for row in table.rows:
+        cells: list[Any] = []
+        for cell, many in zip(row, scored, strict=True):
+            parts = [cell.percent, cell.low, cell.high, cell.n] if isinstance(cell, Score) else [cell]
+            cells += parts + [None] * (4 * many - len(parts) if many else 0)
+        writer.writerow(["" if cell is None else printable(cell) if isinstance(cell, str) else cell for cell in cells])
+    return buffer.getvalue()
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$"}
+_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
+_LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$"}
+
+
+def latex_table(table: Table) -> str:
+    """`table` as a LaTeX `table` for the package booktabs, with its caption and the label `tab:NAME`."""
+    text_column = [all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.head))]
+    columns = "".join("l" if is_text else "r" for is_text in text_column)
+    head, *body = [[_latex(_plain(cell)) for cell in line] for line in (table.head, *table.rows)]
+    lines = [f"{' & '.join(line)} \\\\" for line in (head, *body)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            f"\\caption{{{_latex(table.caption)}}}",
+            f"\\label{{tab:{table.name}}}",
+            f"\\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _plain(cell: Cell) -> str:
+    """A cell as text: a score with its interval, a dash for what was not measured."""
+    if isinstance(cell, Score):
+        return f"{cell.text} {cell.interval}".strip()
+    return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in printable(text))
+
+
+def results_table(runs: Sequence[Run]) -> Table:
+    """A row per evaluated checkpoint, a column per attack."""
+    found = [(run, row) for run in runs for row in run.rows]
+    attacks = attack_columns(row for _, row in found)
+    head = ("run", "checkpoint", "epoch", "weights", *map(attack_title, attacks))
+    rows: list[tuple[Cell, ...]] = [
+        (run.name, row.checkpoint, row.epoch, row.weights, *(row.scores.get(attack) for attack in attacks))
+        for run, row in found
+    ]
+    return Table("results", RESULTS_CAPTION, head, rows)
 
 
 def attack_columns(rows: Iterable[Row]) -> list[str]:
@@ -69,4 +162,4 @@ def text_table(runs: Sequence[Run]) -> str:
 def _cell(row: Row, attack: str, template: str) -> str:
     """`template` with accuracy, interval and n; a dash if the attack was not run."""
     score: Score | None = row.scores.get(attack)
-    return "-" if score is None else template.format(f"{score.percent:.1f}", score.interval, score.n)
+    return "-" if score is None else template.format(score.text, score.interval, score.n)
