@@ -28,6 +28,7 @@ class RunFolder:
         self.generated_noise = path / "label_noise_generated.json"  # the same of data.generated.noise
         self.generated_noise_arrays = path / "label_noise_generated.npz"
         self.metrics = path / "metrics.jsonl"  # one JSON object per epoch and per validation
+        self.timing = path / "timing.jsonl"  # hardware, seconds and throughput; a resumed run appends
         self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
         self.checkpoints = path / "checkpoints"  # step-XXXXXXXX/, best.json, last.json: see `nrat_scale.checkpoint`
         self.releases = path / "releases"  # weights queued for publication (release.every_epochs)
@@ -118,6 +119,16 @@ class RunFolder:
     def read_results(self) -> dict[str, Any] | None:
         """The evaluation results, None if nothing was evaluated."""
         return read_json(self.results, "results") if self.results.is_file() else None
+
+    def read_timing(self) -> list[dict[str, Any]]:
+        """The rows of timing.jsonl; lines that a killed process left incomplete are skipped, as is an unreadable file."""
+        rows = []
+        with suppress(OSError):
+            for line in self.timing.read_bytes().split(b"\n"):
+                with suppress(ValueError, RecursionError):
+                    row = json.loads(line.decode())
+                    rows += [row] if isinstance(row, dict) else []
+        return rows
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; empty if the file does not exist.

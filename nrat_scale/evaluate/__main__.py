@@ -14,12 +14,15 @@ from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
 from nrat_scale.core.errors import UserError, first_line, run_cli, warn
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
+from nrat_scale.evaluate.curves import parse_curve
 from nrat_scale.evaluate.key import FLOAT32_MODES, use_float32
 from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
+
+DEFAULT_ATTACKS = "natural,pgd20,cw20,aa"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +38,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = "run directory, release folder, user/repo[@revision] on the Hub, weight file with --arch, or timm model"
     add("what", metavar="WHAT", help=what)
     add("--data", required=True, metavar="SHARDS", help="folder of shards with the test images")
-    add("--attacks", type=attacks, default="natural,pgd20,cw20,aa", help=f"{attack_usage()} (default: %(default)s)")
+    add("--attacks", type=attacks, help=f"{attack_usage()} (default: {DEFAULT_ATTACKS}; none with --curve)")
+    curve = "accuracy against eps or attack steps, such as eps=0,2/255,8/255 or steps=1,10,50; may be given twice"
+    add("--curve", action="append", default=[], type=_option(parse_curve), metavar="AXIS=VALUES", help=curve)
     add("--checkpoint", type=names, default=",".join(CHECKPOINTS), help="of a run (default: %(default)s)")
     weights = "of a run: evaluated (the EMA if there is one), ema, raw (default: %(default)s)"
     add("--weights", type=names, default=WEIGHT_CHOICES[0], help=weights)
@@ -49,7 +54,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source-weights-key", metavar="KEY", help="--weights-key of --transfer-from")
     drop = "skip images that an earlier attack broke (not for AutoAttack): faster, but the numbers are cumulative"
     add("--drop-broken", action="store_true", help=drop)
-    add("--images", type=int, help="number of images, a fixed seeded choice (default: all)")
+    add("--images", type=int, help="number of images, a fixed seeded choice (default: all; for curves at most 1000)")
     add("--aa-images", type=int, help="the same for AutoAttack alone")
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
     add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
@@ -61,7 +66,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--float32", choices=FLOAT32_MODES, default="tf32", help=float32)
     out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
     add("--out", type=Path, help=out)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.attacks is None:
+        given.attacks = () if given.curve else attacks(DEFAULT_ATTACKS)
+    return given
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -110,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = replace(source, label=Path(given.transfer_from).name)
     threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
     counts = given.images, given.aa_images, given.batch_size
-    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken)
+    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken, tuple(given.curve))
     out = given.out or found.results
     if given.out is None and found.earlier is not None and found.earlier.is_file():
         warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")

@@ -22,7 +22,7 @@ from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block, parse_attack
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 
-# In errors that torch raises as RuntimeError: of the CPU's allocator, cuDNN and cuBLAS.
+NOT_ATTACKED = -1  # instead of a predicted class
 
 
 class OutOfMemory(UserError):
@@ -130,6 +130,7 @@ def block_outcome(
     source: nn.Module | None = None,
     broken: np.ndarray | None = None,
     log: AutoAttackLog | None = None,
+    predicted: np.ndarray | None = None,
 ) -> np.ndarray:
     """Which images of one block the model still classifies correctly under `attack`: bool [n].
 
@@ -144,6 +145,8 @@ def block_outcome(
         source: make the adversarial images on this model instead (transfer attack).
         broken: bool [n], images that an earlier attack broke: they are not attacked and count as wrong.
         log: receives AutoAttack's warnings and which component broke each image.
+        predicted: int [n], receives the class that the model predicts: for the adversarial image that broke it, for the natural
+            image if it is misclassified without an attack; -1 for images in `broken`.
 
     Raises:
         FloatingPointError: logits or gradients are not finite.
@@ -152,9 +155,13 @@ def block_outcome(
     assert not model.training and not attacked.training, "models are evaluated in evaluation mode"
     device = next(model.parameters()).device
     x, y = to_float(images.pixels.to(device)), images.labels.to(device)
-    outcome: np.ndarray = _predictions(model, x).eq(y).cpu().numpy()
+    natural = _predictions(model, x)
+    outcome: np.ndarray = natural.eq(y).cpu().numpy()
+    classes = np.full(len(images), NOT_ATTACKED) if predicted is None else predicted
+    classes[:] = natural.cpu().numpy()
     if broken is not None:
         outcome &= ~broken
+        classes[broken] = NOT_ATTACKED
     if kind.perturb is None:
         return outcome
     for restart in range(attack.restarts):
@@ -163,7 +170,11 @@ def block_outcome(
         rows = np.arange(len(images)) if kind.whole_blocks else np.flatnonzero(outcome)
         index = torch.from_numpy(rows).to(device)
         block = Block(attacked, x[index], y[index], images.ids[rows], threat, seed, restart, log)
-        outcome[rows] &= _predictions(model, kind.perturb(attack, block)).eq(block.y).cpu().numpy()
+        attacked_as = _predictions(model, kind.perturb(attack, block))
+        # Images that are wrong already keep the class of what broke them, also in whole blocks.
+        standing = outcome[rows]
+        classes[rows[standing]] = attacked_as.cpu().numpy()[standing]
+        outcome[rows] &= attacked_as.eq(block.y).cpu().numpy()
     return outcome
 
 

@@ -12,6 +12,7 @@ from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
+from nrat_scale.evaluate.curves import CURVE_IMAGES, Curve, Point, curve_points
 from nrat_scale.evaluate.key import EvaluationKey, float32_mode
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import package_versions
@@ -34,14 +35,29 @@ class Request:
     seed: int = 0  # of random starts, AutoAttack and the choice of images
     source: Target | None = None  # transfer attack: make the adversarial images on this model
     drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
+    curves: tuple[Curve, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.attacks:
+        if not self.attacks and not self.curves:
             raise UserError("The evaluation names no attack. Give at least one, such as natural.")
+        if self.curves and self.source is not None:
+            raise UserError("--curve and --transfer-from do not go together: a curve attacks the model itself.")
+        assert self.points or not self.curves  # raises for a radius out of range
         for name in ("images", "aa_images", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+
+    @property
+    def points(self) -> list[Point]:
+        """The points of all curves; one that two curves share comes once."""
+        points = [point for curve in self.curves for point in curve_points(curve, self.threat)]
+        return list({point.name: point for point in points}.values())
+
+    def of_point(self, point: Point) -> "Request":
+        """What one point of a curve measures: the same choice of images for all of them."""
+        images = CURVE_IMAGES if self.images is None else self.images
+        return replace(self, attacks=(point.attack,), threat=point.threat, images=images, curves=(), drop_broken=False)
 
     def key(self, attack: Attack) -> str:
         """The name of the attack's entry in results.json."""

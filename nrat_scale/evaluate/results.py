@@ -1,7 +1,8 @@
 """Results on disk: results.json, the per-image outcomes beside it, and the finished blocks of an evaluation in progress.
 
 results.json                                            see docs/evaluation.md
-results.npz                                             <label>/<attack>/ids int64 [n], <label>/<attack>/right bool [n]
+results.npz                                             <label>/<attack>/ids int64 [n], .../right bool [n], and if the
+                                                        entry has `predictions`: .../labels and .../predicted int32 [n]
 .results.json.unfinished/<key>/block-00000512.json      one finished block: which of its images survived
 results.earlier-<8 hex>.json, .npz                      a copy of both, made when a run's checkpoint has changed
 
@@ -31,7 +32,15 @@ from nrat_scale.evaluate.autoattack import autoattack_package, autoattack_versio
 from nrat_scale.evaluate.key import KEY_FIELDS, MODEL_FIELDS, EvaluationKey, ModelKey, difference, value_text
 
 FORMAT = "nrat_scale.results"
+SECTIONS = (
+    "attacks",
+    "curves",
+)  # of a checkpoint's record; the points of curves are named such as `eps=8/255`, `steps=20`
 Outcome = tuple[np.ndarray, np.ndarray]  # ids int64 [n], right bool [n]
+Predictions = tuple[
+    np.ndarray, np.ndarray
+]  # labels int32 [n], predicted int32 [n], -1 for images that were not attacked
+PREDICTIONS_VERSION = 1  # field `predictions` of an entry; raise it if the meaning of the arrays changes
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class FinishedBlock:
     seconds: float
     warnings: list[str]  # of AutoAttack
     broken_by: np.ndarray | None = None  # int8 [m]: number of AutoAttack's component that broke each image, -1 for none
+    predicted: np.ndarray | None = None  # int32 [m]; None in blocks of earlier versions
 
 
 class BlockLog:
@@ -65,7 +75,8 @@ class BlockLog:
                 seconds, warnings = float(value["seconds"]), list(map(str, value["warnings"]))
                 components = value.get("broken_by")  # none in blocks of other attacks
                 broken_by = None if components is None else np.array(components, np.int8)
-                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings, broken_by)
+                predicted = None if value.get("predicted") is None else np.array(value["predicted"], np.int32)
+                blocks[int(value["first"])] = FinishedBlock(right, seconds, warnings, broken_by, predicted)
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"The finished block {path} is damaged. Remove it to evaluate it again.") from error
         return blocks
@@ -75,6 +86,7 @@ class BlockLog:
         text = "".join("01"[int(right)] for right in block.right)
         value = {"first": first, "right": text, "seconds": block.seconds, "warnings": block.warnings}
         value |= {} if block.broken_by is None else {"broken_by": block.broken_by.tolist()}
+        value |= {} if block.predicted is None else {"predicted": block.predicted.tolist()}
         with locked(self._results):  # another evaluation may be removing the folder
             make_folder(self._folder)
             write_json(self._folder / f"block-{first:08d}.json", value)
@@ -93,11 +105,22 @@ def outcome_digest(outcome: Outcome) -> str:
     return hashlib.sha256(ids.astype("<i8").tobytes() + np.packbits(right).tobytes()).hexdigest()
 
 
-def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """Write the outcomes, keyed by `<label>/<attack>`, beside `results`."""
+def fits(outcome: Outcome, predictions: Predictions) -> bool:
+    """Whether predictions are those of an outcome: right where the predicted class is the label, and nowhere else."""
+    labels, predicted = predictions
+    return len(labels) == len(predicted) == len(outcome[1]) and np.array_equal(labels == predicted, outcome[1])
+
+
+def write_arrays(
+    results: Path, outcomes: Mapping[str, Outcome], predictions: Mapping[str, Predictions] | None = None
+) -> None:
+    """Write the outcomes, and the predictions that fit them, keyed by `<label>/<attack>`, beside `results`."""
     arrays: dict[str, np.ndarray] = {}
     for name, (ids, right) in sorted(outcomes.items()):
         arrays |= {f"{name}/ids": ids.astype(np.int64), f"{name}/right": right.astype(bool)}
+        found = (predictions or {}).get(name)
+        if found is not None and fits((ids, right), found):
+            arrays |= {f"{name}/labels": found[0].astype(np.int32), f"{name}/predicted": found[1].astype(np.int32)}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(results.with_suffix(".npz"), buffer.getvalue())
@@ -105,16 +128,31 @@ def write_arrays(results: Path, outcomes: Mapping[str, Outcome]) -> None:
 
 def read_arrays(results: Path) -> dict[str, Outcome]:
     """The outcomes beside `results`, keyed by `<label>/<attack>`; empty if there is no file, `UserError` if damaged."""
+    return _pairs(_load(results), "ids", "right")
+
+
+def read_predictions(results: Path) -> dict[str, Predictions]:
+    """The predictions beside `results`, keyed by `<label>/<attack>`, as far as they were stored and fit the outcomes."""
+    arrays = _load(results)
+    outcomes = _pairs(arrays, "ids", "right")
+    found = _pairs(arrays, "labels", "predicted")
+    return {name: pair for name, pair in found.items() if name in outcomes and fits(outcomes[name], pair)}
+
+
+def _pairs(arrays: Mapping[str, np.ndarray], one: str, other: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    names = {name.removesuffix(f"/{one}") for name in arrays if name.endswith(f"/{one}")}
+    return {name: (arrays[f"{name}/{one}"], arrays[f"{name}/{other}"]) for name in names if f"{name}/{other}" in arrays}
+
+
+def _load(results: Path) -> dict[str, np.ndarray]:
     path = results.with_suffix(".npz")
     if not path.is_file():
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"The per-image outcomes {path} are damaged. Move them and {results.name} away.") from error
-    names = {name.removesuffix("/ids") for name in arrays if name.endswith("/ids")}
-    return {name: (arrays[f"{name}/ids"], arrays[f"{name}/right"]) for name in names if f"{name}/right" in arrays}
 
 
 def package_versions() -> dict[str, str]:
@@ -153,14 +191,15 @@ def earlier_results(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], dic
             raise UserError(f"{out} holds results with other {key}: {words}. Give another --out, or move that file.")
     checkpoints, outcomes = dict[str, Any](), dict[str, Outcome]()
     for label, record in results.get("checkpoints", {}).items():
-        checkpoints[label] = {**record, "attacks": {}}
-        for name, entry in record.get("attacks", {}).items():
-            outcome = arrays.get(f"{label}/{name}")
-            if outcome is None or not isinstance(entry, dict) or entry.get("n") != len(outcome[0]):
-                continue
-            if outcome_digest(outcome) == entry.get("outcome_sha256"):
-                checkpoints[label]["attacks"][name] = entry
-                outcomes[f"{label}/{name}"] = outcome
+        checkpoints[label] = {**record, "attacks": {}, **({"curves": {}} if "curves" in record else {})}
+        for section in SECTIONS:
+            for name, entry in record.get(section, {}).items():
+                outcome = arrays.get(f"{label}/{name}")
+                if outcome is None or not isinstance(entry, dict) or entry.get("n") != len(outcome[0]):
+                    continue
+                if outcome_digest(outcome) == entry.get("outcome_sha256"):
+                    checkpoints[label][section][name] = entry
+                    outcomes[f"{label}/{name}"] = outcome
     return checkpoints, outcomes
 
 
@@ -170,9 +209,14 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     return {name: f"{name} {old.get(name)} (requested: {new.get(name)})" for name in names}
 
 
+def measured_entries(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All entries of a checkpoint's record: its attacks, and the points of its curves."""
+    return {name: entry for section in SECTIONS for name, entry in record.get(section, {}).items()}
+
+
 def unlike(record: dict[str, Any], model: ModelKey) -> str | None:
     """Why the results of a checkpoint are not those of `model`, in words; None if they are."""
-    for name, entry in record["attacks"].items():
+    for name, entry in measured_entries(record).items():
         if "key" not in entry:
             return f"{name} was measured by an earlier version, which did not record the whole model"
         if words := difference(entry, asdict(model), MODEL_FIELDS):
@@ -253,14 +297,23 @@ def results_text(results: dict[str, Any], labels: list[str]) -> str:
     ]
     for label in labels:
         record = results["checkpoints"][label]
-        worst = {} if record["worst"] is None else {"worst case": record["worst"]}
-        for attack, entry in {**record["attacks"], **worst}.items():
-            accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
-            lines.append(f"  {label:8s} {attack:10s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}")
+        worst = record["worst"] or {}
+        apart = worst.get("on_common")  # other numbers than those of the attacks' own images
+        beside = {"worst case": worst} if worst and not apart else {}
+        lines += [_accuracy_line(label, *item) for item in {**record["attacks"], **beside}.items()]
+        if apart:
+            lines.append(f"  {label:8s} on the {worst['n']} images that all attacks saw:")
+            lines += [_accuracy_line(label, f"  {name}", e) for name, e in {**apart, "worst case": worst}.items()]
+        lines += [_accuracy_line(label, *item) for item in record.get("curves", {}).items()]
         lines += [f"  {label:8s} NOTE: {note}" for note in left_out_notes(record["attacks"])]
         lines += [f"  {label:8s} FLAG: {flag}" for flag in record["flags"]]
         lines += [f"  {label:8s} {text}" for text in _key_lines(record["attacks"])]
     return "\n".join(lines)
+
+
+def _accuracy_line(label: str, name: str, entry: Mapping[str, Any]) -> str:
+    accuracy, low, high = (100 * entry[key] for key in ("accuracy", "low", "high"))
+    return f"  {label:8s} {name:12s} {accuracy:6.2f} %  [{low:.1f}, {high:.1f}]  n = {entry['n']}"
 
 
 def _key_lines(attacks: Mapping[str, dict[str, Any]]) -> list[str]:

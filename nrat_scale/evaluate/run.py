@@ -26,6 +26,14 @@ from nrat_scale.evaluate import results
 from nrat_scale.evaluate.attacks import Attack, for_classes, needs_gradient
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 from nrat_scale.evaluate.differentiable import check_differentiable
+from nrat_scale.evaluate.gallery import (
+    NUM_IMAGES,
+    gallery_attack,
+    gallery_key,
+    make_gallery,
+    read_galleries,
+    write_gallery,
+)
 from nrat_scale.evaluate.key import machine_facts
 from nrat_scale.evaluate.measures import (
     Images,
@@ -86,8 +94,24 @@ class _Measured:
 
     facts: dict[str, Any]
     num_classes: int  # of the attacked model
-    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # By section and name, such as `pgd20` in `attacks`.
+    sections: dict[str, dict[str, dict[str, Any]]] = field(
+        default_factory=lambda: {name: {} for name in results.SECTIONS}
+    )
     outcomes: dict[str, results.Outcome] = field(default_factory=dict)
+    predictions: dict[str, results.Predictions] = field(default_factory=dict)  # of what this evaluation measured
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One attack to measure."""
+
+    section: str  # of the record, from `results.SECTIONS`
+    name: str  # of its entry
+    attack: Attack
+    request: Request  # with the threat and the number of images of this attack
+    dropped: tuple[str, ...] = ()  # earlier attacks; the images that they broke are not attacked
+    facts: dict[str, Any] = field(default_factory=dict)  # more fields of the entry
 
 
 class _Evaluation:
@@ -119,7 +143,7 @@ class _Evaluation:
             warn(f"{self.out} holds another {label}: {words}. Its results are kept in {copy} and measured again.")
             checkpoints = {label: record for label, record in checkpoints.items() if label not in replaced}
             arrays = {name: outcome for name, outcome in arrays.items() if name.partition("/")[0] not in replaced}
-            self._write_files(checkpoints, arrays)
+            self._write_files(checkpoints, arrays, {})
         return checkpoints, arrays
 
     @staticmethod
@@ -133,18 +157,24 @@ class _Evaluation:
         attacked = target if self.request.source is None else self.request.source
         num_classes = count_classes(attacked.model, read_images(self.shards, 1))
         facts = {**target.identity, **asdict(target.key), "flags": check.flags, "checks": check.numbers}
-        measured = _Measured(facts, num_classes)
+        measured, stored = _Measured(facts, num_classes), results.read_predictions(self.out)
         for label, record in self.results["checkpoints"].items():
             if results.unlike(record, target.key) is None:
-                measured.entries |= record["attacks"]
-                measured.outcomes |= {name: self.arrays[f"{label}/{name}"] for name in record["attacks"]}
+                for name in results.SECTIONS:
+                    measured.sections[name] |= record.get(name, {})
+                names = results.measured_entries(record)
+                measured.outcomes |= {name: self.arrays[f"{label}/{name}"] for name in names}
+                measured.predictions |= {
+                    name: stored[f"{label}/{name}"] for name in names if f"{label}/{name}" in stored
+                }
         return measured
 
     def _check(self, target: Target) -> ModelCheck:
         """`inspect_model`, on fewer images if these do not fit into memory but a block may."""
         size, block, source = _CHECKED_IMAGES, self.request.batch_size, self.request.source
-        follows_gradient = any(map(needs_gradient, self.request.attacks))
-        attacked = any(attack.kind != "natural" for attack in self.request.attacks)
+        attacks = [*self.request.attacks, *(point.attack for point in self.request.points)]
+        follows_gradient = any(map(needs_gradient, attacks))
+        attacked = any(attack.kind != "natural" for attack in attacks)
         options = {"follows_gradient": follows_gradient and source is None, "attacked": attacked}
         while True:
             try:
@@ -160,62 +190,95 @@ class _Evaluation:
                 warn(f"The check of {target.label} sees {size} images: {_CHECKED_IMAGES} do not fit into memory.")
 
     def measure(self, target: Target, measured: _Measured) -> None:
-        """Run the attacks that have no result yet."""
+        """Run the attacks and the points of curves that have no result yet, then add the gallery."""
         request, before, broken = self.request, list[str](), set[int]()  # earlier attacks, ids of the images they broke
         for requested in request.attacks:
             attack, left_out = for_classes(requested, measured.num_classes)
             key = request.key(attack)
-            images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
-            dropped = list(before) if request.drops_broken(attack) else []
-            skipped = np.isin(images.ids, list(broken) if dropped else [])
-            record = request.evaluation_key(attack, target, self.shards, images, dropped, skipped)
-            if not results.is_measured(measured.entries.get(key), record, key):
-                log = results.BlockLog(self.out, record.digest)
-                blocks = self._run_blocks(attack, target, images, skipped, log)
-                outcome = images.ids, np.concatenate([block.right for block in blocks])
-                broken_by = _broken_by(attack, blocks)
-                square = None if request.source is not None else square_warning(broken_by, len(images))
-                assert len(outcome[1]) == len(images)
-                measured.outcomes[key] = outcome
-                measured.entries[key] = {
-                    **accuracy_record(outcome[1]),
-                    **record.record(),
-                    **machine_facts(next(target.model.parameters()).device, self.state.num_processes),
-                    "seconds": round(sum(block.seconds for block in blocks), 2),
-                    "warnings": merge_warnings([*(block.warnings for block in blocks), [square] if square else []]),
-                    **({"broken_by": broken_by} if broken_by else {}),
-                    **({"left_out": left_out} if left_out else {}),
-                    "outcome_sha256": results.outcome_digest(outcome),
-                }
-                self._write(target, measured)
-                on_main(self.state, log.clear)
+            dropped = before if request.drops_broken(attack) else []
+            facts = {"left_out": left_out} if left_out else {}
+            self._measure(target, measured, _Job("attacks", key, attack, request, tuple(dropped), facts), broken)
             ids, right = measured.outcomes[key]
             broken.update(ids[~right].tolist())
             before.append(key)
+        for point in request.points:
+            job = _Job("curves", point.name, point.attack, request.of_point(point))
+            self._measure(target, measured, job, set())
         self._write(target, measured)
+        self._add_gallery(target)
+
+    def _measure(self, target: Target, measured: _Measured, job: "_Job", broken: set[int]) -> None:
+        """Run one attack, unless its result is there."""
+        request, attack = job.request, job.attack
+        images = read_images(self.shards, request.count(attack, len(self.shards)), request.seed)
+        skipped = np.isin(images.ids, list(broken) if job.dropped else [])
+        record = request.evaluation_key(attack, target, self.shards, images, list(job.dropped), skipped)
+        section = measured.sections[job.section]
+        if results.is_measured(section.get(job.name), record, job.name):
+            return
+        log = results.BlockLog(self.out, record.digest)
+        blocks = self._run_blocks(job, target, images, skipped, log)
+        outcome = images.ids, np.concatenate([block.right for block in blocks])
+        assert len(outcome[1]) == len(images)
+        predicted = [block.predicted for block in blocks if block.predicted is not None]
+        broken_by = _broken_by(attack, blocks)
+        square = None if request.source is not None else square_warning(broken_by, len(images))
+        measured.outcomes[job.name] = outcome
+        if known := len(predicted) == len(blocks):
+            measured.predictions[job.name] = images.labels.numpy(), np.concatenate(predicted)
+        section[job.name] = {
+            **accuracy_record(outcome[1]),
+            **record.record(),
+            **machine_facts(next(target.model.parameters()).device, self.state.num_processes),
+            "seconds": round(sum(block.seconds for block in blocks), 2),
+            "warnings": merge_warnings([*(block.warnings for block in blocks), [square] if square else []]),
+            **({"broken_by": broken_by} if broken_by else {}),
+            **({"predictions": results.PREDICTIONS_VERSION} if known else {}),
+            **job.facts,
+            "outcome_sha256": results.outcome_digest(outcome),
+        }
+        self._write(target, measured)
+        on_main(self.state, log.clear)
+
+    def _add_gallery(self, target: Target) -> None:
+        """Attack a few images for the report, on the main process, unless that was done before."""
+        request, attack = self.request, gallery_attack(self.request.attacks)
+        if attack is None or request.source is not None:
+            return
+
+        def add() -> None:
+            images = read_images(self.shards, min(NUM_IMAGES, len(self.shards)), request.seed)
+            given = attack, images, request.threat, request.seed
+            found = read_galleries(self.out).get(target.label)
+            if found is not None and found.key == gallery_key(target.key.weights_sha256, *given):
+                return
+            with memory_errors(f"The gallery of {target.label}", len(images)):
+                write_gallery(self.out, target.label, make_gallery(target.model, target.key.weights_sha256, *given))
+
+        on_main(self.state, add)
 
     def _run_blocks(
-        self, attack: Attack, target: Target, images: Images, skipped: np.ndarray, log: results.BlockLog
+        self, job: "_Job", target: Target, images: Images, skipped: np.ndarray, log: results.BlockLog
     ) -> list[results.FinishedBlock]:
         """All blocks of one attack, in order; finished ones are read, the others are distributed over the processes."""
-        request, state = self.request, self.state
+        request, attack, state = job.request, job.attack, self.state
         source = None if request.source is None else request.source.model
         done: dict[int, results.FinishedBlock] = known_to_all(state, log.read)
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
         mine: dict[int, results.FinishedBlock] = {}
         counts = {"total": len(images), "initial": sum(len(wanted[first]) for first in done), "unit": "img"}
-        title = f"{target.label} {attack.name}"
+        title = f"{target.label} {job.name}"
         with tqdm(desc=title, disable=not state.is_main_process, leave=False, **counts) as bar:
             for first in missing[state.process_index :: state.num_processes]:
                 rows, began = wanted[first], time.perf_counter()
                 given = images.take(rows), request.threat
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
-                log_shown = AutoAttackLog(bar.set_postfix_str)
+                log_shown, classes = AutoAttackLog(bar.set_postfix_str), np.zeros(len(rows), np.int32)
                 with _own_errors(), memory_errors(title, request.batch_size):
-                    right = block_outcome(attack, target.model, *given, **options, log=log_shown)
+                    right = block_outcome(attack, target.model, *given, **options, log=log_shown, predicted=classes)
                 seconds = time.perf_counter() - began
-                mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by)
+                mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by, classes)
                 log.write(first, mine[first])
                 bar.update(len(rows) * state.num_processes)
         for part in gather_object([mine]):
@@ -232,31 +295,44 @@ class _Evaluation:
                 checkpoints, arrays = results.earlier_results(self.out, self.results)
                 if (words := self._unlike(checkpoints, target)) is not None:
                     raise UserError(f"{self.out} got another {label} meanwhile: {words}. Give another --out.")
-                stored = checkpoints.get(label, {"attacks": {}})["attacks"]
-                entries = results.merged_entries(stored, measured.entries, self.out)
-                outcomes = {
-                    name: arrays[f"{label}/{name}"] if entry is stored.get(name) else measured.outcomes[name]
-                    for name, entry in entries.items()
+                stored = checkpoints.get(label, {})
+                sections = {
+                    name: results.merged_entries(stored.get(name, {}), ours, self.out)
+                    for name, ours in measured.sections.items()
                 }
-                checkpoints[label] = _record(measured.facts, entries, outcomes)
+                known = results.measured_entries(stored)
+                outcomes = {
+                    name: arrays[f"{label}/{name}"] if entry is known.get(name) else measured.outcomes[name]
+                    for name, entry in results.measured_entries(sections).items()
+                }
+                checkpoints[label] = _record(measured.facts, sections, outcomes)
                 arrays |= {f"{label}/{name}": outcome for name, outcome in outcomes.items()}
-                self._write_files(checkpoints, arrays)
+                self._write_files(checkpoints, arrays, {f"{label}/{k}": v for k, v in measured.predictions.items()})
             return checkpoints, arrays
 
         self.results["checkpoints"], self.arrays = known_to_all(self.state, write)
-        measured.entries = dict(self.results["checkpoints"][label]["attacks"])
-        measured.outcomes = {name: self.arrays[f"{label}/{name}"] for name in measured.entries}
+        record = self.results["checkpoints"][label]
+        measured.sections = {name: dict(record.get(name, {})) for name in results.SECTIONS}
+        names = results.measured_entries(record)
+        measured.outcomes = {name: self.arrays[f"{label}/{name}"] for name in names}
 
-    def _write_files(self, checkpoints: dict[str, Any], arrays: dict[str, results.Outcome]) -> None:
+    def _write_files(
+        self,
+        checkpoints: dict[str, Any],
+        arrays: dict[str, results.Outcome],
+        predictions: dict[str, results.Predictions],
+    ) -> None:
         # The arrays first, so that results.json never names missing ones.
-        results.write_arrays(self.out, arrays)
+        results.write_arrays(self.out, arrays, {**results.read_predictions(self.out), **predictions})
         write_json(self.out, {**self.results, "checkpoints": checkpoints})
 
 
 def _record(
-    facts: dict[str, Any], entries: dict[str, dict[str, Any]], outcomes: dict[str, results.Outcome]
+    facts: dict[str, Any], sections: dict[str, dict[str, dict[str, Any]]], outcomes: dict[str, results.Outcome]
 ) -> dict[str, Any]:
-    """The record of one checkpoint in results.json."""
+    """The record of one checkpoint in results.json; points of curves take no part in the worst case and in comparisons."""
+    entries = sections["attacks"]
+    outcomes = {name: outcomes[name] for name in entries}
     alone = {name: outcome for name, outcome in outcomes.items() if "without_images_broken_by" not in entries[name]}
     warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
     return {
@@ -264,6 +340,7 @@ def _record(
         "flags": [*facts["flags"], *contradictions(alone), *warned],
         "worst": worst_case(outcomes),
         "attacks": entries,
+        **({"curves": sections["curves"]} if sections["curves"] else {}),
     }
 
 

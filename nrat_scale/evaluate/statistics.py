@@ -58,16 +58,42 @@ def beyond_chance(more: int, fewer: int) -> bool:
     return total > 0 and sum(math.exp(term - total * math.log(2)) for term in terms) <= 0.025
 
 
+def paired_interval(pair: Paired) -> tuple[float, float]:
+    """95 % interval of accuracy under the first minus accuracy under the second attack, on the same images, as fractions.
+
+    Newcombe's interval for paired proportions (Newcombe 1998, Statistics in Medicine 17:2635, method 10): the Wilson intervals of
+    both, combined with the correlation of the outcomes. It is never wider than [-1, 1], and has a width if no image differs.
+    """
+    n, only_first, only_second = pair.n, pair.only_second_broke, pair.only_first_broke
+    assert n > 0
+    both, neither = pair.right - only_first, n - pair.other_right - only_first
+    one, other = pair.right / n, pair.other_right / n
+    (low, high), (other_low, other_high) = wilson(pair.right, n), wilson(pair.other_right, n)
+    margins = pair.right * (n - pair.right) * pair.other_right * (n - pair.other_right)
+    excess = both * neither - only_first * only_second
+    phi = (max(excess - n / 2, 0) if excess > 0 else excess) / math.sqrt(margins) if margins else 0.0
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    difference = one - other
+    return difference - half(one - low, other_high - other), difference + half(high - one, other - other_low)
+
+
 def worst_case(outcomes: Mapping[str, Outcome]) -> dict[str, Any] | None:
     """The accuracy if an image must survive every attack, over the images that all of them saw, and the attacks' names.
 
-    None for a single attack, or if the attacks have no image in common.
+    If an attack saw others too, `on_common` has the accuracies of all attacks on the common images: only these may be compared
+    with the worst case. None for a single attack, or if the attacks have no image in common.
     """
     if len(outcomes) < 2:
         return None
-    survived = [dict(zip(ids.tolist(), right.tolist(), strict=True)) for ids, right in outcomes.values()]
-    common = set.intersection(*(set(one) for one in survived))
+    survived = {name: dict(zip(ids.tolist(), right.tolist(), strict=True)) for name, (ids, right) in outcomes.items()}
+    common = set.intersection(*map(set, survived.values()))
     if not common:
         return None
-    right = np.array([all(one[image_id] for one in survived) for image_id in common])
-    return {"attacks": sorted(outcomes), **accuracy_record(right)}
+    right = {name: np.array([one[image_id] for image_id in common]) for name, one in survived.items()}
+    record = {"attacks": sorted(outcomes), **accuracy_record(np.logical_and.reduce(list(right.values())))}
+    if any(len(one) > len(common) for one in survived.values()):
+        record["on_common"] = {name: accuracy_record(one) for name, one in right.items()}
+    return record

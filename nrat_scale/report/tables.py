@@ -30,7 +30,7 @@ class Table:
 def csv_table(table: Table) -> str:
     """`table` as CSV with a header line; a column of scores becomes four: accuracy in %, `low`, `high` and `n`.
 
-    Numbers have all their digits; a cell that was not measured is empty.
+    Accuracies have four decimals; a cell that was not measured is empty.
     """
     scored = [any(isinstance(row[i], Score) for row in table.rows) for i in range(len(table.head))]
     buffer = io.StringIO()
@@ -46,14 +46,19 @@ def csv_table(table: Table) -> str:
     for row in table.rows:
         cells: list[Any] = []
         for cell, many in zip(row, scored, strict=True):
-            parts = [cell.percent, cell.low, cell.high, cell.n] if isinstance(cell, Score) else [cell]
+            parts = [*map(_rounded, (cell.percent, cell.low, cell.high)), cell.n] if isinstance(cell, Score) else [cell]
             cells += parts + [None] * (4 * many - len(parts) if many else 0)
         writer.writerow(["" if cell is None else printable(cell) if isinstance(cell, str) else cell for cell in cells])
     return buffer.getvalue()
 
 
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$"}
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
+_LATEX |= {"[": "{[}"}  # not an optional argument of the line before
 _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$"}
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, resume_command
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
+from nrat_scale.train.timing import Timing
 from nrat_scale.train.tracking import Tracker
 from nrat_scale.train.validate import validate
 
@@ -133,7 +135,8 @@ def _run(state: TrainState, profile: int) -> None:
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
     with alive, state.signals.watched(), contextlib.closing(state.tracker), state.saver or nothing:
-        _fit(state, profile)
+        with contextlib.closing(Timing(state)) as timing:
+            _fit(state, profile, timing)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(
@@ -143,7 +146,7 @@ def _run(state: TrainState, profile: int) -> None:
         )
 
 
-def _fit(state: TrainState, profile: int) -> None:
+def _fit(state: TrainState, profile: int, timing: Timing) -> None:
     """Train from `state.step` to `state.last_step`."""
     recipe, per_epoch = state.recipe, state.data.steps_per_epoch
     rank, num_processes = state.accelerator.process_index, state.accelerator.num_processes
@@ -152,7 +155,7 @@ def _fit(state: TrainState, profile: int) -> None:
     momenta = {layer: layer.momentum for layer in batchnorms(state.base)}
     if state.step == 0 and recipe.guard.action == "rewind":
         save(state, is_best=False)  # an early collapse is rewound to the initial weights
-    batches = _batches(state, progress)
+    batches = _batches(state, progress, timing)
     while state.step < state.last_step:
         profiler.update(state)
         with state.clock.section("data"):
@@ -165,18 +168,20 @@ def _fit(state: TrainState, profile: int) -> None:
         torch.manual_seed(derive(recipe.seed, "step", state.step, rank) % 2**32)
         train_step(state, batch)
         state.step += 1
+        timing.step()
         epoch_ends = state.step % per_epoch == 0
         everything = epoch_ends or state.step == state.last_step or state.step % recipe.guard.window == 0
         signum = _check_recent_steps(state, everything=everything)
         progress.update(state, lr)
         if _watch_for_collapse(state):
-            batches = _batches(state, progress)
+            batches = _batches(state, progress, timing)
             continue
         if epoch_ends:
             row = close_epoch(state, state.step // per_epoch, lr)
+            timing.epoch()
             log(state, row)
             progress.epoch(row)
-            _validate_and_save(state, progress)
+            _validate_and_save(state, progress, timing)
         if state.owner is not None and state.owner.replaced_by is not None and num_processes == 1:
             state.owner.check()  # several processes find it out together, at the next save
         if signum or (num_processes == 1 and state.signals.received):
@@ -188,10 +193,10 @@ def _fit(state: TrainState, profile: int) -> None:
         save(state, is_best=state.best is None, final=True)
 
 
-def _batches(state: TrainState, progress: Progress) -> Iterator[Batch]:
+def _batches(state: TrainState, progress: Progress, timing: Timing) -> Iterator[Batch]:
     """Make up for a validation that a signal interrupted, then return the batches from `state.step` on."""
     if state.validation_due:
-        _validate_and_save(state, progress)
+        _validate_and_save(state, progress, timing)
     ranks = state.accelerator.process_index, state.accelerator.num_processes
     return state.data.batches(state.step, state.last_step, *ranks)
 
@@ -247,18 +252,20 @@ def _watch_for_collapse(state: TrainState) -> bool:
     return True
 
 
-def _validate_and_save(state: TrainState, progress: Progress) -> None:
+def _validate_and_save(state: TrainState, progress: Progress, timing: Timing) -> None:
     """At the end of an epoch: validate if due, select the best checkpoint, save."""
     spec, epoch = state.recipe.train, state.step // state.data.steps_per_epoch
     improved, last = False, state.step == state.last_step
     state.validation_due = epoch == spec.epochs or epoch % spec.validate_every == 0
     if state.validation_due:
+        began = time.perf_counter()
         row = validate(state)
         if row is None:
             # Ranks may have received different signals; all use the largest number.
             signum = torch.tensor([state.signals.received], device=state.accelerator.device)
             _save_and_stop(state, int(gather(signum).max()))
         state.validation_due = False
+        timing.validation(epoch, time.perf_counter() - began)
         log(state, row)
         progress.epoch(row)
         improved = state.best is None or row["robust"]["correct"] > state.best["robust"]["correct"]
@@ -266,3 +273,4 @@ def _validate_and_save(state: TrainState, progress: Progress) -> None:
             state.best = {key: row[key] for key in ("step", "epoch", "natural", "robust", "attack")}
     if improved or last or epoch % spec.save_every == 0:
         save(state, is_best=improved, final=last)
+    timing.resume()
