@@ -166,6 +166,13 @@ def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
+def stored_values(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Dotted keys of a stored recipe that decide what is computed, and its seeds, which the first do not include."""
+    values = {key: value for key, value in _flat(recipe) if key not in _NOT_IDENTITY}
+    seeds = {key: value for key, value in values.items() if key.rpartition(".")[2] == "seed"}
+    return {key: value for key, value in values.items() if key not in seeds}, seeds
+
+
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     """The first key in which two recipes of different identity differ, for an error message."""
     there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))

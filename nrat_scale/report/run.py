@@ -1,8 +1,8 @@
 """Read run directories for a report. Only the recipe or the metrics must exist, and any value in a file may be absent."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.evaluate.results import FORMAT, left_out_notes
+from nrat_scale.evaluate.gallery import Gallery, read_galleries
+from nrat_scale.evaluate.results import (
+    FORMAT,
+    Outcome,
+    Predictions,
+    left_out_notes,
+    read_arrays,
+    read_predictions,
+)
+from nrat_scale.evaluate.statistics import worst_case
 
 
 def value_at(tree: Any, path: str, default: Any = None) -> Any:
@@ -47,11 +56,13 @@ class Score:
     high: float | None
     n: int | str
     is_difference: bool = False  # shown with its sign
+    starred: bool = False  # a difference beyond chance
 
     @property
     def text(self) -> str:
         """`62.0`, or with its sign, `+7.0`."""
-        return signed(self.percent) if self.is_difference else f"{self.percent:.1f}"
+        text = signed(self.percent) if self.is_difference else f"{self.percent:.1f}"
+        return f"{text}*" if self.starred else text
 
     @property
     def interval(self) -> str:
@@ -86,6 +97,9 @@ class Row:
     scores: dict[str, Score]  # by attack; `worst` is the worst case over all of them
     notes: list[str]  # on parts of AutoAttack that were left out
     flags: list[str]  # reasons to doubt these scores; `Run.warnings` has the one about `threat.space`
+    label: str = ""  # its name in results.json
+    # If the attacks saw different images: the accuracies on those that all saw, with their `worst`; else empty.
+    common: dict[str, Score] = field(default_factory=dict)
 
 
 def result_rows(results: dict[str, Any]) -> list[Row]:
@@ -99,15 +113,38 @@ def result_rows(results: dict[str, Any]) -> list[Row]:
         if same and name == "last":
             continue
         record = records[name]
-        entries = {**value_at(record, "attacks", {}), "worst": record.get("worst")}
+        entries = value_at(record, "attacks", {})
         scores = {str(attack): score for attack, entry in entries.items() if (score := read_score(entry))}
-        if any(value_at(other, "attacks", {}).keys() - entries for other in records.values()):
-            scores.pop("worst", None)  # over fewer attacks than in another row, hence not comparable
+        worst, apart, common = read_score(record.get("worst")), value_at(record, "worst.on_common", {}), {}
+        if any(value_at(other, "attacks", {}).keys() - entries.keys() for other in records.values()):
+            worst = None  # over fewer attacks than in another row, hence not comparable
+        if worst is not None and apart:
+            common = {str(attack): score for attack, entry in apart.items() if (score := read_score(entry))}
+            common["worst"] = worst
+        elif worst is not None and {score.n for score in scores.values()} == {worst.n} and _same_choice(entries):
+            scores["worst"] = worst  # otherwise over other images than the scores beside it
         flags = [str(flag) for flag in record.get("flags") or [] if flag != RELEASED_CODE_WARNING]
         checkpoint = "best = last" if same and name == "best" else name
         notes = left_out_notes(value_at(record, "attacks", {}))
-        rows.append(Row(checkpoint, record.get("epoch"), record.get("weights"), scores, notes, flags))
+        facts = record.get("epoch"), record.get("weights")
+        rows.append(Row(checkpoint, *facts, scores, notes, flags, name, common))
     return rows
+
+
+def _same_choice(entries: Mapping[str, Any]) -> bool:
+    """Whether attacks on equally many images saw the same ones."""
+    return len({str(value_at(entry, "seed", 0)) for entry in entries.values()}) == 1
+
+
+def _with_worst_cases(results: dict[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """`results` with each worst case computed from the outcome of each image: earlier versions did not store `on_common`."""
+    checkpoints = {}
+    for label, record in value_at(results, "checkpoints", {}).items():
+        names = list(value_at(record, "attacks", {})) if isinstance(record, dict) else []
+        if record and names and all(f"{label}/{name}" in outcomes for name in names):
+            record = {**record, "worst": worst_case({name: outcomes[f"{label}/{name}"] for name in names})}
+        checkpoints[label] = record
+    return {**results, "checkpoints": checkpoints} if checkpoints else results
 
 
 @dataclass(frozen=True)
@@ -125,6 +162,20 @@ class Run:
     class_names: list[Any]
     results: dict[str, Any]  # results.json
     rows: list[Row]  # the evaluated checkpoints in it
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # of each image, by `<label>/<attack>`
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    galleries: dict[str, Gallery] = field(default_factory=dict)  # by label
+    timing: list[dict[str, Any]] = field(default_factory=list)  # rows of timing.jsonl
+
+    def record(self, label: str) -> dict[str, Any]:
+        """The record of a checkpoint in results.json; empty if there is none."""
+        found = value_at(self.results, "checkpoints", {}).get(label)
+        return found if isinstance(found, dict) else {}
+
+    def row_of(self, checkpoint: str) -> Row | None:
+        """The row of a checkpoint; `best = last` is that of both."""
+        both = "best = last" if checkpoint in ("best", "last") else checkpoint
+        return next((row for row in self.rows if row.checkpoint in (checkpoint, both)), None)
 
     @property
     def best_row(self) -> dict[str, Any]:
@@ -173,7 +224,25 @@ def read_run(path: Path, name: str) -> Run:
     rows = folder.read_metrics()
     train, validation = ([row for row in rows if row.get("kind") == kind] for kind in ("train", "validation"))
     recipe, names = _read_recipe(folder.recipe), value_at(model, "class_names", [])
-    return Run(name, path, recipe, train, validation, best, last, noise, names, results, result_rows(results))
+    outcomes = read_arrays(folder.results) if results else {}
+    results = _with_worst_cases(results, outcomes)
+    return Run(
+        name,
+        path,
+        recipe,
+        train,
+        validation,
+        best,
+        last,
+        noise,
+        names,
+        results,
+        result_rows(results),
+        outcomes,
+        read_predictions(folder.results) if results else {},
+        read_galleries(folder.results),
+        folder.read_timing(),
+    )
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -25,6 +25,7 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: list[tuple[Cell, ...]]  # as long as `head`
+    is_matrix: bool = False  # square counts, after a column of names
 
 
 def csv_table(table: Table) -> str:
