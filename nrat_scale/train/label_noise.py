@@ -24,9 +24,9 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
         spec = data.spec.noise_of(source.kind)
         noise = describe_noise(clean, given, source.shards.num_classes, spec)
         file, arrays = run.noise_files(source.kind)
-        if not arrays.is_file() or not file.is_file():
-            content = io.BytesIO()
-            np.savez(content, clean=clean, given=given, noisy=clean != given)
+        content = io.BytesIO()
+        np.savez(content, clean=clean, given=given, noisy=clean != given)
+        if not arrays.is_file() or arrays.read_bytes() != content.getvalue():  # lost or damaged
             write_atomically(arrays, content.getvalue())
         write_json(file, noise)  # last: a run with the description has the arrays
         if noise["num_noisy"]:
