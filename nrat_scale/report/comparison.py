@@ -42,7 +42,9 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
     for checkpoint in checkpoints(runs):
         for attack in _attacks(runs, checkpoint):
             scores = [row.scores.get(attack) if (row := run.row_of(checkpoint)) else None for run in runs]
-            if attack == "worst" and not _comparable([run for run in runs if _entry(run, checkpoint, attack)], checkpoint, attack):
+            if attack == "worst" and not _comparable(
+                [run for run in runs if _entry(run, checkpoint, attack)], checkpoint, attack
+            ):
                 continue  # over different attacks
             rows.append((checkpoint, attack_title(attack), *scores))
     caption = "Test accuracy in %, its 95 % Wilson interval and the number of images n."
@@ -121,7 +123,9 @@ def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
     for run in runs:
         if run.recipe:
             values, seeds = stored_values(run.recipe)
-            groups.setdefault(repr(sorted(values.items(), key=str)), {}).setdefault(repr(sorted(seeds.items(), key=str)), run)
+            groups.setdefault(repr(sorted(values.items(), key=str)), {}).setdefault(
+                repr(sorted(seeds.items(), key=str)), run
+            )
     return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 

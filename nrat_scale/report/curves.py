@@ -32,7 +32,7 @@ _SOFT = "#59626d"
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.8, 3.5), dpi=220, layout="constrained")
+    figure = Figure(figsize=(5.0, 3.2), dpi=250, layout="constrained")
     axes = figure.subplots()
     axes.margins(x=0.03)
     return figure, axes
@@ -74,7 +74,7 @@ def draw_curves(run: Run) -> bytes:
         axes.plot([best_epoch], [best.percent], "o", color="#d55e00", ms=6, mec="white", mew=1.2, zorder=5)
         side = "right" if best_epoch > sum(axes.get_xlim()) / 2 else "left"
         text = f"best: epoch {best_epoch:g}, robust {best.percent:.1f} %"
-        axes.text(best_epoch, 101.5, text, ha=side, fontsize=9, color=_SOFT)
+        axes.text(best_epoch, 101.5, text, ha=side, fontsize=8.5, color=_SOFT)
     return _png(figure, axes, "epoch", "validation accuracy, %")
 
 
@@ -97,7 +97,9 @@ def draw_memorisation(run: Run) -> bytes | None:
     for key, label, colour in MEMORISATION:
         points = [(number_at(row, "epoch"), number_at(row, key)) for row in run.train]
         drawn = [(epoch, 100 * value) for epoch, value in points if epoch is not None and value is not None]
-        if drawn and (key != "clean_accuracy" or any(number_at(row, "noisy_memorised") is not None for row in run.train)):
+        if drawn and (
+            key != "clean_accuracy" or any(number_at(row, "noisy_memorised") is not None for row in run.train)
+        ):
             marker = "o" if len(drawn) <= _MOST_MARKERS else None
             axes.plot(*zip(*drawn, strict=True), color=colour, marker=marker, ms=3.5, lw=1.7, label=label)
     return _png(figure, axes, "epoch", "training labels, %", columns=1) if axes.lines else None

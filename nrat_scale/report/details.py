@@ -182,8 +182,19 @@ def timing_table(run: Run) -> Table | None:
         elif parts:
             parts[-1][1].append(row)
     rows: list[tuple[Cell, ...]] = [(str(value_at(start, "time", "?")), *_timing(start, rest)) for start, rest in parts]
-    caption = "Hardware and time of each start of the training. Throughput is the median over epochs, without validations."
-    head = ("started (UTC)", "hardware", "precision", "epochs", "images/s", "training", "validation", "peak memory, GiB")
+    caption = (
+        "Hardware and time of each start of the training. Throughput is the median over epochs, without validations."
+    )
+    head = (
+        "started (UTC)",
+        "hardware",
+        "precision",
+        "epochs",
+        "images/s",
+        "training",
+        "validation",
+        "peak memory, GiB",
+    )
     head = head if any(row[-1] is not None for row in rows) else head[:-1]
     return Table("timing", caption, head, [row[: len(head)] for row in rows]) if rows else None
 

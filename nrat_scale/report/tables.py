@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,33 @@ class Table:
     rows: list[tuple[Cell, ...]]  # as long as `head`
     is_matrix: bool = False  # square counts, after a column of names
 
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, which are aligned to the left, and not numbers."""
+        cells = [row[column] for row in self.rows]
+        return column == 0 or any(isinstance(cell, str) and not _NUMBER.fullmatch(cell) for cell in cells)
+
+    def groups(self) -> list[tuple[Cell, list[tuple[Cell, ...]]]]:
+        """Consecutive rows of the same first cell: that cell, and the rows without it."""
+        found: list[tuple[Cell, list[tuple[Cell, ...]]]] = []
+        for first, *rest in self.rows:
+            if not found or found[-1][0] != first:
+                found.append((first, []))
+            found[-1][1].append(tuple(rest))
+        return found
+
+    def shared_n(self) -> int | str | None:
+        """The number of images, if it is the same in all cells."""
+        return shared_n(cell for row in self.rows for cell in row)
+
+
+_NUMBER = re.compile(r"[+−-]?[0-9][0-9.e+-]*(?: (?:s|min|h))?")
+
+
+def shared_n(cells: Iterable[Cell]) -> int | str | None:
+    """The number of images of several scores, if all have the same; None otherwise."""
+    counts = [cell.n for cell in cells if isinstance(cell, Score)]
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None
+
 
 def csv_table(table: Table) -> str:
     """`table` as CSV with a header line; a column of scores becomes four: accuracy in %, `low`, `high` and `n`.
@@ -49,8 +77,14 @@ def csv_table(table: Table) -> str:
         for cell, many in zip(row, scored, strict=True):
             parts = [*map(_rounded, (cell.percent, cell.low, cell.high)), cell.n] if isinstance(cell, Score) else [cell]
             cells += parts + [None] * (4 * many - len(parts) if many else 0)
-        writer.writerow(["" if cell is None else printable(cell) if isinstance(cell, str) else cell for cell in cells])
+        writer.writerow([_csv_value(cell) for cell in cells])
     return buffer.getvalue()
+
+
+def _csv_value(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return printable(re.sub(r"^−(?=[0-9.]+$)", "-", cell))  # a number that programs read
+    return "" if cell is None else cell
 
 
 def _rounded(value: float | None) -> float | None:
@@ -65,8 +99,7 @@ _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lam
 
 def latex_table(table: Table) -> str:
     """`table` as a LaTeX `table` for the package booktabs, with its caption and the label `tab:NAME`."""
-    text_column = [all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.head))]
-    columns = "".join("l" if is_text else "r" for is_text in text_column)
+    columns = "".join("l" if table.is_text(i) else "r" for i in range(len(table.head)))
     head, *body = [[_latex(_plain(cell)) for cell in line] for line in (table.head, *table.rows)]
     lines = [f"{' & '.join(line)} \\\\" for line in (head, *body)]
     return "\n".join(

@@ -134,9 +134,9 @@ def _run(state: TrainState, profile: int) -> None:
     compile_models(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
-    with alive, state.signals.watched(), contextlib.closing(state.tracker), state.saver or nothing:
-        with contextlib.closing(Timing(state)) as timing:
-            _fit(state, profile, timing)
+    tracked, timed = contextlib.closing(state.tracker), contextlib.closing(Timing(state))
+    with alive, state.signals.watched(), tracked, state.saver or nothing, timed as timing:
+        _fit(state, profile, timing)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(
