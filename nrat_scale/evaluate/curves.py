@@ -60,9 +60,14 @@ def curve_points(curve: Curve, threat: ThreatSpec) -> list[Point]:
     points = []
     for value in curve.values:
         if curve.axis == "eps":
-            name = f"eps={fraction_text(value) if value else 0}"
+            name = f"eps={radius_text(value)}"
             attack, around = EPS_ATTACK, replace(threat, eps=value, step=ratio * value)
         else:
             name, attack, around = f"steps={value:.0f}", f"pgd{value:.0f}", threat
         points.append(Point(name, parse_attack(attack if value else "natural"), around))
     return points
+
+
+def radius_text(eps: float) -> str:
+    """A radius as it is usually written: `0`, `0.2`, `8/255`."""
+    return f"{eps:g}" if len(repr(eps)) <= len("0.125") else fraction_text(eps)

@@ -64,7 +64,7 @@ def difference_table(runs: Sequence[Run]) -> Table | None:
         f"Accuracy minus that of {first.name} in points, on the images that both were tested on (n), with the 95 % interval of "
         "paired proportions (Newcombe 1998). A star marks differences beyond chance (McNemar's exact test, 5 %)."
     )
-    head = ("checkpoint", "attack", *(f"{run.name} − {first.name}" for run in others))
+    head = ("checkpoint", "attack", *(run.name for run in others))
     return Table("differences", caption, head, rows) if rows else None
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nrat_scale.evaluate.curves import radius_text
 from nrat_scale.report.run import Run, Score, number_at, read_score
 
 # Key in a validation row, label, colour, line style. Rows have no clean accuracies if the clean labels are unknown.
@@ -106,10 +107,11 @@ def draw_memorisation(run: Run) -> bytes | None:
 
 
 def draw_by_strength(curves: Mapping[str, Sequence[tuple[float, Score]]], axis: str) -> bytes:
-    """Accuracy with its interval against eps (in units of 1/255) or attack steps, a line per checkpoint or run."""
+    """Accuracy with its interval against eps (times 255 if they are grey levels) or attack steps, a line per checkpoint or run."""
     figure, axes = _figure()
+    levels = axis == "eps" and any("/" in radius_text(value) for points in curves.values() for value, _ in points)
     for i, (name, points) in enumerate(curves.items()):
-        at = [255 * value if axis == "eps" else value for value, _ in points]
+        at = [255 * value if levels else value for value, _ in points]
         middle = [score.percent for _, score in points]
         errors = [
             [max(0.0, score.percent - (score.percent if score.low is None else score.low)) for _, score in points],
@@ -122,7 +124,7 @@ def draw_by_strength(curves: Mapping[str, Sequence[tuple[float, Score]]], axis: 
         ticks = sorted({value for points in curves.values() for value, _ in points})
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
-    label = "eps × 255" if axis == "eps" else "steps of PGD"
+    label = "steps of PGD" if axis == "steps" else "eps × 255" if levels else "eps"
     return _png(figure, axes, label, "test accuracy, %", epochs=False)
 
 

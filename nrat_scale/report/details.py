@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nrat_scale.attacks import fraction_text
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.evaluate.curves import AXES
+from nrat_scale.evaluate.curves import AXES, radius_text
 from nrat_scale.evaluate.measures import NOT_ATTACKED
 from nrat_scale.evaluate.statistics import accuracy_record
 from nrat_scale.report.curves import CURVES
@@ -34,7 +33,9 @@ def common_table(run: Run) -> Table | None:
 
 
 def gap_table(run: Run) -> Table | None:
-    """Best minus last of each test and validation accuracy, if both have the same number of images."""
+    """Best minus last of each test and validation accuracy, if both have the same number of images and are not the same step."""
+    if run.best_is_last:
+        return None
     best_test, last_test = (row.scores if (row := run.row_of(name)) else {} for name in ("best", "last"))
     pairs = [(f"test, {attack_title(a)}", best_test.get(a), last_test.get(a)) for a in attack_columns(run.rows)]
     for key, label, *_ in CURVES if run.validation else ():
@@ -49,7 +50,7 @@ def gap_table(run: Run) -> Table | None:
     return Table("gaps", caption, ("accuracy, %", "best", "last", "gap, points"), rows) if rows else None
 
 
-def curve_points(run: Run, label: str, axis: str) -> list[tuple[float, Score, dict[str, Any]]]:
+def _curve_points(run: Run, label: str, axis: str) -> list[tuple[float, Score, dict[str, Any]]]:
     """(eps in units of 1/255, or steps; accuracy; entry) of a curve, in order, over the largest choice of images only."""
     found = []
     for name, entry in value_at(run.record(label), "curves", {}).items():
@@ -62,32 +63,35 @@ def curve_points(run: Run, label: str, axis: str) -> list[tuple[float, Score, di
     return sorted((point for point in found if point[1].n == largest), key=lambda point: point[0])
 
 
+def strength_curves(run: Run, axis: str) -> dict[str, list[tuple[float, Score]]]:
+    """Checkpoint -> (eps or steps, accuracy) of each point of a curve; only checkpoints that have it."""
+    found = {row.checkpoint: _curve_points(run, row.label, axis) for row in run.rows}
+    return {name: [(at, score) for at, score, _ in points] for name, points in found.items() if points}
+
+
 def curve_tables(run: Run) -> Iterator[Table]:
     """Accuracy against eps and against steps, a column per checkpoint."""
     for axis in AXES:
-        columns = {row.checkpoint: curve_points(run, row.label, axis) for row in run.rows}
+        columns = {row.checkpoint: _curve_points(run, row.label, axis) for row in run.rows}
         columns = {name: points for name, points in columns.items() if points}
         if not columns:
             continue
         values = sorted({at for points in columns.values() for at, *_ in points})
         cells = {name: {at: score for at, score, _ in points} for name, points in columns.items()}
         rows: list[tuple[Cell, ...]] = [
-            (_fraction(at) if axis == "eps" else f"{at:.0f}", *(cells[name].get(at) for name in cells)) for at in values
+            (radius_text(at) if axis == "eps" else f"{at:.0f}", *(cells[name].get(at) for name in cells))
+            for at in values
         ]
         first = next(iter(columns.values()))
-        entry = max(first, key=lambda point: point[0])[2]
-        what = f"eps, under PGD with {value_at(entry, 'steps', '?')} steps" if axis == "eps" else "steps of PGD"
+        entry = first[-1][2]
         step = number_at(entry, "step")
         if axis == "steps":
-            what += "" if step is None else f" of {_fraction(step)}"
-        elif step and first[-1][0]:
-            what += f" of {step / first[-1][0]:.3g} eps"
+            what = "the steps of PGD" + ("" if step is None else f" (step length {radius_text(step)})")
+        else:
+            length = f" of {step / first[-1][0]:.3g} eps" if step and first[-1][0] else ""
+            what = f"eps, under PGD with {value_at(entry, 'steps', '?')} steps{length}"
         caption = f"Test accuracy in % against {what}, on one choice of images."
         yield Table(f"accuracy_by_{axis}", caption, (axis, *cells), rows)
-
-
-def _fraction(value: float) -> str:
-    return fraction_text(value) if value else "0"
 
 
 def _predicted(run: Run, row: Row) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -146,7 +150,7 @@ def confusion_tables(run: Run, row: Row) -> Iterator[Table]:
         counts = np.zeros((class_count(run, pairs),) * 2, int)
         np.add.at(counts, (labels, predicted), 1)
         how = "without an attack" if attack == "natural" else f"under {attack_title(attack)}"
-        caption = f"{len(labels)} test images of each class (row) by predicted class (column), {how}, {row.checkpoint} checkpoint."
+        caption = f"Test images ({len(labels)}) by class (row) and predicted class (column), {how}, {row.checkpoint} checkpoint."
         yield matrix(run, f"confusion_{attack}", caption, counts.tolist(), "label \\ predicted")
 
 

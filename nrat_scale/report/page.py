@@ -15,10 +15,9 @@ from markupsafe import Markup
 from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.report.comparison import seed_groups
 from nrat_scale.report.content import comparison_tables, run_tables
 from nrat_scale.report.curves import CURVES, draw_by_strength, draw_curves, draw_joint_curves, draw_memorisation
-from nrat_scale.report.details import curve_points
+from nrat_scale.report.details import strength_curves
 from nrat_scale.report.facts import noise_facts, run_facts, selection, setting, validation_text
 from nrat_scale.report.pictures import pictures
 from nrat_scale.report.run import Run, Score, value_at
@@ -105,14 +104,13 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     """The first part of the page of several runs."""
-    evaluated, facts = [run for run in runs if run.rows], [run_facts(run) for run in runs]
+    facts = [run_facts(run) for run in runs]
     shared = {title: text for title, text in facts[0].items() if all(other.get(title) == text for other in facts)}
     validated = [run for run in runs if run.validation]
     return {
         "shared": shared,
         "tables": comparison_tables(runs),
         "missing": [(run.name, evaluate_command(run)) for run in runs if not run.rows],
-        "seeds": [[run.name for run in group] for group in seed_groups(evaluated)],
         "figures": [
             Figure(draw_joint_curves(validated, key), f"Validation accuracy, {name}, by epoch. {_MARKS}")
             for key, name in (("robust", "robust"), ("natural", "natural"))
@@ -132,7 +130,7 @@ def _section(run: Run, png: bytes, *, alone: bool) -> dict[str, Any]:
     strength = [
         Figure(draw_by_strength(curves, axis), f"Test accuracy against {name}, with 95 % Wilson intervals.")
         for axis, name in (("eps", "the radius"), ("steps", "the number of steps"))
-        if (curves := {row.checkpoint: points for row in run.rows if (points := curve_points(run, row.label, axis))})
+        if (curves := strength_curves(run, axis))
     ]
     return {
         "run": run,
@@ -144,7 +142,7 @@ def _section(run: Run, png: bytes, *, alone: bool) -> dict[str, Any]:
         ),
         "memorisation": None if memorised is None else Figure(memorised, text),
         "strength": strength,
-        "best_is_last": run.best.get("step") is not None and run.best.get("step") == run.last.get("step"),
+        "best_is_last": run.best_is_last,
         "noises": [facts for source in run.noise if (facts := noise_facts(run, source))],
         "tables": {table.name: table for table in run_tables(run)},
         "gallery": next((found for row in run.rows if (found := pictures(run, row))), None),

@@ -187,6 +187,11 @@ class Run:
         return max(self.validation, key=lambda row: number_at(row, "robust.accuracy") or 0.0, default={})
 
     @property
+    def best_is_last(self) -> bool:
+        """Whether the best checkpoint is known to be the last one."""
+        return self.best.get("step") is not None and self.best.get("step") == self.last.get("step")
+
+    @property
     def attack(self) -> str:
         """The title of the attack in validation."""
         name = value_at(self.recipe, "train.validation_attack", "attack")

@@ -72,11 +72,11 @@ def test_page_of_one_run(tmp_path: Path) -> None:
     page = Page(out.read_text(encoding="utf-8"))
     assert out == run / "report.html"
     header, best, last = page.rows(0)
-    assert header == ["Run", "Checkpoint", "natural", "PGD-20", "CW-20", "AutoAttack"]
-    assert best[0] == "nrat" and best[1] == "best epoch 3, EMA weights" and last[0] == "last epoch 5, EMA weights"
-    assert best[2] == "97.4 [95.6, 98.5] n = 500"
-    assert best[3] == "62.0 [57.7, 66.1] n = 500"
-    assert best[5] == "59.0 [52.1, 65.6] n = 200"
+    assert header == ["Checkpoint", "natural", "PGD-20", "CW-20", "AutoAttack"]
+    assert best[0] == "best epoch 3, EMA weights" and last[0] == "last epoch 5, EMA weights"
+    assert best[1] == "97.4 [95.6, 98.5] n = 500"
+    assert best[2] == "62.0 [57.7, 66.1] n = 500"
+    assert best[4] == "59.0 [52.1, 65.6] n = 200"
     assert last[2] == "55.0 [50.6, 59.3] n = 500"
     for text in (
         "l_inf, eps = 8/255, trained with 10 steps of 2/255",
@@ -155,19 +155,27 @@ def test_gap_needs_the_same_images(tmp_path: Path) -> None:
     assert "test, AutoAttack" not in labels and "test, CW-20" in labels
 
 
-def test_two_runs_share_the_table(tmp_path: Path) -> None:
-    """Several runs have one table and one curve each; the page and curves.png go where `out` says."""
+def test_runs_are_columns(tmp_path: Path) -> None:
+    """Several runs are compared first; then each run has its own part. The page and curves.png go where `out` says."""
     plain = changed(results(), "checkpoints.best.attacks.natural", score(495, 500, 0.977, 0.996))
-    runs = [make_run(tmp_path / "nrat"), make_run(tmp_path / "plain", results=plain)]
+    recipe = changed(RECIPE, "objective.name", "trades")
+    runs = [make_run(tmp_path / "nrat"), make_run(tmp_path / "plain", results=plain, recipe=recipe)]
     out = write_report(read_runs(runs), tmp_path / "new" / "both.html", title="NRAT and plain")
     page = Page(out.read_text(encoding="utf-8"))
-    assert [row[0].split()[0] for row in page.rows(0)[1:]] == ["nrat", "last", "plain", "last"]
-    assert page.rows(0)[3][2] == "99.0 [97.7, 99.6] n = 500"
+    assert page.rows(0) == [
+        ["setting", "nrat", "plain"],
+        ["Objective", "nrat, λ = 6, inner loss kl", "trades, λ = 6, inner loss kl"],
+    ]
+    assert page.rows(1)[0] == ["checkpoint", "attack", "nrat", "plain"]
+    assert page.rows(1)[1] == ["best", "natural n = 500", "97.4 [95.6, 98.5]", "99.0 [97.7, 99.6]"]
+    assert page.rows(1)[4] == ["AutoAttack n = 200", "59.0 [52.1, 65.6]", "59.0 [52.1, 65.6]"]
+    assert page.rows(1)[5][0] == "last"
     assert "<h1>NRAT and plain</h1>" in page.source
     assert (tmp_path / "new" / "curves.png").is_file()
     assert not (runs[0] / "report.html").exists()
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 2 + 2, "two joint figures, one of each run"
     assert "nrat, plain: tested on" in page.text, "a setting of both runs is printed once"
+    assert page.text.count("l_inf, eps = 8/255, trained with 10 steps") == 1, "so is a setting of the trainings"
 
 
 def test_plain_training_makes_no_attack(tmp_path: Path) -> None:
@@ -190,7 +198,7 @@ def test_best_is_last(tmp_path: Path) -> None:
     same = changed(results(), "checkpoints.last", results()["checkpoints"]["best"])
     page = page_of(make_run(tmp_path / "run", results=same, last={"step": 60, "epoch": 3, "folder": "step-60"}))
     assert len(page.rows(0)) == 2
-    assert page.rows(0)[1][1].startswith("best = last")
+    assert page.rows(0)[1][0].startswith("best = last")
     assert "The best checkpoint is the last one" in page.text
 
 
@@ -202,8 +210,8 @@ def test_not_evaluated_yet(tmp_path: Path) -> None:
     assert f"a run: not evaluated yet: {command}" in page.text
     assert "Checkpoint" not in page.text, "there is no empty table"
     page = page_of(run, make_run(tmp_path / "other"))
-    assert page.rows(0)[1] == ["a run", f"not evaluated yet: {command}"]
-    assert page.rows(0)[2][0] == "other"
+    assert page.rows(0)[0] == ["checkpoint", "attack", "other"]
+    assert page.text.count(f"a run: not evaluated yet: {command}") == 1
 
 
 def test_partly_evaluated(tmp_path: Path) -> None:
@@ -221,7 +229,7 @@ def test_a_run_of_an_older_version(tmp_path: Path) -> None:
     run = shutil.copytree(GOLDEN / "run", tmp_path / "run")
     page = Page(write_report(read_runs([run])).read_text(encoding="utf-8"))
     assert page.rows(0)[0][-2:] == ["PGD-5", "worst case"]
-    assert page.rows(0)[1][2] == "11.0 [6.3, 18.6] n = 100"
+    assert page.rows(0)[1][1] == "11.0 [6.3, 18.6] n = 100"
     assert "l_inf, eps = 0.1" in page.text and "515 of 1297 real labels are wrong" in page.text
 
 
@@ -232,7 +240,7 @@ def test_unlike_evaluations_are_flagged(tmp_path: Path) -> None:
     """Runs evaluated with different radii carry a warning that names both settings."""
     other = changed(results(), "threat.eps", 4 / 255)
     page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b", results=other))
-    assert "different settings; do not compare their rows" in page.text and "eps = 4/255" in page.text
+    assert "different settings; do not compare their numbers" in page.text and "eps = 4/255" in page.text
 
 
 def test_results_of_an_older_best_are_flagged(tmp_path: Path) -> None:
