@@ -206,7 +206,9 @@ def timing_table(run: Run) -> Table | None:
 def _timing(start: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Cell, ...]:
     epochs, validations = ([row for row in rows if row.get("kind") == kind] for kind in ("epoch", "validation"))
     processes, threads = value_at(start, "processes", 1), value_at(start, "threads")
-    hardware = f"{processes} × {value_at(start, 'device_name', '?')}" + (f", {threads} threads" if threads else "")
+    hardware = f"{processes} × {value_at(start, 'device_name', '?')}" + (
+        f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+    )
     speeds = [speed for row in epochs if (speed := number_at(row, "images_per_second")) is not None]
     memory = max((n for row in epochs if (n := number_at(row, "peak_memory_bytes")) is not None), default=None)
     return (

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrat_scale.evaluate.statistics import beyond_chance, paired, wilson, worst_case
+from nrat_scale.evaluate.statistics import Paired, beyond_chance, paired, paired_interval, wilson, worst_case
 
 
 def test_wilson_known_values() -> None:
@@ -48,3 +48,28 @@ def test_pairs_are_of_common_images() -> None:
     other = np.array([1, 2, 3, 4]), np.array([True, True, False, True])
     pair = paired(one, other)
     assert (pair.n, pair.right, pair.other_right, pair.only_first_broke, pair.only_second_broke) == (3, 2, 2, 1, 1)
+
+
+def test_the_worst_case_has_the_accuracies_on_its_images() -> None:
+    """Only those may stand beside it, if an attack saw other images too."""
+    one = np.array([3, 1, 2]), np.array([True, True, False])
+    other = np.array([1, 3, 7]), np.array([False, True, True])
+    record = worst_case({"pgd20": one, "aa": other})
+    assert record is not None
+    assert {name: (entry["correct"], entry["n"]) for name, entry in record["on_common"].items()} == {
+        "pgd20": (2, 2),
+        "aa": (1, 2),
+    }
+    same = worst_case({"pgd20": one, "cw20": one})
+    assert same is not None and "on_common" not in same
+
+
+def test_paired_interval() -> None:
+    """Newcombe's published example (1998, table II, method 10: 36, 12, 2, 0 of 50), and the extremes."""
+    pair = Paired(n=50, right=48, other_right=38, only_first_broke=2, only_second_broke=12)
+    assert paired_interval(pair) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    swapped = Paired(50, 38, 48, 12, 2)
+    assert paired_interval(swapped) == pytest.approx((-0.3404, -0.0569), abs=5e-5)
+    low, high = paired_interval(Paired(20, 20, 20, 0, 0))
+    assert low < 0 < high
+    assert paired_interval(Paired(20, 20, 0, 0, 20)) == pytest.approx((0.7624, 1.0), abs=0.03)
