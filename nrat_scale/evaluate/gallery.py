@@ -11,6 +11,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,8 +84,8 @@ def read_galleries(results: Path) -> dict[str, Gallery]:
         with np.load(gallery_path(results), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         for label in {name.rpartition("/")[0] for name in arrays}:
-            parts = {name: arrays[f"{label}/{name}"] for name in _ARRAYS}
-            gallery = Gallery(*(str(arrays[f"{label}/{name}"]) for name in _TEXTS), **parts)
+            parts: dict[str, Any] = {name: arrays[f"{label}/{name}"] for name in _ARRAYS}
+            gallery = Gallery(**parts, **{name: str(arrays[f"{label}/{name}"]) for name in _TEXTS})
             if _is_whole(gallery):
                 found[label] = gallery
     return found

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,9 @@ def _png(figure: Figure, axes: Axes, xlabel: str, ylabel: str, *, columns: int =
     axes.grid(axis="y", color="#e3e6ea", lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # Matplotlib's version would change the bytes
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a run's name: drawn as a box
+        figure.savefig(buffer, format="png", metadata={"Software": None})  # Matplotlib's version would change the bytes
     return buffer.getvalue()
 
 
@@ -117,8 +120,10 @@ def draw_by_strength(curves: Mapping[str, Sequence[tuple[float, Score]]], axis: 
             [max(0.0, score.percent - (score.percent if score.low is None else score.low)) for _, score in points],
             [max(0.0, (score.percent if score.high is None else score.high) - score.percent) for _, score in points],
         ]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "ls": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
-        axes.errorbar(at, middle, errors, marker="o", ms=4, lw=1.6, capsize=2.5, label=safe_label(name), **style)
+        colour, dashes = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
+        line = {"marker": "o", "ms": 4, "lw": 1.6, "color": colour, "ls": dashes}
+        drawn: dict[str, Any] = {**line, "capsize": 2.5, "label": safe_label(name)}
+        axes.errorbar(at, middle, errors, **drawn)
     if axis == "steps":
         axes.set_xscale("symlog", linthresh=1)
         ticks = sorted({value for points in curves.values() for value, _ in points})

@@ -46,8 +46,8 @@ def pictures(run: Run, row: Row) -> Pictures | None:
     for i, number in enumerate(gallery.ids.tolist()):
         x, label = gallery.x[i].astype(np.float32) / 255, int(gallery.labels[i])
         natural, attacked = int(gallery.natural[i]), int(gallery.attacked[i])
-        images = (_png(values) for values in (x, 0.5 + factor * moved[i], x + moved[i]))
-        names = (_name(run, one) for one in (label, natural, attacked))
+        images = _png(x), _png(0.5 + factor * moved[i]), _png(x + moved[i])
+        names = _name(run, label), _name(run, natural), _name(run, attacked)
         found.append(Picture(number, *images, *names, natural == label, attacked == label))
     caption = (
         f"Image, perturbation magnified {factor:.3g} times around grey, and attacked image, under {attack_title(gallery.attack)} "
