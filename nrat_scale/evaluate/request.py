@@ -9,10 +9,11 @@ from torch import nn
 from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
+from nrat_scale.core.float32 import float32_mode
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
-from nrat_scale.evaluate.key import EvaluationKey, float32_mode
+from nrat_scale.evaluate.key import EvaluationKey
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import package_versions
 from nrat_scale.evaluate.targets import Target

@@ -9,18 +9,26 @@ The capture is compared with a plain call before it is used. If it fails or diff
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.modes import batchnorms
+from nrat_scale.train.batchnorm import GroupedBatchNorm
+from nrat_scale.train.state import TrainState
+from nrat_scale.train.step import attack, forward_backward
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[..., Tensors]
+Capture = Callable[[Function, Tensors], tuple[Callable[[], None], Tensors]]
 
 _PLAIN_CALLS = 2  # before a capture: lazy state (momentum, gradients, cuDNN's choices) is made in the first ones
 _WARMUP_CALLS = 3  # on the stream of the capture, as torch asks for
+_ATTACK_SLACK = 0.25  # of eps: mean difference of two x_adv
+_STEP_SLACK = 0.05  # relative difference of a loss, of logits, or of a gradient
 _MAX_CAPTURES = 64  # of one part: a key that changes in every step would capture for ever
 
 
@@ -70,7 +78,7 @@ class GraphedCall:
         enabled: bool,
         required: bool = False,
         say: Callable[[str], None] = print,
-        capture: Callable[[Function, Tensors], tuple[Callable[[], None], Tensors]] = capture_cuda,
+        capture: Capture = capture_cuda,
     ) -> None:
         self.enabled = enabled
         self.num_captures = 0
@@ -103,22 +111,22 @@ class GraphedCall:
     def _try_capture(self, inputs: Tensors, addresses: tuple[int, ...]) -> _Captured | None:
         """A graph that agrees with a plain call, or None; `state` is as before."""
         self.num_captures += 1
-        before = [tensor.clone() for tensor in self._state()]
+        before, random = [tensor.clone() for tensor in self._state()], _random_state(inputs)
         problem, captured = "", None
         try:
             buffers = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
             replay, outputs = self._capture(self._function, buffers)
             captured = _Captured(replay, buffers, outputs, addresses)
-            self._restore(before)
+            self._restore(before, random)
             replay()
             graphed = self._results(outputs)
-            self._restore(before)
+            self._restore(before, random)
             problem = self._close(self._results(self._function(*inputs)), graphed)
         except UserError:
             raise
         except Exception as error:  # a model may do anything that a capture forbids
             problem = first_line(error)
-        self._restore(before)
+        self._restore(before, random)
         if not problem and self.num_captures > _MAX_CAPTURES:
             problem = f"it was captured {_MAX_CAPTURES} times, because it changes too often"
         if not problem:
@@ -135,10 +143,17 @@ class GraphedCall:
         """Copies of the results and of `state`."""
         return tuple(tensor.clone() for tensor in (*outputs, *self._state()))
 
-    def _restore(self, before: Sequence[Tensor]) -> None:
+    def _restore(self, before: Sequence[Tensor], random: Tensor | None) -> None:
         with torch.no_grad():
             for tensor, value in zip(self._state(), before, strict=True):
                 tensor.copy_(value)
+        if random is not None:
+            torch.cuda.set_rng_state(random)
+
+
+def _random_state(inputs: Tensors) -> Tensor | None:
+    """The state of the device's default generator, which dropout draws from."""
+    return torch.cuda.get_rng_state() if any(tensor.is_cuda for tensor in inputs) else None
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
@@ -148,6 +163,76 @@ def relative_difference(one: Tensor, other: Tensor) -> float:
     return difference / size if size else difference
 
 
-def describe(value: Any) -> Hashable:
-    """A hashable description of settings, for a key."""
-    return repr(value)
+class StepGraphs:
+    """The graphs of a run's step: `attack`, and `train` for forward, forward, backward."""
+
+    def __init__(self, state: TrainState, *, required: bool = False, capture: Capture = capture_cuda) -> None:
+        self._state, attack_model = state, state.attack_model
+        options: dict[str, Any] = {"required": required, "capture": capture, "say": state.accelerator.print}
+        modules = (attack_model.module, attack_model.low)
+        eps = state.recipe.threat.eps
+        self.attack = GraphedCall(
+            "attack",
+            partial(attack, state),
+            reads=lambda: [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())],
+            # Kernels that are not deterministic change the sign of tiny gradients; stale inputs change most pixels.
+            close=lambda plain, graphed: (
+                "" if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * eps else "its images differ"
+            ),
+            enabled=True,
+            **options,
+        )
+        plain = any(isinstance(layer, GroupedBatchNorm) for layer in batchnorms(state.base))
+        plain = plain or state.recipe.objective.ikl_gamma > 0  # both keep tensors of one step on the host
+        self.training = GraphedCall(
+            "training step",
+            self._forward_backward,
+            reads=lambda: [*state.base.parameters(), *state.base.buffers(), *self._gradients()],
+            state=lambda: [*state.base.buffers(), *self._gradients()],
+            close=lambda *results: (
+                ""
+                if all(relative_difference(*pair) <= _STEP_SLACK for pair in zip(*results, strict=True))
+                else "it differs"
+            ),
+            enabled=not plain,
+            **options,
+        )
+        self._num_parts = 1
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._state.base.parameters() if p.grad is not None]
+
+    def _forward_backward(self, *given: Tensor) -> Tensors:
+        return forward_backward(self._state, self._num_parts, *given)
+
+    def train(self, num_parts: int, *given: Tensor) -> Tensors:
+        """`forward_backward`; numbers that the capture freezes are its key."""
+        state, self._num_parts = self._state, num_parts
+        weight = state.recipe.objective.loss_weight(state.progress)
+        if weight < 1:  # during a warm start the loss is another one in every step
+            return self._forward_backward(*given)
+        momenta = tuple(layer.momentum for layer in batchnorms(state.base))
+        return self.training(*given, key=(num_parts, momenta))
+
+
+def use_graphs(state: TrainState) -> None:
+    """Let the step run as graphs, as `train.graphs` says: `auto` does on CUDA, with one process.
+
+    Raises `UserError` if `train.graphs` is true and they are not available.
+    """
+    wanted, device = state.recipe.train.graphs, state.accelerator.device
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return
+    problem = ""
+    if device.type != "cuda":
+        problem = f"they need a GPU, and this run is on {device.type}"
+    elif state.accelerator.num_processes > 1:
+        problem = (
+            f"they have not been tested with several processes, and this run has {state.accelerator.num_processes}"
+        )
+    if not problem:
+        state.graphs = StepGraphs(state, required=wanted is True)
+    elif wanted is True:
+        raise UserError(f"train.graphs is true, but {problem}. Use train.graphs=auto or false.")
+    else:
+        state.accelerator.print(f"CUDA graphs are off: {problem}.")
