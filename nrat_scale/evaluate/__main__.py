@@ -60,6 +60,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tf32 = "convolutions in TF32 on GPUs: faster, with a logit error of about 1e-3 (default: IEEE float32)"
     add("--tf32", action="store_true", help=tf32)
     out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
+    graphs = "run the passes of attacks as CUDA graphs on padded batches: for small models on GPUs (not measured yet)"
+    add("--graphs", action="store_true", help=graphs)
     add("--out", type=Path, help=out)
     return parser.parse_args(argv)
 
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = replace(source, label=Path(given.transfer_from).name)
     threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
     counts = given.images, given.aa_images, given.batch_size
-    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken)
+    if given.graphs and device.type != "cuda":
+        raise UserError(f"--graphs needs a GPU, and this evaluation is on {device.type}. Omit it.")
+    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken, given.graphs)
     out = given.out or found.results
     if given.out is None and found.earlier is not None and found.earlier.is_file():
         warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")

@@ -57,6 +57,7 @@ class EvaluationKey:
     batch_size: int  # images of an evaluation block
     device: str  # kind: cpu, cuda
     float32: str  # see `float32_mode`
+    graphs: bool | None  # whether passes were CUDA graphs on padded batches
     versions: dict[str, str]  # of packages
 
     @property

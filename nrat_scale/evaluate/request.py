@@ -35,6 +35,7 @@ class Request:
     seed: int = 0  # of random starts, AutoAttack and the choice of images
     source: Target | None = None  # transfer attack: make the adversarial images on this model
     drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
+    graphs: bool = False  # attack through a `GraphedModel`
 
     def __post_init__(self) -> None:
         if not self.attacks:
@@ -94,6 +95,7 @@ class Request:
             batch_size=self.batch_size,
             device=device.type,
             float32=float32_mode(device),
+            graphs=self.graphs or None,
             versions=package_versions(),
         )
 
