@@ -12,9 +12,9 @@ from accelerate import PartialState
 from nrat_scale.attacks import NORMS, parse_fraction
 from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
 from nrat_scale.core.errors import UserError, first_line, run_cli, warn
+from nrat_scale.core.float32 import use_float32
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
-from nrat_scale.evaluate.key import FLOAT32_MODES, use_float32
 from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
@@ -57,9 +57,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
-    float32 = "of GPUs: tf32 (torch's default: convolutions in TF32) or ieee (slower) (default: %(default)s)"
-    add("--float32", choices=FLOAT32_MODES, default="tf32", help=float32)
+    tf32 = "convolutions in TF32 on GPUs: faster, with a logit error of about 1e-3 (default: IEEE float32)"
+    add("--tf32", action="store_true", help=tf32)
     out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
+    graphs = "run the passes of attacks as CUDA graphs on padded batches: for small models on GPUs (not measured yet)"
+    add("--graphs", action="store_true", help=graphs)
     add("--out", type=Path, help=out)
     return parser.parse_args(argv)
 
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     given = _arguments(argv)
     state, device = _join(given.device)
-    use_float32(given.float32)
+    use_float32("tf32" if given.tf32 else "ieee")
     shards = open_shards(given.data, "--data")
     options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key)
     found = find_targets(given.what, options)
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = replace(source, label=Path(given.transfer_from).name)
     threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
     counts = given.images, given.aa_images, given.batch_size
-    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken)
+    if given.graphs and device.type != "cuda":
+        raise UserError(f"--graphs needs a GPU, and this evaluation is on {device.type}. Omit it.")
+    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken, given.graphs)
     out = given.out or found.results
     if given.out is None and found.earlier is not None and found.earlier.is_file():
         warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
