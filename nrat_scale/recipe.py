@@ -22,7 +22,7 @@ from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
-from nrat_scale.labels import GeneratedNoiseSpec
+from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
@@ -39,8 +39,12 @@ _NOT_IDENTITY = (
 # Keys added since runs were stored -> their defaults. At its default a key is not part of the identity, so that a run that
 # was stored without it can be resumed.
 _ADDED: dict[str, Any] = {
-    f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()
+    **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
+    "data.generated.noise.kind": NONE,
+    "data.validation.shards": None,
 }
+# Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
+_EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
     values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
-    return {key: value for key, value in values.items() if key not in _ADDED or value != _ADDED[key]}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in _ADDED or value not in (_ADDED[key], *_EQUAL.get(key, ()))
+    }
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:

@@ -19,12 +19,11 @@ from nrat_scale.core.files import sha256_of
 from nrat_scale.core.run_folder import RECIPE, RESULTS, RunFolder
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import WEIGHTS, resolve
+from nrat_scale.loading.release_folder import WEIGHT_FILES, WEIGHTS, resolve
 from nrat_scale.recipe import load_recipe
 
 CHECKPOINTS = ("best", "last")
 WEIGHT_CHOICES = ("evaluated", "ema", "raw")
-_WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,9 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
         raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
         return FoundTargets(_run_targets(run, options), load_recipe(run.recipe).threat, run.results, run)
-    if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
+    if path.is_dir() or ("/" in what and path.suffix not in WEIGHT_FILES):
         return _release(what)
-    if path.suffix in _WEIGHT_FILES:
+    if path.suffix in WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
     if timm.is_model(what):
         return _timm_model(what)
