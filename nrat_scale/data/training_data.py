@@ -79,7 +79,11 @@ class TrainingData:
     @property
     def validation_shards(self) -> ShardSet:
         """The shards with the images that select the checkpoint."""
-        return (self._apart or self._by_kind[self.spec.validation.source]).shards
+        return self._validation_source.shards
+
+    @property
+    def _validation_source(self) -> TrainingSource:
+        return self._by_kind[self.spec.validation.source] if self._apart is None else self._apart
 
     @property
     def known_before(self) -> bool:
@@ -92,7 +96,7 @@ class TrainingData:
 
     def validation(self) -> LabelledImages:
         """The images that select the checkpoint, with the labels that `data.validation.labels` names."""
-        source = self._apart or self._by_kind[self.spec.validation.source]
+        source = self._validation_source
         images = to_nchw(source.shards.images(source.held_out))
         clean = torch.from_numpy(source.clean_labels(source.held_out)) if source.clean is not None else None
         if self.spec.validation.labels == "given":
