@@ -50,7 +50,7 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     for source, noise in contents.noise.items():
         notes.append(f"{contents.noise_effect(source)} ({noise['kind']} label noise).")
     if contents.has_unchecked_labels:
-        notes.append("How many of its real training labels are wrong is unknown.")
+        notes.append("Nobody has checked its real training labels.")
     measured = contents.attacks.get("aa", {"n": 0})["n"]
     if measured != total:
         problem = f"run on {measured} of {total} images only" if measured else "not run"

@@ -111,7 +111,7 @@ def test_no_command_claims_clean_labels(
     footnote = json.loads((released / "robustbench" / "model_info.json").read_text())["footnote"]
     for text in (printed, report, card, footnote):
         assert "clean label" not in text and "labels are wrong" not in text and "clean class" not in text
-    assert "How many of its real training labels are wrong is unknown." in footnote
+    assert "Nobody has checked its real training labels." in footnote
     assert "Some of the real training labels may be wrong: nobody has checked them." in card
     if injected:
         assert "whether the labels before injection were right is unknown" in printed
