@@ -22,7 +22,7 @@ from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
 from nrat_scale.data.spec import DataSpec
-from nrat_scale.labels import GeneratedNoiseSpec
+from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
@@ -41,10 +41,14 @@ _NOT_IDENTITY = (
 # was stored without it can be resumed.
 _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
+    "data.generated.noise.kind": NONE,
+    "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,
     "train.tf32": True,
 }
+# Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
+_EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
 # Keys of `objective` in every resolved recipe from before `objective.loss` and `objective.divergence` were keys.
 _FORMER_OBJECTIVE = {"name", "lam", "inner", "smoothing", "smoothing_mode", "a", "b"}
 _FORMER_AWP_WARMUP = 10  # the default before the 9 of TRADES-AWP
@@ -170,7 +174,11 @@ def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
         usual |= {"objective.loss": own.loss, "objective.divergence": own.divergence}
     if not recipe.awp.gamma:
         values["awp.warmup_epochs"] = _FORMER_AWP_WARMUP
-    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in usual or value not in (usual[key], *_EQUAL.get(key, ()))
+    }
 
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
@@ -178,7 +186,10 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
-            return f"{key} is {dict(_flat(_values(old)))[key]} there and {dict(_flat(_values(new)))[key]} here"
+            before, now = (
+                known.get(key, dict(_flat(_values(spec)))[key]) for known, spec in ((there, old), (here, new))
+            )
+            return f"{key} is {before} there and {now} here"
     return "no key differs"
 
 

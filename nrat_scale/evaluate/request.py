@@ -12,6 +12,7 @@ from nrat_scale.core.files import read_json
 from nrat_scale.core.float32 import float32_mode
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
+from nrat_scale.data.spec import VALIDATION
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
 from nrat_scale.evaluate.key import EvaluationKey
 from nrat_scale.evaluate.measures import Images
@@ -132,5 +133,9 @@ def check_unseen(run: RunFolder, shards: ShardSet) -> None:
     if run.data.is_file():
         for kind, entry in read_json(run.data, "record of the training data").items():
             if entry.get("fingerprint") == shards.fingerprint:
-                where = f"{shards.folder} is the {kind} training data of {run.path}"
-                raise UserError(f"{where}, which includes its validation images. Give the test split with --data.")
+                where = (
+                    f"{shards.folder} is the {kind} training data of {run.path}, which includes its validation images"
+                )
+                if kind == VALIDATION:
+                    where = f"{shards.folder} has the validation images that selected the checkpoint of {run.path}"
+                raise UserError(f"{where}. Give the test split with --data.")

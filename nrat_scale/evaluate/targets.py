@@ -20,12 +20,11 @@ from nrat_scale.evaluate.key import ModelKey, model_key
 from nrat_scale.loading.checks import read_configuration
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import CONFIG, WEIGHTS, resolve
+from nrat_scale.loading.release_folder import CONFIG, WEIGHT_FILES, WEIGHTS, resolve
 from nrat_scale.recipe import load_recipe
 
 CHECKPOINTS = ("best", "last")
 WEIGHT_CHOICES = ("evaluated", "ema", "raw")
-_WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     if run.is_run:
         recipe = load_recipe(run.recipe)
         return FoundTargets(_run_targets(run, options, recipe.objective.title), recipe.threat, run.results, run)
-    if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
+    if path.is_dir() or ("/" in what and path.suffix not in WEIGHT_FILES):
         return _release(what)
-    if path.suffix in _WEIGHT_FILES:
+    if path.suffix in WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
     if timm.is_model(what):
         return _timm_model(what)

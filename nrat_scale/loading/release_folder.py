@@ -1,13 +1,19 @@
 """A release folder, local or on the Hub: its files, their download and verification."""
 
+import os
+import time
 from contextlib import suppress
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -18,6 +24,10 @@ from nrat_scale.core.run_folder import RECIPE, RESULTS
 from nrat_scale.loading.file_kind import recognise
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
+# Default folders of our commands: no names of the Hub's users.
+_OUR_FOLDERS = ("runs", "releases", "evaluations", "checkpoints", "data")
+_ANSWER_SECONDS = 10.0
 _REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
     LocalEntryNotFoundError: "the Hub cannot be reached, and its cache has no copy",
     RepositoryNotFoundError: "the Hub has no such model, or it is private",
@@ -59,18 +69,51 @@ def verify(folder: Path, *, everything: bool = False) -> None:
             raise UserError(f"{folder} differs from its {MANIFEST}: {mismatch}. Fetch or release it again.")
 
 
-def _download(source: str) -> Path:
-    """The snapshot folder of `user/repo[@revision]`, all files from one commit."""
+def _check_hub_name(source: str) -> None:
+    """Refuse a name that can only be a local path, or most likely is a mistyped one, without asking the Hub."""
     repo, _, revision = source.partition("@")
+    path = Path(source)
+    if path.suffix in WEIGHT_FILES:
+        raise UserError(f"There is no file {source}.")
     if repo.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{source} is not a release folder and does not have the Hub's form user/repo.")
+    owner = path.parent
+    near: list[str] = []
+    if not revision and (owner.is_dir() or owner.name in _OUR_FOLDERS):
+        with suppress(OSError):
+            near = get_close_matches(path.name, os.listdir(owner), n=1)
+        hint = f" Did you mean {owner / near[0]}?" if near else ""
+        raise UserError(f"There is no folder {source}.{hint} If it is on the Hub, name a revision: {source}@main.")
+
+
+def _is_reachable(repo: str, revision: str | None) -> bool:
+    """Whether the Hub answers. huggingface_hub itself would retry for half a minute if a name is not in its cache."""
+    for pause in (1.0, 0.0):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, CONFIG, revision=revision), timeout=_ANSWER_SECONDS)
+        except (HfHubHTTPError, HFValidationError):
+            return True  # an answer; `hf_hub_download` gets the same and names the reason
+        except OfflineModeIsEnabled:
+            return False
+        except Exception:  # the HTTP libraries of huggingface_hub's versions share no base class
+            time.sleep(pause)
+        else:
+            return True
+    return False
+
+
+def _download(source: str) -> Path:
+    """The snapshot folder of `user/repo[@revision]`, all files from one commit; the cached one if the Hub does not answer."""
+    _check_hub_name(source)
+    repo, _, revision = source.partition("@")
     try:
-        folder = Path(hf_hub_download(repo, CONFIG, revision=revision or None)).parent
+        fetch = partial(hf_hub_download, repo, local_files_only=not _is_reachable(repo, revision or None))
+        folder = Path(fetch(CONFIG, revision=revision or None)).parent
         commit = folder.name  # `revision` may move between two downloads
-        hf_hub_download(repo, WEIGHTS, revision=commit)
+        fetch(WEIGHTS, revision=commit)
         for name in (RECIPE, RESULTS, MANIFEST):
             with suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                hf_hub_download(repo, name, revision=commit)
+                fetch(name, revision=commit)
         try:
             verify(folder)
         except UserError:  # damaged in transit, which hf_hub_download does not check: bypass its cache once

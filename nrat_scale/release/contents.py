@@ -10,8 +10,9 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
-from nrat_scale.data.spec import GENERATED, REAL
+from nrat_scale.data.spec import GENERATED, REAL, VALIDATION
 from nrat_scale.evaluate.results import Outcome, read_arrays
+from nrat_scale.labels import BEFORE, UNKNOWN
 from nrat_scale.loading.release_folder import WEIGHTS
 from nrat_scale.recipe import RecipeSpec, load_recipe
 
@@ -41,11 +42,28 @@ class Contents:
     attacks: dict[str, Any]  # attack -> its entry in the results
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
+    num_validation: int | None = None  # images that selected the checkpoint, if they are of data.validation.shards
 
     def noise_text(self, source: str) -> str:
         """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
         rate, share = 100 * self.noise[source]["realised_rate"], self.recipe.data.shares.get(source, 0.0)
         return f"{rate:.1f} % of its {source} training labels ({rate * share:.1f} % of a batch's labels, the effective rate)"
+
+    def injected_blindly(self, source: str) -> bool:
+        """Whether noise was injected into labels that were not known to be clean."""
+        return self.noise.get(source, {}).get(BEFORE) == UNKNOWN
+
+    def noise_effect(self, source: str) -> str:
+        """`noise_text` with what is known about these labels."""
+        if self.injected_blindly(source):
+            return f"{self.noise_text(source)} were changed; whether the labels before injection were right is unknown"
+        return f"{self.noise_text(source)} are wrong"
+
+    @property
+    def has_unchecked_labels(self) -> bool:
+        """Whether nobody knows how many of the real training labels are wrong."""
+        data = self.recipe.data
+        return data.real.shards is not None and (data.real.noise.kind == UNKNOWN or self.injected_blindly(REAL))
 
 
 def checkpoint_weights(run: Path, name: str) -> Weights:
@@ -103,7 +121,13 @@ def gather(run: Path, weights: Weights, name: str) -> Contents:
         attacks=record.get("attacks", {}),
         flags=flags,
         outcomes=outcomes,
+        num_validation=_num_validation(folder),
     )
+
+
+def _num_validation(folder: RunFolder) -> int | None:
+    facts = read_json(folder.data, "record of the training data") if folder.data.is_file() else {}
+    return facts.get(VALIDATION, {}).get("num_held_out")
 
 
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
@@ -123,6 +147,7 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
         recipe.data,
         real=without(recipe.data.real),
         generated=without(recipe.data.generated),
+        validation=replace(recipe.data.validation, shards=public(recipe.data.validation.shards)),
         remote=replace(recipe.data.remote, cache=None),
     )
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")

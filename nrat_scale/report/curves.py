@@ -9,11 +9,12 @@ from matplotlib.ticker import MaxNLocator
 from nrat_scale.report.run import Run, number_at, read_score
 
 # Key in a validation row, label, colour, line style. Rows have no clean accuracies if the clean labels are unknown.
+CLEAN = "clean labels"  # in the labels of curves; `Run.clean_term` replaces it
 CURVES = (
     ("natural", "natural", "#0072b2", "-"),
     ("robust", "robust", "#d55e00", "-"),
-    ("natural_clean", "natural, clean labels", "#0072b2", "--"),
-    ("robust_clean", "robust, clean labels", "#d55e00", "--"),
+    ("natural_clean", f"natural, {CLEAN}", "#0072b2", "--"),
+    ("robust_clean", f"robust, {CLEAN}", "#d55e00", "--"),
 )
 _MOST_MARKERS = 15  # points of one curve; more would overlap
 
@@ -29,7 +30,7 @@ def draw_curves(run: Run) -> bytes:
         points = [(number_at(row, "epoch"), read_score(row.get(key))) for row in run.validation]
         drawn = [(epoch, score.percent) for epoch, score in points if epoch is not None and score is not None]
         if drawn:
-            label = label.replace("robust", f"robust ({attack})")
+            label = label.replace("robust", f"robust ({attack})").replace(CLEAN, run.clean_term)
             marker = "o" if len(drawn) <= _MOST_MARKERS else None
             axes.plot(*zip(*drawn, strict=True), color=colour, ls=style, marker=marker, ms=3.5, lw=1.7, label=label)
     best_epoch, best = number_at(run.best_row, "epoch"), read_score(run.best_row.get("robust"))

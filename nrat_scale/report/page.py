@@ -16,8 +16,9 @@ from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import objective_title
-from nrat_scale.report.curves import CURVES, draw_curves
+from nrat_scale.report.curves import CLEAN, CURVES, draw_curves
 from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
 from nrat_scale.report.tables import all_flags, all_notes, attack_columns, evaluate_command
 
@@ -131,7 +132,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Objective": [title, *weights, inner, smoothing],
         "Model": [phrase("model.name")],
         "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
-        "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}"), *_noise_texts(run)],
+        "Label noise": list(_noise_texts(run)),
         "Data": _shares(run.recipe),
         "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
         "Weights": [phrase("ema.decay", "EMA {}"), phrase("awp.gamma", "AWP γ = {}")],
@@ -157,8 +158,17 @@ def _shares(recipe: dict[str, Any]) -> list[str]:
 
 
 def _noise_texts(run: Run) -> Iterator[str]:
-    """The noise of generated labels, and the rates of wrong labels in a batch, as far as noise was injected."""
-    if (kind := value_at(run.recipe, "data.generated.noise.kind", "none")) != "none":
+    """The noise of real and of generated labels, and the rates in a batch of the labels that injected noise changed."""
+    kind = value_at(run.recipe, "data.real.noise.kind")
+    if kind is not None and value_at(run.recipe, "data.real.shards"):
+        generated = value_at(run.recipe, "data.generated.shards")
+        none = "none in the real labels" if generated else NONE
+        yield {UNKNOWN: "unknown: nobody has checked the real labels", NONE: none}.get(kind, str(kind))
+        if rate := number_at(run.recipe, "data.real.noise.rate"):
+            yield f"rate {rate:.4g}"
+        if run.injected_blindly(REAL):
+            yield "the real labels before injection are unchecked"
+    if (kind := value_at(run.recipe, "data.generated.noise.kind", NONE)) not in (NONE, UNKNOWN, UNSET):
         yield f"generated labels: {kind}, rate {value_at(run.recipe, 'data.generated.noise.rate', '?')}"
     rates = [rate for source in run.noise if (rate := _effective_rate(run, source))]
     if rates:
@@ -184,6 +194,7 @@ def _noise(run: Run, source: str) -> dict[str, Any] | None:
     facts = {key: value_at(noise, key, "?") for key in ("kind", "rate", "seed", "num_labels", "num_noisy")}
     effective = _effective_rate(run, source)
     facts |= {"realised": f"{100 * realised:.1f}", "num_classes": len(matrix), "matrix": [], "source": source}
+    facts["blind"] = run.injected_blindly(source)
     facts["effective"] = None if effective is None else f"{100 * effective:.1f}"
     if len(matrix) <= _LARGEST_MATRIX:
         names = run.class_names if len(run.class_names) == len(matrix) else range(len(matrix))
@@ -215,7 +226,7 @@ def _gaps(run: Run) -> Iterator[tuple[str, str, str, str]]:
     best_test, last_test = rows.get("best", both), rows.get("last", both)
     pairs = [(f"test, {attack_title(a)}", best_test.get(a), last_test.get(a)) for a in attack_columns(run.rows)]
     for key, label, *_ in CURVES if run.validation else ():
-        label = f"validation, {label.replace('robust', run.attack)}"
+        label = f"validation, {label.replace('robust', run.attack).replace(CLEAN, run.clean_term)}"
         pairs.append((label, read_score(run.best_row.get(key)), read_score(run.validation[-1].get(key))))
     for label, best, last in pairs:
         if best is not None and last is not None and best.n == last.n:
@@ -227,11 +238,17 @@ def _selection(run: Run) -> str:
     """How the best checkpoint was selected."""
     source, labels = (value_at(run.recipe, f"data.validation.{key}", "?") for key in ("source", "labels"))
     count = value_at(run.best_row, "robust.n", value_at(run.recipe, "data.validation.size", "?"))
-    noisy = ", including the wrong ones" if labels == "given" and number_at(run.noise.get(source), "num_noisy") else ""
-    return (
-        f"the best epoch has the highest {run.attack} accuracy on {count} held-out {source} images of the training data "
-        f"({labels} labels{noisy}); the last epoch is the newest. Selection never uses test images."
-    )
+    best = f"the best epoch has the highest {run.attack} accuracy on {count}"
+    end = "the last epoch is the newest. Selection never uses test images."
+    if shards := value_at(run.recipe, "data.validation.shards"):
+        labels = "clean labels" if labels == "clean" else "labels as stored"
+        return f"{best} images of {'/'.join(PurePath(str(shards)).parts[-2:])}, apart from the training data ({labels}); {end}"
+    changed = "changed" if run.injected_blindly(source) else "wrong"
+    noisy = f", including the {changed} ones" if number_at(run.noise.get(source), "num_noisy") else ""
+    if source == REAL and value_at(run.recipe, "data.real.noise.kind") == UNKNOWN:
+        noisy = ", which nobody has checked"
+    text = f"given labels{noisy}" if labels == "given" else run.clean_term if labels == "clean" else f"{labels} labels"
+    return f"{best} held-out {source} images of the training data ({text}); {end}"
 
 
 def _setting(run: Run) -> str:

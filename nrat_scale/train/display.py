@@ -28,6 +28,7 @@ class Progress:
         self._terminal, self._shown = sys.stderr.isatty(), state.accelerator.is_main_process
         hidden = not (self._shown and self._terminal)
         self._bar = tqdm(total=state.last_step, initial=state.step, desc=state.recipe.name, unit="step", disable=hidden)
+        self._known = state.data.known_before
         self._before = total_sums(state)
         self._step = state.step
         self._utilisation = _utilisation(state)
@@ -76,7 +77,8 @@ class Progress:
             texts = [f"{name} {percent(value['accuracy'])}" for name, value in named.items()]
         else:
             what, shown = "training", {name: metric for name, metric in METRICS.items() if metric.summary}
-            texts = [f"{m.summary} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
+            names = {name: m.summary if self._known else m.injected or m.summary for name, m in shown.items()}
+            texts = [f"{names[name]} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
         self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")
         if row["kind"] == "validation":
             self._mark = time.perf_counter()  # validating is not training

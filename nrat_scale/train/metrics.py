@@ -15,7 +15,8 @@ from nrat_scale.objectives import FAMILIES
 from nrat_scale.train.state import MicroBatch, TrainState
 
 # What a metric is averaged over -> its members in a `MicroBatch`, bool [b]. `clean` and `noisy`: images whose label is known
-# to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
+# to be right or wrong; if noise was injected into labels of unknown quality, unchanged or changed by it. `steps` are
+# optimizer steps; their metrics are functions of the norm of the averaged gradient.
 POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
     "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),
     "clean": lambda part: (part.clean >= 0) & part.clean.eq(part.label),
@@ -39,6 +40,7 @@ class Metric:
     families: tuple[str, ...] = FAMILIES  # objectives that have it; null in metrics.jsonl for the others
     progress: str = ""  # its name in the progress line; not shown there if empty
     summary: str = ""  # its name in the line that ends an epoch; not shown there if empty
+    injected: str = ""  # the same if noise was injected into labels that are not known to be clean
     show: Callable[[float], str] = percent
 
 
@@ -49,12 +51,15 @@ def _right(logits: str, part: MicroBatch) -> Tensor:
     return getattr(part, logits).argmax(1).eq(part.label)
 
 
+_FITTED = partial(_right, "reference_logits")
 METRICS: dict[str, Metric] = {
     "loss": Metric("images", lambda part: part.loss, progress="loss", show="{:.3f}".format),
     "natural_accuracy": Metric("images", partial(_right, "logits"), _NATURAL, "natural", "natural"),
     "robust_accuracy": Metric("images", partial(_right, "logits_adv"), _ADVERSARIAL, "robust", "robust"),
-    "clean_accuracy": Metric("clean", partial(_right, "reference_logits"), summary="clean labels fitted"),
-    "noisy_memorised": Metric("noisy", partial(_right, "reference_logits"), summary="noisy labels memorised"),
+    "clean_accuracy": Metric(
+        "clean", _FITTED, summary="clean labels fitted", injected="labels fitted that noise left unchanged"
+    ),
+    "noisy_memorised": Metric("noisy", _FITTED, summary="noisy labels memorised", injected="injected labels memorised"),
     "noisy_corrected": Metric("noisy", lambda part: part.reference_logits.argmax(1).eq(part.clean)),
     "grad_norm": Metric("steps", lambda grad_norm: grad_norm, progress="gradient", show="{:.3g}".format),
 }

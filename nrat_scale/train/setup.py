@@ -4,6 +4,7 @@ import datetime
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import make_folder, write_atomically, write_json
+from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
 from nrat_scale.core.float32 import use_float32
 from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
+from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
@@ -54,17 +57,22 @@ def start(recipe: RecipeSpec) -> TrainState:
             f"{recipe.train.accumulate} accumulation steps. Use a multiple of {pieces}, or fewer processes."
         )
     check_batchnorm(recipe.model.bn, recipe.model.bn_group_size, recipe.data.batch_size // pieces, accelerator.device)
+    run = RunFolder(Path(recipe.run_dir))
+    recipe = _with_stored_kinds(recipe, run)
     data = on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
     if data is None:
         # The main process has verified the hashes; other ranks repeat it only to skip the same damaged shards.
         data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
+    recipe = replace(recipe, data=data.spec)
+    if not run.recipe.is_file():  # an older version may have begun such a run
+        data.check_batch_size()
     shards = data.shards
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
     base = models.create(recipe.model.name, arguments)
-    run = RunFolder(Path(recipe.run_dir))
     owner: Ownership | None = on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     try:
+        on_main(accelerator, lambda: _check_data(run, data))
         on_main(accelerator, lambda: data.skips.attach(run))
         data.skips.attach(run)
         keep_stored_noise(run, data)
@@ -81,6 +89,19 @@ def start(recipe: RecipeSpec) -> TrainState:
             owner.release()
         raise
     return state
+
+
+def _with_stored_kinds(recipe: RecipeSpec, run: RunFolder) -> RecipeSpec:
+    """With the kind of label noise that the run began with, where the recipe sets none and the run injects none."""
+    if recipe.resume == "never" or not run.recipe.is_file():
+        return recipe
+    stored, data = load_recipe(run.recipe).data, recipe.data
+    for kind in (REAL, GENERATED):
+        began, noise = stored.noise_of(kind).kind, data.noise_of(kind)
+        if noise.kind == UNSET and began in (NONE, UNKNOWN):
+            source = replace(getattr(data, kind), noise=replace(noise, kind=began))
+            data = replace(data, **{kind: source})
+    return replace(recipe, data=data)
 
 
 def _accelerator(recipe: RecipeSpec) -> Accelerator:
@@ -113,6 +134,19 @@ def _choose_arithmetic(recipe: RecipeSpec, gpu: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = gpu and not deterministic
     use_float32("tf32" if recipe.train.tf32 else "ieee")
+
+
+def _check_data(run: RunFolder, data: TrainingData) -> None:
+    """Refuse to resume a run with other images than it began with."""
+    stored = read_json(run.data, "record of the training data") if run.data.is_file() else {}
+    for kind, entry in data.describe().items():
+        began = stored.get(kind)
+        for key, what in (("fingerprint", "images"), ("held_out_sha256", "validation images")):
+            if isinstance(began, dict) and key in began and began[key] != entry[key]:
+                raise UserError(
+                    f"{run.path} began with other {kind} {what} than data.{kind}.shards has now (see {key} in {run.data}). "
+                    "Restore those shards, or start a new run with run_dir=PATH."
+                )
 
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:
@@ -210,3 +244,6 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())
     write_noise(state.run, state.data)
+    if state.recipe.data.validation.shards is not None:
+        of = state.data.validation_shards
+        print(f"validation: {len(state.validation.labels)} of the {len(of)} images of {of.folder}")
