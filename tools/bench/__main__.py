@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
 from bench.collapse import collapse, parse_seeds
+from bench import loaders
 from bench.data import convert, data, plan, run_contender, run_plan
 from bench.precision import precision
 from bench.processes import processes
@@ -109,6 +110,7 @@ def _variants(given: argparse.Namespace) -> dict[str, list[int]]:
 
 # Measurements that need a process of their own: `python tools/bench NAME ARGUMENTS`, started by the benchmarks.
 INNER: dict[str, Callable[..., None]] = {
+    "loader-files": lambda kind, folder: loaders.write(kind, Path(folder)),
     "contender": lambda name, folder: run_contender(name, Path(folder)),
     "plan-process": lambda folder: run_plan(Path(folder)),
     "soak-process": lambda url, cache, rank, seconds: run_soak(url, cache, int(rank), float(seconds)),
