@@ -6,6 +6,7 @@
     python tools/bench step                the training step against the textbook one: speed, forwards, equality; parts
     python tools/bench step --gpu          on one GPU: textbook, ours, ours with each lever switched; checks; under 4 minutes
     python tools/bench precision           the attack's final loss in bf16 and fp16 against float32, for every objective
+    python tools/bench autoattack          AutoAttack by our evaluation against a direct call: images/s, different outcomes
     python tools/bench processes           one process against two; where the time of a step goes; start-up
     python tools/bench soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
     python tools/bench collapse recipes/fashion_mnist.yaml train.max_steps=300 --seeds 0-19
@@ -30,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
 from bench import loaders
+from bench.against_package import autoattack
 from bench.collapse import collapse, parse_seeds
 from bench.data import convert, data, plan, run_contender, run_plan
 from bench.gpu import step_gpu
@@ -84,6 +86,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     steps.add_argument("--out", type=Path, default=Path("step_gpu.json"), help="of --gpu (default: %(default)s)")
     low = add("precision", lambda work, given: precision(work, given.steps), "attacks in low precision")
     low.add_argument("--steps", type=int, default=40, help="training steps before (default: %(default)s)")
+    attacked = add("autoattack", _autoattack, "AutoAttack by our evaluation against a direct call of the package")
+    attacked.add_argument("--model", default="resnet18_cifar", help="of 32 x 32 images (default: %(default)s)")
+    attacked.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
+    attacked.add_argument("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
+    attacked.add_argument("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
+    attacked.add_argument("--out", type=Path, help="JSON file (default: none)")
+    attacked.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
     long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
@@ -103,6 +112,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     seeded.add_argument("--runs", type=Path, help="folder of the runs, which stay and are resumed (default: temporary)")
     seeded.add_argument("--out", type=Path, help="JSON file of finished runs, which are not repeated")
     return parser.parse_args(argv)
+
+
+def _autoattack(work: Path, given: argparse.Namespace) -> None:
+    autoattack(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides)
 
 
 def _step(work: Path, given: argparse.Namespace) -> None:
