@@ -8,7 +8,8 @@ import importlib
 import io
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def autoattack(
             x, y = to_float(part.pixels.to(device)), part.labels.to(device)
             block = Block(model, x, y, part.ids, threat, 0, 0, AutoAttackLog())
             contenders: dict[str, Callable[[], Tensor]] = {
-                "direct": lambda block=block: direct(block),
-                "ours": lambda block=block: _evaluated(block, components),
+                "direct": partial(direct, block),
+                "ours": partial(_evaluated, block, components),
             }
             for name, attack in contenders.items():
                 begun = time.perf_counter()
@@ -117,7 +118,7 @@ def margins(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def ieee_float32() -> Any:
+def ieee_float32() -> Iterator[None]:
     """No TF32 in convolutions and products of matrices."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -244,7 +244,7 @@ def _measure(work: Path, case: Case, contender: Contender, device: str) -> dict[
 
 def _ours(work: Path, case: Case, contender: Contender, device: str) -> Ours:
     """A run with the levers of `contender`."""
-    switches = {
+    switches: dict[str, bool | str] = {
         "channels_last": contender.channels_last,
         "fold_batchnorm": contender.fold,
         "compile": contender.compile,
