@@ -186,7 +186,7 @@ def test_autoattack_gives_the_outcomes_of_a_direct_call(tmp_path: Path, capsys: 
     command.main(["autoattack", "--model", "cnn4", *options, "model.kwargs={width: 2, hidden: 4}"])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["differing"] == [] and report["robust"]["direct"] == report["robust"]["ours"]
-    assert "time of ours by component: apgd-ce" in capsys.readouterr().out
+    assert "time of ours by component:" in capsys.readouterr().out
 
 
 def test_an_outcome_that_differs_ends_the_command_with_an_error(
