@@ -51,9 +51,8 @@ def test_every_row_of_the_gpu_table_runs(tmp_path: Path, capsys: pytest.CaptureF
     assert len(report["rows"]) == len(EVERY)
     for row, contender in zip(report["rows"], EVERY, strict=True):
         assert row["contender"].startswith(contender.name) and f"| {row['contender']} |" in printed
-        if not contender.graphs or gpu.has_graphs():
-            assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
-            assert row["share_of_peak"] is None, "a CPU has no datasheet peak"
+        assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
+        assert row["share_of_peak"] is None, "a CPU has no datasheet peak"
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -80,13 +79,6 @@ def test_a_check_that_fails_ends_the_command_with_an_error(tmp_path: Path, monke
     monkeypatch.setattr(gpu, "_checks", lambda *given: [{"check": "float64 step", "holds": False}])
     with pytest.raises(SystemExit, match="do not hold on CPU: float64 step"):
         step_gpu(tmp_path, tmp_path / "rows.json", 0.0, (WIDE,), device="cpu")
-
-
-def test_graphs_need_a_key_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a tree whose recipes have no train.graphs, the rows with graphs say so."""
-    monkeypatch.setattr(gpu, "has_graphs", lambda: False)
-    (row, *_) = (contender for contender in EVERY if contender.graphs)
-    assert "no train.graphs" in gpu._unavailable(WIDE, row)
 
 
 @pytest.mark.medium

@@ -6,7 +6,6 @@ where tests run it with tiny models; a CPU's figures mean nothing.
 """
 
 import contextlib
-import dataclasses
 import gc
 import statistics
 import time
@@ -23,9 +22,9 @@ from bench.step import STEPPED, Ours, equality, make_images
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import write_json
 from nrat_scale.objectives import build
-from nrat_scale.recipe import TrainSpec
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.compile import compile_models
+from nrat_scale.train.graphs import use_graphs
 from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
 
 _WARMUP_STEPS = 3  # after the first: cuDNN's choices, two plain calls before a graph is captured, the capture
@@ -204,14 +203,7 @@ def _row(work: Path, case: Case, contender: Contender, device: str, deadline: fl
     return row
 
 
-def has_graphs() -> bool:
-    """Whether recipes of this tree have `train.graphs`."""
-    return any(key.name == "graphs" for key in dataclasses.fields(TrainSpec))
-
-
 def _unavailable(case: Case, contender: Contender) -> str:
-    if contender.graphs and not has_graphs():
-        return "not measured: recipes of this tree have no train.graphs"
     if contender.padding_copy and contender.channels_last and not case.model.startswith("wrn"):
         return "the same as ours, eager: this model has no WideBlock"
     return ""
@@ -249,9 +241,8 @@ def _ours(work: Path, case: Case, contender: Contender, device: str) -> Ours:
         "fold_batchnorm": contender.fold,
         "compile": contender.compile,
     }
-    if has_graphs():
-        # On a CPU there are no graphs: `auto` is off there, and true is refused.
-        switches["graphs"] = contender.graphs if device == "cuda" else "auto"
+    # On a CPU there are no graphs: `auto` is off there, and true is refused.
+    switches["graphs"] = contender.graphs if device == "cuda" else "auto"
     overrides = [f"train.{key}={str(value).lower()}" for key, value in switches.items()]
     ours = Ours(work, case.model, "nrat", case.batch, "precision=bf16", *case.overrides, *overrides)
     attack = ours.state.attack_model
@@ -261,6 +252,7 @@ def _ours(work: Path, case: Case, contender: Contender, device: str) -> Ours:
     if not contender.compute_weights:
         _cast_in_every_forward(attack)
     compile_models(ours.state)
+    use_graphs(ours.state)
     return ours
 
 
