@@ -7,13 +7,15 @@ from urllib.parse import urlsplit
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, check_choice
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
 from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.loading.release_folder import WEIGHTS
+from nrat_scale.publications import LICENSES
 from nrat_scale.recipe import RecipeSpec, load_recipe
+from nrat_scale.remote.hub import check_repository
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,28 @@ class Weights:
     sha256: str  # of the file when it was saved
     kind: str  # `ema` or `model`
     epoch: int
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the author of a release decides: where it goes, and its licence."""
+
+    address: str | None = None  # `user/repo`, `user/repo@revision` or hf://buckets/USER/BUCKET/FOLDER; None: not pushed
+    license: str | None = None  # one of the Hub's `publications.LICENSES`; None: not stated
+    license_name: str | None = None  # only and always of the licence `other`
+    license_link: str | None = None
+    benchmark: str | None = (
+        None  # the Hub data set whose leaderboard the results are for; None: that of the test images
+    )
+
+    def __post_init__(self) -> None:
+        if self.license is not None:
+            check_choice("--license", self.license, LICENSES)
+        named = self.license_name is not None, self.license_link is not None
+        if named != (self.license == "other",) * 2:
+            raise UserError("--license other needs --license-name and --license-link, and no other licence has them.")
+        if self.benchmark is not None:
+            check_repository(self.benchmark, None)
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class Contents:
     attacks: dict[str, Any]  # attack -> its entry in the results
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
+    publication: Publication
 
     def noise_text(self, source: str) -> str:
         """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
@@ -77,7 +102,7 @@ def queued_weights(run: Path) -> list[Weights]:
     return weights
 
 
-def gather(run: Path, weights: Weights, name: str) -> Contents:
+def gather(run: Path, weights: Weights, name: str, publication: Publication) -> Contents:
     """Read what a release of `weights` called `name` contains."""
     folder = RunFolder(run)
     recipe, everything = load_recipe(folder.recipe), folder.read_results() or {}
@@ -103,6 +128,7 @@ def gather(run: Path, weights: Weights, name: str) -> Contents:
         attacks=record.get("attacks", {}),
         flags=flags,
         outcomes=outcomes,
+        publication=publication,
     )
 
 
