@@ -38,13 +38,12 @@ class HubRepository:
         self._where = {"repo_id": repo, "repo_type": kind}
         self._revision, self._what, self._shown = revision, what, shown
         self._api: Any = api or HfApi()
-        self._is_empty = False  # created by `prepare`, and nothing is uploaded yet
+        self._prepared = self._sent = False
 
     def prepare(self, *, private: bool = False) -> None:
         """Create the repository and the branch if they do not exist; `private` only affects a new repository."""
-        is_new = not self._retried(lambda: self._api.repo_exists(**self._where))
         self._retried(lambda: self._api.create_repo(**self._where, exist_ok=True, private=private or None))
-        self._is_empty = is_new
+        self._prepared = True
         if self._revision not in (None, "main"):
             self._retried(lambda: self._api.create_branch(**self._where, exist_ok=True, branch=self._revision))
 
@@ -72,7 +71,7 @@ class HubRepository:
             self._api.create_commit(**request, operations=operations)
 
         self._retried(commit)
-        self._is_empty = False
+        self._sent = True
         # The client silently skips files that a .gitignore in the repository names.
         if missing := self.missing(folder, names):
             raise UserError(
@@ -81,10 +80,22 @@ class HubRepository:
 
     def _retried(self, request: Callable[[], T]) -> T:
         what, way_out = f"{self._what} cannot be pushed to {self._shown}", "The same command resumes the upload."
-        if self._is_empty:
+        try:
+            return _attempted(request, what, way_out)
+        except UserError as error:
+            if self._sent or not (self._prepared and self._is_empty()):
+                raise
             name, kind = self._where["repo_id"], self._where["repo_type"]
-            way_out = f"Its new repository is empty. The same command fills it; hf repos delete {name} --type {kind} removes it."
-        return _attempted(request, what, way_out)
+            raise UserError(
+                f"{error} The repository {name} has no file yet; hf repos delete {name} --type {kind} removes it."
+            ) from error
+
+    def _is_empty(self) -> bool:
+        """Whether the Hub says that the repository has no file but the .gitattributes of a new one."""
+        try:
+            return set(self._api.list_repo_files(**self._where)) <= {".gitattributes"}
+        except Exception:  # it cannot be reached, either
+            return False
 
 
 class HubBucket:
