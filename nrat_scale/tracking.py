@@ -7,6 +7,7 @@ The others are Accelerate's trackers, each behind a queue and a daemon thread: a
 import contextlib
 import os
 import queue
+import re
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,11 @@ TRACKERS: dict[str, tuple[Callable[[RunFolder], Tracker], str, bool]] = {
 }
 
 
+def _without_secrets(text: str) -> str:
+    """`text` without user, password and query of the addresses in it."""
+    return re.sub(r"(\w+://)(?:[^/\s@]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+
+
 def _started(tracker: Any) -> Any:
     """Accelerate's tracker, connected: since 1.7 its constructor does not do that."""
     if hasattr(tracker, "start"):
@@ -278,9 +284,10 @@ class Trackers:
     def describe(self, recipe: Mapping[str, Any], text: str) -> None:
         """Send the recipe: dotted keys and values, and its YAML."""
         values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in recipe.items()
+            key: value if isinstance(value, bool | int | float) else _without_secrets(str(value))
+            for key, value in recipe.items()
         }
-        self._send("describe", values, text)
+        self._send("describe", values, _without_secrets(text))
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Send `numbers`, named by their keys, at an optimizer step."""

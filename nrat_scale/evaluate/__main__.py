@@ -21,7 +21,7 @@ from nrat_scale.evaluate.request import Request, check_fits, check_unseen, reque
 from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
-from nrat_scale.recipe import load_recipe
+from nrat_scale.recipe import flat_values, load_recipe, to_yaml
 from nrat_scale.tracking import Trackers
 
 
@@ -129,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = results_text(results, [target.label for target in found.targets])
         print(f"{text}\nwritten to {out}")
         if found.run is not None and out == found.results:
-            with contextlib.closing(Trackers(found.run, load_recipe(found.run.recipe).train.trackers)) as trackers:
+            recipe = load_recipe(found.run.recipe)
+            with contextlib.closing(Trackers(found.run, recipe.train.trackers)) as trackers:
+                trackers.describe(flat_values(recipe), to_yaml(recipe))
                 trackers.results(results, "".join(f"    {line}\n" for line in text.splitlines()))
 
 

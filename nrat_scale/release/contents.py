@@ -1,13 +1,14 @@
 """Gather the contents of a release: weights of a run, their results, and the facts for the model card."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.core.errors import UserError, check_choice
+from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
 from nrat_scale.data.spec import GENERATED, REAL
@@ -42,8 +43,12 @@ class Publication:
     )
 
     def __post_init__(self) -> None:
-        if self.license is not None:
-            check_choice("--license", self.license, LICENSES)
+        if self.license is not None and self.license not in LICENSES:
+            near = get_close_matches(self.license.lower(), LICENSES, n=1, cutoff=0.6)
+            hint = (
+                f"Did you mean '{near[0]}'?" if near else "See https://huggingface.co/docs/hub/repositories-licenses."
+            )
+            raise UserError(f"--license {quoted(self.license)} is not an identifier of the Hub. {hint}")
         named = self.license_name is not None, self.license_link is not None
         if named != (self.license == "other",) * 2:
             raise UserError("--license other needs --license-name and --license-link, and no other licence has them.")

@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nrat_scale import tracking
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train.loop import train
 from tests.support.accelerate import new_process
-from tests.support.runs import digest
+from tests.support.runs import digest, make_shards
 from tests.support.stand_in_trackers import stand_in_trackers
 
 
@@ -152,7 +153,7 @@ def test_every_tracker_gets_recipe_metrics_images_and_results(
     run = tmp_path / "run"
     train(load_recipe(recipe_path, [f"run_dir={run}", "train.trackers=[tensorboard,wandb,trackio]"]))
     assert digest(run) == digest(untroubled)
-    evaluate_cli.main([str(run), "--data", str(recipe_path.parent / "real"), "--attacks", "natural", "--images", "7"])
+    evaluate_cli.main([str(run), "--data", str(make_shards(tmp_path / "test", 20, 5)), "--attacks", "natural"])
     assert "No more" not in capsys.readouterr().err
     for package in packages:
         assert {call["id"] for call in package.inits} == {package.inits[0]["id"]}, "the evaluation continues the run"
@@ -223,6 +224,16 @@ def test_unknown_trackers_are_refused(recipe_path: Path, value: str, message: st
     """Before anything is trained."""
     with pytest.raises(UserError, match=message):
         load_recipe(recipe_path, [f"train.trackers={value}"])
+
+
+def test_no_password_reaches_a_tracker(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """User, password and query of an address stay here."""
+    packages = stand_in_trackers(monkeypatch)
+    trackers = tracking.Trackers(RunFolder(tmp_path), ["wandb", "trackio"])
+    trackers.describe({"data.real.shards": "https://me:secret@host/path?token=secret", "train.max_steps": None}, "")
+    trackers.close()
+    for package in packages:
+        assert package.config == {"data.real.shards": "https://host/path", "train.max_steps": "None"}
 
 
 def test_trackers_are_not_part_of_the_identity(recipe_path: Path) -> None:
