@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nrat_scale import open_shards
 from nrat_scale.core.errors import UserError
+from nrat_scale.data.shards import open_shards
 from nrat_scale.prepare import __main__ as command_line
 from nrat_scale.prepare.push import push
 from nrat_scale.remote.hub import HubRepository
@@ -129,7 +129,7 @@ def test_a_bucket_holds_shards(tmp_path, hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("NRAT_SCALE_CACHE", str(tmp_path / "cache"))
     address = "hf://buckets/someone/work/sets/tiny"
     command_line.main(["push", str(folder), address])
-    shards, local = open_shards(address), open_shards(folder)
+    shards, local = open_shards(address), open_shards(str(folder))
     assert set(hub.buckets["someone/work"]) == {f"sets/tiny/{name}" for name in ("index.json", *local.names)}
     everything = np.arange(len(local))
     assert shards.is_remote and np.array_equal(shards.images(everything), local.images(everything))
