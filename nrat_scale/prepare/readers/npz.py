@@ -55,7 +55,9 @@ def _local_path(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(address.repo, address.path, repo_type="dataset", revision=address.revision))
+        return Path(
+            huggingface_hub.hf_hub_download(address.repo, address.path, repo_type="dataset", revision=address.revision)
+        )
     except Exception as error:  # the Hub's client raises errors of several HTTP libraries
         raise UserError(f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network.") from error
 
