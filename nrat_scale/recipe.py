@@ -26,14 +26,15 @@ from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
+from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
 # Retired keys of stored recipes: key -> (old default, dropped silently; reason, printed if another value is dropped).
 RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
 # Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
-    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile", "train.threads",
-    "train.graphs", "train.deterministic",
+    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.trackers", "train.compile",
+    "train.threads", "train.graphs", "train.deterministic",
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
@@ -68,6 +69,8 @@ class TrainSpec:
     save_every: int = 1  # epochs between checkpoints
     keep: int = 1  # newest checkpoints to keep besides the best
     log_every: int = 50  # steps between progress lines
+    # Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`.
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     # CPU threads of each process; None: OMP_NUM_THREADS, and without it the process's share of the cores.
     threads: int | None = None
     channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
@@ -100,6 +103,10 @@ class TrainSpec:
         for name in ("compile", "graphs"):
             value = getattr(self, name)
             check_value(f"train.{name}", value, value in ("auto", True, False), "auto, true or false")
+        for name in self.trackers:
+            check_choice("train.trackers", name, TRACKERS)
+        known = len(set(self.trackers)) == len(self.trackers)
+        check_value("train.trackers", self.trackers, known, "different names")
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def flat_values(recipe: RecipeSpec) -> dict[str, Any]:
+    """The recipe's dotted keys and their values."""
+    return dict(_flat(_values(recipe)))
 
 
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Command line of evaluation: `python -m nrat_scale.evaluate WHAT --data SHARDS`."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from nrat_scale.evaluate.request import Request, check_fits, check_unseen, reque
 from nrat_scale.evaluate.results import results_text
 from nrat_scale.evaluate.run import evaluate
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
+from nrat_scale.recipe import flat_values, load_recipe, to_yaml
+from nrat_scale.tracking import Trackers
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,7 +130,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             target.model.to(device)
     results = evaluate(found.targets, shards, request, out, replace_models=given.out is None)
     if state.is_main_process:
-        print(f"{results_text(results, [target.label for target in found.targets])}\nwritten to {out}")
+        text = results_text(results, [target.label for target in found.targets])
+        print(f"{text}\nwritten to {out}")
+        if found.run is not None and out == found.results:
+            recipe = load_recipe(found.run.recipe)
+            with contextlib.closing(Trackers(found.run, recipe.train.trackers)) as trackers:
+                trackers.describe(flat_values(recipe), to_yaml(recipe))
+                trackers.results(results, "".join(f"    {line}\n" for line in text.splitlines()))
 
 
 if __name__ == "__main__":

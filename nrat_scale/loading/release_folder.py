@@ -1,5 +1,6 @@
 """A release folder, local or on the Hub: its files, their download and verification."""
 
+import hashlib
 import os
 import time
 from contextlib import suppress
@@ -19,15 +20,19 @@ from huggingface_hub.errors import (
 )
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.core.files import MANIFEST, manifest_mismatch, read_json
+from nrat_scale.core.files import MANIFEST, make_folder, manifest_mismatch, parse_json, read_json, write_atomically
 from nrat_scale.core.run_folder import RECIPE, RESULTS
 from nrat_scale.loading.file_kind import recognise
+from nrat_scale.remote.address import is_bucket
+from nrat_scale.remote.cache import Cache
+from nrat_scale.remote.transfer import download, fetch_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 # Default folders of our commands: no names of the Hub's users.
 _OUR_FOLDERS = ("runs", "releases", "evaluations", "checkpoints", "data")
 _ANSWER_SECONDS = 10.0
+_MAX_MANIFEST_BYTES = 1 << 20
 _REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
     LocalEntryNotFoundError: "the Hub cannot be reached, and its cache has no copy",
     RepositoryNotFoundError: "the Hub has no such model, or it is private",
@@ -40,7 +45,7 @@ def resolve(source: str | Path) -> Path:
     """The local, verified folder of a release: `source` itself, or its download from the Hub. Raises as `load`."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = _download(str(source))
+        folder = (_from_bucket if is_bucket(str(source)) else _download)(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
@@ -123,4 +128,28 @@ def _download(source: str) -> Path:
         known = (text for kind, text in _REASONS.items() if isinstance(error, kind))
         reason = next(known, first_line(error).rstrip("."))
         raise UserError(f"{source} is neither a folder nor a release on the Hub: {reason}.") from error
+    return folder
+
+
+def _from_bucket(address: str) -> Path:
+    """The verified local copy of the release in a folder of a bucket, in the cache of shards, named by its manifest.
+
+    A bucket has no commits: the manifest, which is sent last, says which bytes belong together.
+    """
+    address = address.rstrip("/")
+    manifest = fetch_bytes(f"{address}/{MANIFEST}", _MAX_MANIFEST_BYTES)
+    entries = parse_json(manifest, "manifest of the release", f"{address}/{MANIFEST}").get("files")
+    if not isinstance(entries, dict) or not {CONFIG, WEIGHTS} <= set(entries):
+        raise UserError(f"The manifest {address}/{MANIFEST} is damaged: it does not list {CONFIG} and {WEIGHTS}.")
+    folder = Cache().folder / "releases" / hashlib.sha256(manifest).hexdigest()[:32]
+    make_folder(folder)
+    for name in (CONFIG, WEIGHTS, RECIPE, RESULTS):
+        entry = entries.get(name)
+        if entry is None or not manifest_mismatch(folder / name, entry):
+            continue
+        if not isinstance(entry, dict) or not isinstance(size := entry.get("bytes"), int):
+            raise UserError(f"The manifest {address}/{MANIFEST} is damaged: it states no size of {name}.")
+        (folder / name).unlink(missing_ok=True)
+        download(f"{address}/{name}", folder / name, size, str(entry.get("sha256")))
+    write_atomically(folder / MANIFEST, manifest)
     return folder

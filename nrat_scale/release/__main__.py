@@ -5,9 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nrat_scale.core.errors import UserError, run_cli
+from nrat_scale.core.errors import UserError, run_cli, warn
 from nrat_scale.release.bundle import EXPORTED, ONNX, release
-from nrat_scale.release.publish import push, push_queued
+from nrat_scale.release.contents import Publication
+from nrat_scale.release.publish import name_at, push, push_queued
 from nrat_scale.remote.hub import check_repository
 
 
@@ -24,7 +25,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unevaluated", action="store_true", help="release without results; the card says so")
     add("--onnx", action="store_true", help=f"also write {ONNX}, compared with the model")
     add("--torch-export", action="store_true", help=f"also write {EXPORTED} (torch.export), compared with the model")
-    add("--push", metavar="USER/REPO", help="send it to the Hub (HF_ENDPOINT, HF_TOKEN or `hf auth login`)")
+    add(
+        "--push",
+        metavar="USER/REPO",
+        help="send it to the Hub, or to hf://buckets/USER/BUCKET/FOLDER (HF_TOKEN or `hf auth login`)",
+    )
+    add(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, such as cc-by-4.0: the Hub's identifier (default: not stated)",
+    )
+    add("--license-name", metavar="NAME", help="of --license other")
+    add("--license-link", metavar="URL", help="of --license other")
+    add(
+        "--benchmark",
+        metavar="USER/DATASET",
+        help="the Hub data set whose leaderboard the results are for (default: the test images')",
+    )
     add("--private", action="store_true", help="make a new repository private")
     add("--revision", help="branch of the repository (default: main)")
     add("--queued", action="store_true", help="push each checkpoint queued by release.every_epochs to its own revision")
@@ -37,6 +54,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--queued sends each checkpoint to its own revision; omit --to and --revision.")
     if arguments.push is not None:
         check_repository(arguments.push, arguments.revision)
+        if arguments.license is None:
+            warn(
+                "The card states no licence, so its readers do not know whether they may use it. State one with --license, such as cc-by-4.0."
+            )
     return arguments
 
 
@@ -44,18 +65,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the release, push it, or both; see `--help`."""
     arguments = _arguments(argv)
     run, to, repo, revision = arguments.run, arguments.to, arguments.push, arguments.revision
+    address = f"{repo}@{revision}" if revision else repo
+    publication = Publication(
+        address, arguments.license, arguments.license_name, arguments.license_link, arguments.benchmark
+    )
     if arguments.queued:
-        print("\n".join(push_queued(run, repo, private=arguments.private)))
+        print("\n".join(push_queued(run, repo, publication, private=arguments.private)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = to or Path(temporary) / repo.partition("/")[2]
+        folder = to or Path(temporary) / name_at(repo)
         exports = [ONNX] * arguments.onnx + [EXPORTED] * arguments.torch_export
-        release(run, folder, arguments.checkpoint, unevaluated=arguments.unevaluated, exports=exports)
+        options = {"unevaluated": arguments.unevaluated, "exports": exports, "publication": publication}
+        release(run, folder, arguments.checkpoint, **options)
         if to is not None:
             print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
         if repo is not None:
             sent = push(folder, repo, private=arguments.private, revision=revision)
-            address = f"{repo}@{revision}" if revision else repo
             print(f"{address}: {f'{len(sent)} files sent' if sent else 'every file is already there'}")
 
 

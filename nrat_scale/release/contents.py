@@ -1,20 +1,23 @@
 """Gather the contents of a release: weights of a run, their results, and the facts for the model card."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
 from nrat_scale.data.spec import GENERATED, REAL, VALIDATION
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.labels import BEFORE, UNKNOWN
 from nrat_scale.loading.release_folder import WEIGHTS
+from nrat_scale.publications import LICENSES
 from nrat_scale.recipe import RecipeSpec, load_recipe
+from nrat_scale.remote.hub import check_repository
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,32 @@ class Weights:
     sha256: str  # of the file when it was saved
     kind: str  # `ema` or `model`
     epoch: int
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the author of a release decides: where it goes, and its licence."""
+
+    address: str | None = None  # `user/repo`, `user/repo@revision` or hf://buckets/USER/BUCKET/FOLDER; None: not pushed
+    license: str | None = None  # one of the Hub's `publications.LICENSES`; None: not stated
+    license_name: str | None = None  # only and always of the licence `other`
+    license_link: str | None = None
+    benchmark: str | None = (
+        None  # the Hub data set whose leaderboard the results are for; None: that of the test images
+    )
+
+    def __post_init__(self) -> None:
+        if self.license is not None and self.license not in LICENSES:
+            near = get_close_matches(self.license.lower(), LICENSES, n=1, cutoff=0.6)
+            hint = (
+                f"Did you mean '{near[0]}'?" if near else "See https://huggingface.co/docs/hub/repositories-licenses."
+            )
+            raise UserError(f"--license {quoted(self.license)} is not an identifier of the Hub. {hint}")
+        named = self.license_name is not None, self.license_link is not None
+        if named != (self.license == "other",) * 2:
+            raise UserError("--license other needs --license-name and --license-link, and no other licence has them.")
+        if self.benchmark is not None:
+            check_repository(self.benchmark, None)
 
 
 @dataclass(frozen=True)
@@ -42,6 +71,7 @@ class Contents:
     attacks: dict[str, Any]  # attack -> its entry in the results
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
+    publication: Publication
     num_validation: int | None = None  # images that selected the checkpoint, if they are of data.validation.shards
 
     def noise_text(self, source: str) -> str:
@@ -95,7 +125,7 @@ def queued_weights(run: Path) -> list[Weights]:
     return weights
 
 
-def gather(run: Path, weights: Weights, name: str) -> Contents:
+def gather(run: Path, weights: Weights, name: str, publication: Publication) -> Contents:
     """Read what a release of `weights` called `name` contains."""
     folder = RunFolder(run)
     recipe, everything = load_recipe(folder.recipe), folder.read_results() or {}
@@ -122,6 +152,7 @@ def gather(run: Path, weights: Weights, name: str) -> Contents:
         flags=flags,
         outcomes=outcomes,
         num_validation=_num_validation(folder),
+        publication=publication,
     )
 
 

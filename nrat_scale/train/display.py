@@ -58,7 +58,7 @@ class Progress:
         speed, share = steps * state.recipe.data.batch_size / elapsed, seconds["attack"] / elapsed
         known = {name: value for name, value in recent.items() if value is not None}
         numbers = {"speed/images_per_second": speed, "speed/attack_share": share}
-        state.tracker.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
+        state.trackers.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
         shown = {name: METRICS[name] for name in known if METRICS[name].progress}
         texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
         used = f" ({self._utilisation(speed)})" if self._utilisation else ""

@@ -21,7 +21,8 @@ from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.batches import Batch
 from nrat_scale.optim import learning_rates, set_rates
-from nrat_scale.recipe import RecipeSpec
+from nrat_scale.recipe import RecipeSpec, flat_values, to_yaml
+from nrat_scale.tracking import Trackers
 from nrat_scale.train.compile import compile_models
 from nrat_scale.train.display import Progress, lasting_output
 from nrat_scale.train.graphs import use_graphs
@@ -34,7 +35,6 @@ from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, resume_command
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
-from nrat_scale.train.tracking import Tracker
 from nrat_scale.train.validate import validate
 
 
@@ -123,7 +123,8 @@ def _run(state: TrainState, profile: int) -> None:
     if state.step >= state.last_step and not state.validation_due:
         accelerator.print(f"{run} is complete: {state.step} of {state.last_step} steps are done. Nothing to train.")
         return
-    state.tracker = Tracker(state.run.tensorboard if accelerator.is_main_process else None)
+    state.trackers = Trackers(state.run if accelerator.is_main_process else None, recipe.train.trackers)
+    state.trackers.describe(flat_values(recipe), to_yaml(recipe))
     accelerator.print(
         f"{recipe.name}: {recipe.objective.title} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} CPU thread(s) each, "
@@ -137,7 +138,7 @@ def _run(state: TrainState, profile: int) -> None:
     use_graphs(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
-    with alive, state.signals.watched(), contextlib.closing(state.tracker), state.saver or nothing:
+    with alive, state.signals.watched(), contextlib.closing(state.trackers), state.saver or nothing:
         _fit(state, profile)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):

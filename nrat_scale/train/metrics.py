@@ -118,7 +118,7 @@ def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
 
 
 def log(state: TrainState, row: dict[str, Any]) -> None:
-    """Append a row to metrics.jsonl and send its numbers to TensorBoard; after a full disk the next row writes both."""
+    """Append a row to metrics.jsonl and send its numbers to the trackers; after a full disk the next row writes both."""
     if not state.accelerator.is_main_process or (state.owner is not None and state.owner.replaced_by is not None):
         return  # the process that has taken over the run directory writes it
     state.metrics.append(json.dumps(row, allow_nan=False))
@@ -128,7 +128,7 @@ def log(state: TrainState, row: dict[str, Any]) -> None:
         state.accelerator.print(f"warning: {error} Training continues.")
     values = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in row.items()}
     numbers = {f"{row['kind']}/{key}": value for key, value in values.items() if isinstance(value, float)}
-    state.tracker.log(numbers, row["step"])
+    state.trackers.log(numbers, row["step"])
 
 
 def write_metrics(state: TrainState) -> None:

@@ -16,6 +16,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.training_data import LabelledImages, TrainingData
 from nrat_scale.objectives import Objective
 from nrat_scale.recipe import RecipeSpec
+from nrat_scale.tracking import Trackers
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics
 from nrat_scale.train.nonfinite import StepChecks
@@ -25,7 +26,6 @@ from nrat_scale.train.signals import StopSignals
 
 if TYPE_CHECKING:
     from nrat_scale.train.graphs import StepGraphs
-from nrat_scale.train.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TrainState:
     graphs: "StepGraphs | None" = None  # None: every operation is launched by itself
     saver: Saver | None = None  # on the main process only
     owner: Ownership | None = None  # of the run directory, on the main process only
-    tracker: Tracker = field(default_factory=partial(Tracker, None))
+    trackers: Trackers = field(default_factory=partial(Trackers, None))  # empty on the other processes
 
     @property
     def total_steps(self) -> int:

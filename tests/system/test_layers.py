@@ -17,7 +17,7 @@ ROWS = (
     ("evaluate",),
     ("recipe", "prepare"),
     ("data", "loading"),
-    ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote"),
+    ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
     ("losses", "datasets", "publications"),
     ("_class_names",),
     ("core",),
