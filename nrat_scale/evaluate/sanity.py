@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec
+from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec, short_reach
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
@@ -125,6 +126,25 @@ def look_for_masking(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec,
         smooth, flat = smoothed_attack(probe)
     # An output whose scale hides gradients fails the checks of the gradients, and one sentence tells more than two.
     return ModelCheck([*(scale or gradients), *flat], {"images": len(x), **numbers, **more, **smooth})
+
+
+def short_reaches(entries: Mapping[str, Mapping[str, Any]], threat: ThreatSpec) -> list[str]:
+    """Flags for gradient attacks whose steps cannot reach the surface of the ball.
+
+    Args:
+        entries: attack -> its entry in results.json, with `steps` and `step`.
+        threat: for eps and norm.
+    """
+    flags = []
+    for name, entry in entries.items():
+        if entry.get("steps") and entry.get("step") is not None:
+            taken = replace(threat, eps=entry.get("eps", threat.eps), step=entry["step"])
+            if (problem := short_reach(taken, entry["steps"])) is not None:
+                way_out = "Give a longer --step or more steps."
+                flags.append(
+                    f"{attack_title(name)} is too weak for its radius: {problem}. Its accuracy is too high. {way_out}"
+                )
+    return flags
 
 
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:

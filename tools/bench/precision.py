@@ -15,7 +15,7 @@ from nrat_scale.train.attack_model import AttackModel
 def precision(work: Path, steps: int) -> None:
     """Print the final loss relative to float32, with all attack steps in low precision and with the first in float32."""
     shards = make_images(work)
-    ours = Ours(work, "resnet18_cifar", "trades", 16, "threat.num_steps=2")
+    ours = Ours(work, "resnet18_cifar", "trades", 16, "threat.num_steps=2", "threat.step=4/255")
     for _ in range(steps):
         ours.step()
     part, shape = ours.first_part(), ours.state.data.shards.image_shape
