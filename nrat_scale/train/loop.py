@@ -30,7 +30,7 @@ from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
 from nrat_scale.train.recovery import rewind, save
 from nrat_scale.train.setup import start
-from nrat_scale.train.signals import Stopped, resume_command
+from nrat_scale.train.signals import Stopped, StopSignals, resume_command
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
 from nrat_scale.train.tracking import Tracker
@@ -77,11 +77,12 @@ def _print_and_exit(sentence: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def train(recipe: RecipeSpec, profile: int = 0) -> Path:
+def train(recipe: RecipeSpec, profile: int = 0, signals: StopSignals | None = None) -> Path:
     """Train `recipe`, or resume it, and return its run directory.
 
     Args:
         profile: number of steps for torch's profiler.
+        signals: what a second signal does; by default it ends the process.
 
     Raises:
         UserError: see `start`; training collapsed and `guard.action` is stop; a checkpoint could not be saved; a device is out
@@ -91,6 +92,7 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
     """
     try:
         state = start(recipe)
+        state.signals = signals or state.signals
         with state.owner or contextlib.nullcontext():
             _run(state, profile)
     except Exception as error:
