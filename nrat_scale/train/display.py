@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from nrat_scale.train.metrics import METRICS, averages, percent, sum_names, total_sums
+from nrat_scale.train.metrics import METRICS, PARTIAL, averages, percent, sum_names, total_sums
 from nrat_scale.train.state import TrainState
 
 
@@ -66,7 +66,8 @@ class Progress:
             what, named = "validation", {"natural": row["natural"], row["attack"]: row["robust"]}
             texts = [f"{name} {percent(value['accuracy'])}" for name, value in named.items()]
         else:
-            what, shown = "training", {name: metric for name, metric in METRICS.items() if metric.summary}
+            of = f" (step {row['step']}, {row['steps_of_epoch']} of the epoch)" if row["kind"] == PARTIAL else ""
+            what, shown = f"training{of}", {name: metric for name, metric in METRICS.items() if metric.summary}
             texts = [f"{m.summary} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
         self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")
 
