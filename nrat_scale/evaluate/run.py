@@ -38,7 +38,14 @@ from nrat_scale.evaluate.measures import (
 )
 from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import ModelCheck, contradictions, inspect_model, short_reaches, square_warning
+from nrat_scale.evaluate.sanity import (
+    ModelCheck,
+    contradictions,
+    doubtful_normalisation,
+    inspect_model,
+    short_reaches,
+    square_warning,
+)
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
@@ -265,7 +272,13 @@ def _record(
     warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
     return {
         **facts,
-        "flags": [*facts["flags"], *short_reaches(entries, threat), *contradictions(alone), *warned],
+        "flags": [
+            *facts["flags"],
+            *doubtful_normalisation(facts, entries),
+            *short_reaches(entries, threat),
+            *contradictions(alone),
+            *warned,
+        ],
         "worst": worst_case(outcomes),
         "attacks": entries,
     }

@@ -33,6 +33,7 @@ _CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means t
 _ITERATED_GAIN = (
     0.01  # of the images that FGSM breaks: PGD breaks more than that in addition, unless gradients are masked
 )
+_FEW_RECOGNISED = 0.5  # a smaller natural accuracy of a foreign model may be due to another normalisation
 _SQUARE_SHARE = 0.002  # of all images: the threshold of AutoAttack's own check
 _SAME_LOSS = {"apgd-ce": ("pgd", "fgsm"), "apgd-dlr": ("cw",), "apgd-t": ("cw",)}  # component -> kinds of attack
 _APGD_STEPS = 100
@@ -145,6 +146,22 @@ def short_reaches(entries: Mapping[str, Mapping[str, Any]], threat: ThreatSpec) 
                     f"{attack_title(name)} is too weak for its radius: {problem}. Its accuracy is too high. {way_out}"
                 )
     return flags
+
+
+def doubtful_normalisation(facts: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A flag if the model of a weight file has an assumed normalisation and recognises few images.
+
+    Args:
+        facts: of the checkpoint in results.json.
+        entries: attack -> its entry there.
+    """
+    assumed, accuracy = facts.get("assumed_normalisation"), entries.get("natural", {}).get("accuracy")
+    if not assumed or accuracy is None or accuracy >= _FEW_RECOGNISED:
+        return []
+    what = f"Natural accuracy is {100 * accuracy:.1f} %, with {assumed} assumed because the file has none"
+    return [
+        f"{what}. If the model was trained with another normalisation, give it with --mean and --std (0 and 1 for none)."
+    ]
 
 
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:

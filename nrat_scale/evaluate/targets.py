@@ -153,6 +153,8 @@ def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
     if options.weights_key is not None:
         identity["weights_key"] = options.weights_key
+    if assumed := getattr(model, "assumed_normalisation", ""):
+        identity["assumed_normalisation"] = assumed
     target = Target("file", model, identity, model_key(model, options.arch, _shape_arguments(model)))
     return _found(path.stem, None, target)
 
