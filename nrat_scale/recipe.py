@@ -36,6 +36,7 @@ RETIRED = {"data.workers": (0, "a thread of the training process gathers batches
 # Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
     "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile", "train.threads",
+    "train.graphs", "train.deterministic",
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
@@ -46,6 +47,7 @@ _ADDED: dict[str, Any] = {
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,
     "imports": [],
+    "train.tf32": True,
 }
 # Keys of `objective` in every resolved recipe from before `objective.loss` and `objective.divergence` were keys.
 _FORMER_OBJECTIVE = {"name", "lam", "inner", "smoothing", "smoothing_mode", "a", "b"}
@@ -71,6 +73,9 @@ class TrainSpec:
     channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
     fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
     compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
+    graphs: bool | str = "auto"  # CUDA graphs for attack and training; `auto`: on one GPU, and eager if they fail
+    tf32: bool = True  # float32 convolutions in TF32 on GPUs that have it, torch's default; validation is always IEEE
+    deterministic: bool = False  # only deterministic algorithms: a resumed run on a GPU has the same bits; slower
     # Timeout of collectives between processes. It must exceed the time in which the main process verifies the data.
     timeout_minutes: float = 15.0
 
@@ -92,7 +97,9 @@ class TrainSpec:
             check_value(f"train.{name}", value, value is None or value > 0, "greater than 0")
         known = re.fullmatch(r"(pgd|cw)[1-9][0-9]*", self.validation_attack) is not None
         check_value("train.validation_attack", self.validation_attack, known, "pgdN or cwN, for instance pgd10 or cw40")
-        check_value("train.compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
+        for name in ("compile", "graphs"):
+            value = getattr(self, name)
+            check_value(f"train.{name}", value, value in ("auto", True, False), "auto, true or false")
 
 
 @dataclass(frozen=True)

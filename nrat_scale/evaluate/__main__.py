@@ -11,7 +11,6 @@ from nrat_scale.attacks import NORMS, parse_fraction
 from nrat_scale.core.errors import run_cli
 from nrat_scale.evaluate.api import evaluate
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
-from nrat_scale.evaluate.key import FLOAT32_MODES
 from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES
 
 
@@ -50,9 +49,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
-    float32 = "of GPUs: tf32 (torch's default: convolutions in TF32) or ieee (slower) (default: %(default)s)"
-    add("--float32", choices=FLOAT32_MODES, default="tf32", help=float32)
+    tf32 = "convolutions in TF32 on GPUs: faster, with a logit error of about 1e-3 (default: IEEE float32)"
+    add("--tf32", action="store_true", help=tf32)
     out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
+    graphs = "run the passes of attacks as CUDA graphs on padded batches: for small models on GPUs (not measured yet)"
+    add("--graphs", action="store_true", help=graphs)
     add("--out", type=Path, help=out)
     return parser.parse_args(argv)
 

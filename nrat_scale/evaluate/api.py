@@ -10,10 +10,10 @@ from accelerate import PartialState
 
 from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
 from nrat_scale.core.errors import UserError, first_line, warn
+from nrat_scale.core.float32 import use_float32
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate import run
 from nrat_scale.evaluate.attacks import Attack, parse_attack
-from nrat_scale.evaluate.key import FLOAT32_MODES, use_float32
 from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
@@ -65,7 +65,8 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     device: str | None = None,
-    float32: str = FLOAT32_MODES[0],
+    tf32: bool = False,
+    graphs: bool = False,
     out: str | Path | None = None,
 ) -> Evaluation:
     """Measure natural and robust accuracy, and write results.json; what has been measured before is read from it.
@@ -87,7 +88,7 @@ def evaluate(
     """
     what, parsed = str(what), tuple(one if isinstance(one, Attack) else parse_attack(one) for one in _names(attacks))
     state, chosen = _join(device)
-    use_float32(float32)
+    use_float32("tf32" if tf32 else "ieee")
     shards = open_shards(data, "--data")
     options = TargetOptions(_names(checkpoint), _names(weights), arch, mean, std, weights_key)
     found = find_targets(what, options)
@@ -99,7 +100,9 @@ def evaluate(
         (source,) = find_targets(transfer_from, options).targets
         source = replace(source, label=Path(transfer_from).name)
     threat = request_threat(what, found.threat, norm, eps, step)
-    request = Request(parsed, threat, images, aa_images, batch_size, seed, source, drop_broken)
+    if graphs and chosen.type != "cuda":
+        raise UserError(f"--graphs needs a GPU, and this evaluation is on {chosen.type}. Omit it.")
+    request = Request(parsed, threat, images, aa_images, batch_size, seed, source, drop_broken, graphs)
     path = found.results if out is None else Path(out)
     if out is None and found.earlier is not None and found.earlier.is_file():
         warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")

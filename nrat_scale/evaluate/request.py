@@ -9,10 +9,11 @@ from torch import nn
 from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
+from nrat_scale.core.float32 import float32_mode
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
-from nrat_scale.evaluate.key import EvaluationKey, float32_mode
+from nrat_scale.evaluate.key import EvaluationKey
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import package_versions
 from nrat_scale.evaluate.targets import Target
@@ -34,6 +35,7 @@ class Request:
     seed: int = 0  # of random starts, AutoAttack and the choice of images
     source: Target | None = None  # transfer attack: make the adversarial images on this model
     drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
+    graphs: bool = False  # attack through a `GraphedModel`
 
     def __post_init__(self) -> None:
         if not self.attacks:
@@ -93,6 +95,7 @@ class Request:
             batch_size=self.batch_size,
             device=device.type,
             float32=float32_mode(device),
+            graphs=self.graphs or None,
             versions=package_versions(),
         )
 

@@ -27,6 +27,7 @@ from nrat_scale.evaluate import results
 from nrat_scale.evaluate.attacks import Attack, for_classes, needs_gradient
 from nrat_scale.evaluate.autoattack import AutoAttackLog
 from nrat_scale.evaluate.differentiable import check_differentiable
+from nrat_scale.evaluate.graphed_model import GraphedModel
 from nrat_scale.evaluate.key import machine_facts
 from nrat_scale.evaluate.measures import (
     Images,
@@ -208,6 +209,9 @@ class _Evaluation:
         """All blocks of one attack, in order; finished ones are read, the others are distributed over the processes."""
         request, state = self.request, self.state
         source = None if request.source is None else request.source.model
+        model = target.model
+        if request.graphs:
+            model, source = GraphedModel(model), None if source is None else GraphedModel(source)
         done: dict[int, results.FinishedBlock] = known_to_all(state, log.read)
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
@@ -221,7 +225,7 @@ class _Evaluation:
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
                 log_shown = AutoAttackLog(bar.set_postfix_str)
                 with _own_errors(), memory_errors(title, request.batch_size):
-                    right = block_outcome(attack, target.model, *given, **options, log=log_shown)
+                    right = block_outcome(attack, model, *given, **options, log=log_shown)
                 seconds = time.perf_counter() - began
                 mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by)
                 log.write(first, mine[first])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec, short_reach
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.float32 import exact_float32
 from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
 from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
@@ -25,7 +26,7 @@ from nrat_scale.evaluate.gaps import attack_gaps
 from nrat_scale.evaluate.gradient_checks import check_gradients
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.output_scale import check_output_scale, probability_flags
-from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe, exact_float32
+from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe
 from nrat_scale.evaluate.results import Outcome
 from nrat_scale.evaluate.statistics import Paired, beyond_chance, paired, wilson
 

@@ -84,7 +84,7 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
         f"python -m nrat_scale.evaluate {shlex.quote(contents.name)} --data TEST_SHARDS --attacks {','.join(attacks)}"
         f" --norm {threat['norm']} --eps {fraction_text(threat['eps'])} --step {fraction_text(threat['step'])}"
         f" --batch-size {first['batch_size']} --seed {first['seed']}"
-        + (" --float32 ieee" if (first.get("device"), first.get("float32")) == ("cuda", "ieee") else "")
+        + (" --tf32" if first.get("float32") == "tf32" else "")
         + (f" --images {most}" if most < total else "")
         + (f" --aa-images {autoattack}" if autoattack < most else "")
     )

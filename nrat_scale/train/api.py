@@ -75,12 +75,25 @@ def _pointer(run: RunFolder, name: str) -> dict[str, Any]:
     return read_json(path, "pointer to a checkpoint") if path.is_file() else {}
 
 
+_SETTINGS = (  # of torch, for the whole process
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.utils.deterministic, "fill_uninitialized_memory"),
+)
+
+
 @contextlib.contextmanager
 def _settings_of_torch() -> Iterator[None]:
-    """Restore what training sets in torch for the whole process: threads, denormal numbers, the state of generators."""
-    threads = torch.get_num_threads()
+    """Restore what training sets for the whole process: threads, arithmetic, denormal numbers, the state of generators."""
+    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
     tiny = torch.full((1,), torch.finfo(torch.float32).tiny)
     flushes = bool((tiny / 2 == 0).all())
+    deterministic, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    before = [(owner, name, getattr(owner, name)) for owner, name in _SETTINGS]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -88,3 +101,7 @@ def _settings_of_torch() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushes)
+        torch.set_float32_matmul_precision(matmul)
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warns)
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -24,6 +24,7 @@ from nrat_scale.optim import learning_rates, set_rates
 from nrat_scale.recipe import RecipeSpec
 from nrat_scale.train.compile import compile_models
 from nrat_scale.train.display import Progress, lasting_output
+from nrat_scale.train.graphs import use_graphs
 from nrat_scale.train.liveness import heartbeat, silent_ranks
 from nrat_scale.train.metrics import close_epoch, log, log_partial, partial_row, percent
 from nrat_scale.train.nonfinite import report_bad_step
@@ -98,6 +99,9 @@ def train(recipe: RecipeSpec, profile: int = 0, signals: StopSignals | None = No
     except Exception as error:
         if ran_out_of_memory(error):
             raise OutOfMemoryError(_memory_advice(recipe, error)) from error
+        if recipe.train.deterministic and "does not have a deterministic implementation" in str(error):
+            what = f"train.deterministic is true, but {first_line(error).split(', but you set')[0]}"
+            raise UserError(f"{what}. Use another model, or train.deterministic=false.") from error
         raise
     state.accelerator.end_training()
     return state.run.path
@@ -133,6 +137,7 @@ def _run(state: TrainState, profile: int) -> None:
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
         accelerator.print(note)
     compile_models(state)
+    use_graphs(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
     with alive, state.signals.watched(), contextlib.closing(state.tracker), state.saver or nothing:
@@ -185,7 +190,7 @@ def _fit(state: TrainState, profile: int) -> None:
         if signum or (num_processes == 1 and state.signals.received):
             _save_and_stop(state, signum or state.signals.received, progress)
     profiler.update(state)
-    progress.close()
+    progress.close(state)
     if state.step % per_epoch:  # stopped by max_steps within an epoch
         # Before the first validation no checkpoint is selected: best.json then names this one, with "selected": false.
         save(state, is_best=state.best is None, final=True)

@@ -1,6 +1,7 @@
 """Start a run: check recipe, data and run folder, then build data, model, optimizer and state."""
 
 import datetime
+import os
 import shutil
 import warnings
 from functools import partial
@@ -21,6 +22,7 @@ from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
 from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import make_folder, write_atomically, write_json
+from nrat_scale.core.float32 import use_float32
 from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
@@ -88,6 +90,7 @@ def start(recipe: RecipeSpec) -> TrainState:
 
 def _accelerator(recipe: RecipeSpec) -> Accelerator:
     gpu = torch.accelerator.is_available()
+    _choose_arithmetic(recipe, gpu)
     if recipe.precision == "fp16" and not gpu:
         raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
     timeout = datetime.timedelta(minutes=recipe.train.timeout_minutes)
@@ -125,6 +128,18 @@ def _check_reach(recipe: RecipeSpec) -> None:
     if (problem := short_reach(threat, attack.steps)) is not None:
         name = recipe.train.validation_attack
         warn(f"Robust validation accuracies are too high: {problem} (train.validation_attack={name}, threat.step).")
+
+
+def _choose_arithmetic(recipe: RecipeSpec, gpu: bool) -> None:
+    """TF32, deterministic algorithms and cuDNN's search, before the first operation on a GPU."""
+    deterministic = recipe.train.deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = gpu and not deterministic
+    use_float32("tf32" if recipe.train.tf32 else "ieee")
 
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nrat_scale.core.errors import warn
+from nrat_scale.core.float32 import exact_float32
 from nrat_scale.core.memory import ran_out_of_memory
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
 from nrat_scale.train.state import TrainState
@@ -31,7 +32,7 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     cast = model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     model.eval()
     try:
-        with state.accelerator.autocast():
+        with exact_float32():  # also under bf16, where near ties change half a percent of the predictions
             for name in ("natural", attack):
                 counts += _correct(state, name, model, images, rows)
     except Interrupted:

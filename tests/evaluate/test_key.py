@@ -238,11 +238,11 @@ from nrat_scale.evaluate import run
 from nrat_scale.evaluate.__main__ import main
 here, there = map(Path, sys.argv[1:3])
 check = run.inspect_model
-def check_together(*given):
+def check_together(*given, **options):
     here.touch()
     while not there.exists():
         time.sleep(0.01)
-    return check(*given)
+    return check(*given, **options)
 run.inspect_model = check_together
 main(sys.argv[3:])
 """

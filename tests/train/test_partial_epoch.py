@@ -25,7 +25,7 @@ def test_a_run_stopped_before_its_first_epoch(recipe_path, tmp_path, capsys):
     run = train(load_recipe(recipe_path, overrides))
     (row,) = _rows(run)
     assert (row["kind"], row["epoch"], row["step"], row["steps_of_epoch"]) == ("partial", 1, 3, 3)
-    assert 0 < row["loss"] and 0 <= row["robust_accuracy"] <= 1
+    assert row["loss"] > 0 and 0 <= row["robust_accuracy"] <= 1
     out = capsys.readouterr().out
     assert "epoch 1: training (step 3, 3 of the epoch) natural" in out
     assert "stopped after 3 of 12 steps, as train.max_steps asks, within epoch 1; the run is saved." in out
