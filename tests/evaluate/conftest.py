@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from nrat_scale.attacks import ThreatSpec
+from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.evaluate import api as evaluate_api
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.prepare.input import LabelledArrays

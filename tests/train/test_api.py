@@ -21,7 +21,14 @@ def test_it_returns_what_the_command_line_prints(recipe_path, tmp_path):
     done = train(recipe_path, {"run_dir": tmp_path / "run", "train.epochs": 2})
     assert (done.run, done.step, done.complete) == (tmp_path / "run", 8, True)
     assert done.best in [row for row in done.metrics if row["kind"] == "validation"]
-    command = [sys.executable, "-m", "nrat_scale.train", str(recipe_path), f"run_dir={tmp_path / 'cli'}", "train.epochs=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "nrat_scale.train",
+        str(recipe_path),
+        f"run_dir={tmp_path / 'cli'}",
+        "train.epochs=2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
     assert digest(done.run) == digest(tmp_path / "cli")
