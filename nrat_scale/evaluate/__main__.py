@@ -1,28 +1,17 @@
 """Command line of evaluation: `python -m nrat_scale.evaluate WHAT --data SHARDS`."""
 
 import argparse
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from nrat_scale.attacks import NORMS, parse_fraction
-from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
-from nrat_scale.core.errors import UserError, first_line, run_cli, warn
-from nrat_scale.core.float32 import use_float32
-from nrat_scale.data.shards import open_shards
+from nrat_scale.core.errors import run_cli
+from nrat_scale.evaluate.api import evaluate
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
-from nrat_scale.evaluate.measures import memory_errors
-from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
-from nrat_scale.evaluate.results import results_text
-from nrat_scale.evaluate.run import evaluate
-from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
-from nrat_scale.recipe import flat_values, load_recipe, to_yaml
-from nrat_scale.tracking import Trackers
+from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,58 +74,12 @@ def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
-def _join(device: str | None) -> tuple[PartialState, torch.device]:
-    """The processes of this launch, and the device of this one."""
-    try:
-        state = join_processes(on_cpu=device is not None and torch.device(device).type == "cpu")
-        chosen = state.device if device is None or state.num_processes > 1 else torch.device(device)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {first_line(error)}") from error
-    if chosen.type == "cpu":
-        use_all_cores()
-    return state, chosen
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
-    given = _arguments(argv)
-    state, device = _join(given.device)
-    use_float32("tf32" if given.tf32 else "ieee")
-    shards = open_shards(given.data, "--data")
-    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key)
-    found = find_targets(given.what, options)
-    if found.run is not None:
-        check_unseen(found.run, shards)
-    source = None
-    if given.transfer_from is not None:
-        options = TargetOptions(("best",), arch=given.source_arch, weights_key=given.source_weights_key)
-        (source,) = find_targets(given.transfer_from, options).targets
-        source = replace(source, label=Path(given.transfer_from).name)
-    threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
-    counts = given.images, given.aa_images, given.batch_size
-    if given.graphs and device.type != "cuda":
-        raise UserError(f"--graphs needs a GPU, and this evaluation is on {device.type}. Omit it.")
-    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken, given.graphs)
-    out = given.out or found.results
-    if given.out is None and found.earlier is not None and found.earlier.is_file():
-        warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
-    if out.is_dir() or out.suffix != ".json":
-        raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")
-    on_main(state, shards.verify)
-    for target in [*found.targets, *([] if source is None else [source])]:
-        check_fits(target.model, shards, given.what)
-        with memory_errors(f"The model of {target.label}", 1):
-            target.model.to(device)
-    results = evaluate(found.targets, shards, request, out, replace_models=given.out is None)
-    if state.is_main_process:
-        text = results_text(results, [target.label for target in found.targets])
-        print(f"{text}\nwritten to {out}")
-        if found.run is not None and out == found.results:
-            recipe = load_recipe(found.run.recipe)
-            with contextlib.closing(Trackers(found.run, recipe.train.trackers)) as trackers:
-                trackers.describe(flat_values(recipe), to_yaml(recipe))
-                trackers.results(results, "".join(f"    {line}\n" for line in text.splitlines()))
+    given = vars(_arguments(argv))
+    evaluation = evaluate(given.pop("what"), given.pop("data"), **given)
+    if PartialState().is_main_process:
+        print(f"{evaluation}\nwritten to {evaluation.path}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import write_json
@@ -38,7 +39,14 @@ from nrat_scale.evaluate.measures import (
 )
 from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import ModelCheck, contradictions, inspect_model, square_warning
+from nrat_scale.evaluate.sanity import (
+    ModelCheck,
+    contradictions,
+    doubtful_normalisation,
+    inspect_model,
+    short_reaches,
+    square_warning,
+)
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
@@ -242,7 +250,7 @@ class _Evaluation:
                     name: arrays[f"{label}/{name}"] if entry is stored.get(name) else measured.outcomes[name]
                     for name, entry in entries.items()
                 }
-                checkpoints[label] = _record(measured.facts, entries, outcomes)
+                checkpoints[label] = _record(measured.facts, entries, outcomes, self.request.threat)
                 arrays |= {f"{label}/{name}": outcome for name, outcome in outcomes.items()}
                 self._write_files(checkpoints, arrays)
             return checkpoints, arrays
@@ -258,14 +266,23 @@ class _Evaluation:
 
 
 def _record(
-    facts: dict[str, Any], entries: dict[str, dict[str, Any]], outcomes: dict[str, results.Outcome]
+    facts: dict[str, Any],
+    entries: dict[str, dict[str, Any]],
+    outcomes: dict[str, results.Outcome],
+    threat: ThreatSpec,
 ) -> dict[str, Any]:
     """The record of one checkpoint in results.json."""
     alone = {name: outcome for name, outcome in outcomes.items() if "without_images_broken_by" not in entries[name]}
     warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
     return {
         **facts,
-        "flags": [*facts["flags"], *contradictions(alone), *warned],
+        "flags": [
+            *facts["flags"],
+            *doubtful_normalisation(facts, entries),
+            *short_reaches(entries, threat),
+            *contradictions(alone),
+            *warned,
+        ],
         "worst": worst_case(outcomes),
         "attacks": entries,
     }

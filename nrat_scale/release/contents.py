@@ -128,7 +128,7 @@ def queued_weights(run: Path) -> list[Weights]:
 def gather(run: Path, weights: Weights, name: str, publication: Publication) -> Contents:
     """Read what a release of `weights` called `name` contains."""
     folder = RunFolder(run)
-    recipe, everything = load_recipe(folder.recipe), folder.read_results() or {}
+    recipe, everything = load_recipe(folder.recipe, run_code=False), folder.read_results() or {}
     results: dict[str, Any] | None = None
     record, outcomes = {}, {}
     for label, found in everything.get("checkpoints", {}).items():

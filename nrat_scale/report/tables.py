@@ -66,6 +66,37 @@ def text_table(runs: Sequence[Run]) -> str:
     return "\n".join(map(printable, lines))
 
 
+def latex_table(runs: Sequence[Run]) -> str:
+    """The table for a paper: accuracy in %, its interval and n; it needs no package. Notes and flags are comments."""
+    found = [(run, row) for run in runs for row in run.rows]
+    attacks = [a for a in attack_columns(row for _, row in found) if any(a in row.scores for _, row in found)]
+    head = ["run", "checkpoint", *(attack_title(attack) for attack in attacks)]
+    lines = [[run.name, row.checkpoint, *(_cell(row, a, "{} {}, n = {}") for a in attacks)] for run, row in found]
+    texts = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in (head, *lines)]
+    threats = {f"{run.name}: {threat_at(run.results)}" for run, _ in found}
+    warnings = [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    notes = ["accuracies in %, 95 % Wilson intervals", *sorted(threats), *warnings, *all_notes(runs), *all_flags(runs)]
+    return "\n".join(
+        [
+            *(f"% {printable(note)}" for note in notes),
+            rf"\begin{{tabular}}{{ll{'r' * len(attacks)}}}",
+            r"\hline",
+            texts[0],
+            r"\hline",
+            *texts[1:],
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _latex(text: str) -> str:
+    """Text with the signs escaped that have a meaning in LaTeX."""
+    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(signs.get(sign, rf"\{sign}" if sign in "&%$#_{}" else sign) for sign in printable(text))
+
+
 def _cell(row: Row, attack: str, template: str) -> str:
     """`template` with accuracy, interval and n; a dash if the attack was not run."""
     score: Score | None = row.scores.get(attack)

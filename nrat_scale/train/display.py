@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from nrat_scale.train.metrics import METRICS, averages, percent, sum_names, total_sums
+from nrat_scale.train.metrics import METRICS, PARTIAL, averages, percent, sum_names, total_sums
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import reuses_natural
 from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
@@ -76,7 +76,8 @@ class Progress:
             what, named = "validation", {"natural": row["natural"], row["attack"]: row["robust"]}
             texts = [f"{name} {percent(value['accuracy'])}" for name, value in named.items()]
         else:
-            what, shown = "training", {name: metric for name, metric in METRICS.items() if metric.summary}
+            of = f" (step {row['step']}, {row['steps_of_epoch']} of the epoch)" if row["kind"] == PARTIAL else ""
+            what, shown = f"training{of}", {name: metric for name, metric in METRICS.items() if metric.summary}
             names = {name: m.summary if self._known else m.injected or m.summary for name, m in shown.items()}
             texts = [f"{names[name]} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
         self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")

@@ -25,6 +25,9 @@ POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
+PARTIAL = "partial"  # the kind of the row of an unfinished epoch
+
+
 def percent(value: float) -> str:
     """0.125 as `12.5 %`."""
     return f"{100 * value:.1f} %"
@@ -117,6 +120,44 @@ def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
     return row
 
 
+def partial_row(state: TrainState, lr: float) -> dict[str, Any] | None:
+    """The row of an epoch in which training stops, over its steps so far; None between two epochs. On all ranks.
+
+    It ends metrics.jsonl until the run is resumed, which removes it: the epoch's own row then covers all of its steps.
+    """
+    done = state.step % state.data.steps_per_epoch
+    if not done:
+        return None
+    known = {
+        "kind": PARTIAL,
+        "epoch": state.step // state.data.steps_per_epoch + 1,
+        "step": state.step,
+        "steps_of_epoch": done,
+    }
+    return {**known, **averages(state, total_sums(state)), "lr": lr}
+
+
+def is_partial(line: str) -> bool:
+    """Whether a line of metrics.jsonl is a `partial_row`."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.get("kind") == PARTIAL
+
+
+def log_partial(state: TrainState, row: dict[str, Any] | None) -> None:
+    """Write the `partial_row` as the last line of metrics.jsonl, but not into the lines that checkpoints count."""
+    if row is None or not state.accelerator.is_main_process:
+        return
+    if state.owner is not None and state.owner.replaced_by is not None:
+        return
+    try:
+        write_metrics(state, json.dumps(row, allow_nan=False))
+    except UserError as error:
+        state.accelerator.print(f"warning: {error}")
+
+
 def log(state: TrainState, row: dict[str, Any]) -> None:
     """Append a row to metrics.jsonl and send its numbers to the trackers; after a full disk the next row writes both."""
     if not state.accelerator.is_main_process or (state.owner is not None and state.owner.replaced_by is not None):
@@ -131,6 +172,6 @@ def log(state: TrainState, row: dict[str, Any]) -> None:
     state.trackers.log(numbers, row["step"])
 
 
-def write_metrics(state: TrainState) -> None:
-    """Replace metrics.jsonl by the rows of `state`."""
-    write_atomically(state.run.metrics, "".join(line + "\n" for line in state.metrics))
+def write_metrics(state: TrainState, *more: str) -> None:
+    """Replace metrics.jsonl by the rows of `state`, and then `more` lines."""
+    write_atomically(state.run.metrics, "".join(line + "\n" for line in (*state.metrics, *more)))

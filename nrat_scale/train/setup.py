@@ -15,11 +15,13 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from nrat_scale import models
+from nrat_scale.added_losses import check_added
+from nrat_scale.attacks import fraction_text, short_reach
 from nrat_scale.checkpoint.folder import recover
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
 from nrat_scale.core.float32 import use_float32
 from nrat_scale.core.modes import batchnorms
@@ -27,6 +29,7 @@ from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.evaluate.attacks import parse_attack
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
@@ -50,6 +53,7 @@ def start(recipe: RecipeSpec) -> TrainState:
         UserError: data missing or damaged, a run folder of another recipe, a number of processes that does not fit, ...
     """
     accelerator = _accelerator(recipe)
+    on_main(accelerator, lambda: _check_reach(recipe))
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
         raise UserError(
@@ -67,6 +71,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     if not run.recipe.is_file():  # an older version may have begun such a run
         data.check_batch_size()
     shards = data.shards
+    check_added(recipe.objective, shards.num_classes)
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
     base = models.create(recipe.model.name, arguments)
@@ -122,6 +127,28 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
         # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     return accelerator
+
+
+def _check_reach(recipe: RecipeSpec) -> None:
+    """Refuse a new run whose attack cannot reach the surface of its ball, and warn if that of validation cannot.
+
+    Without steps, training on the random start alone is what the recipe asks for. Runs of earlier versions are resumed.
+    """
+    threat, attack = recipe.threat, parse_attack(recipe.train.validation_attack)
+    noise_alone = threat.num_steps == 0 and threat.init in ("uniform", "normal01")
+    problem = None if noise_alone or recipe.objective.family == "natural" else short_reach(threat, threat.num_steps)
+    if problem is not None:
+        what = (
+            f"The attack of training is too weak for its radius: {problem} (threat.step, threat.num_steps, threat.eps)"
+        )
+        if not RunFolder(Path(recipe.run_dir)).is_new:
+            warn(f"{what}. This run has been trained so; a new one is refused.")
+        else:
+            step = fraction_text(round(2.5 * threat.eps / max(threat.num_steps, 1), 6))
+            raise UserError(f"{what}. Use more steps, or longer ones, for instance threat.step={step}.")
+    if (problem := short_reach(threat, attack.steps)) is not None:
+        name = recipe.train.validation_attack
+        warn(f"Robust validation accuracies are too high: {problem} (train.validation_attack={name}, threat.step).")
 
 
 def _choose_arithmetic(recipe: RecipeSpec, gpu: bool) -> None:
@@ -185,8 +212,8 @@ def _check_folder(run: RunFolder, recipe: RecipeSpec) -> None:
         problem = "holds something that is not a run; nothing in it was touched"
     elif changed := outdated(run.recipe):
         problem = f"holds a run of an older version, in which {changed}; resume it with that version"
-    elif load_recipe(run.recipe).identity != recipe.identity:
-        problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
+    elif (stored := load_recipe(run.recipe, run_code=False)).identity != recipe.identity:
+        problem = f"holds a run of another recipe ({difference(stored, recipe)})"
     if problem:
         raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
 

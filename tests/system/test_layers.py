@@ -16,7 +16,7 @@ ROWS = (
     ("report",),
     ("evaluate",),
     ("recipe", "prepare"),
-    ("data", "loading"),
+    ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
     ("losses", "datasets", "publications"),
     ("_class_names",),
