@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nrat_scale.data.dataset import open_shards
+    from nrat_scale.evaluate.perturb import attack
     from nrat_scale.loading.load import load
     from nrat_scale.loading.robustbench import register_robustbench
+    from nrat_scale.report.data_frames import metrics, results
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "open_shards", "register_robustbench"]
+__all__ = ["__version__", "attack", "load", "metrics", "open_shards", "register_robustbench", "results"]
 
 _FUNCTIONS = {
+    "attack": "evaluate.perturb",
     "load": "loading.load",
     "open_shards": "data.dataset",
+    "metrics": "report.data_frames",
     "register_robustbench": "loading.robustbench",
+    "results": "report.data_frames",
 }
-_MODULES = ("attacks", "datasets", "labels", "loading", "losses", "models", "objectives", "optim", "recipe", "weights")
+_MODULES = (
+    "attacks", "datasets", "evaluate", "labels", "loading", "losses", "models", "objectives", "optim", "prepare", "recipe",
+    "release", "report", "train", "weights",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

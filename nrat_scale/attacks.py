@@ -67,6 +67,19 @@ class ThreatSpec:
             raise UserError(f"threat.space '{self.space}' is defined for threat.norm 'linf' only.")
 
 
+def short_reach(threat: ThreatSpec, num_steps: int) -> str | None:
+    """`10 steps of 2/255 reach 0.0784 of eps = 0.5` if they cannot lead from an image to the surface of its ball, else None.
+
+    A random start does not help: from there the far side of the ball is up to 2 eps away.
+    """
+    reach = num_steps * threat.step
+    if reach >= threat.eps * (1 - 1e-6):  # eps / 4 four times may round below eps
+        return None
+    steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+    step, eps = (fraction_text(value) for value in (threat.step, threat.eps))
+    return f"{steps} of {step} reach{'es' if num_steps == 1 else ''} {reach:.3g} of eps = {eps}"
+
+
 def pgd(
     model: nn.Module,
     x: Tensor,

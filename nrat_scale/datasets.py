@@ -13,6 +13,7 @@ class Dataset:
     mean: tuple[float, ...]  # per channel, of the training images in [0, 1], rounded as in the literature
     std: tuple[float, ...]
     asymmetric_map: dict[int, int] = field(default_factory=dict)  # empty if no map is published
+    hub: str | None = None  # the repository of the data set on the Hugging Face Hub
 
 
 _DIGITS = tuple("0123456789")
@@ -42,16 +43,20 @@ DATASETS: dict[str, Dataset] = {
         (0.4914, 0.4822, 0.4465),
         (0.2471, 0.2435, 0.2616),
         CIFAR10_MAP,
+        hub="uoft-cs/cifar10",
     ),
-    "cifar100": Dataset(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP),
+    "cifar100": Dataset(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), CIFAR100_MAP, "uoft-cs/cifar100"),
     # No noise map is published for SVHN, Tiny ImageNet and Fashion-MNIST.
-    "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "tiny_imagenet": Dataset(TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-    "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP),
+    "svhn": Dataset(_DIGITS, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), hub="ufldl-stanford/svhn"),
+    "tiny_imagenet": Dataset(
+        TINY_IMAGENET, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), hub="zh-plus/tiny-imagenet"
+    ),
+    "mnist": Dataset(_DIGITS, (0.1307,), (0.3081,), MNIST_MAP, "ylecun/mnist"),
     "fashion_mnist": Dataset(
         ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
         (0.2860,),
         (0.3530,),
+        hub="zalando-datasets/fashion_mnist",
     ),
     "digits": Dataset(_DIGITS, (0.3049,), (0.3757,), MNIST_MAP),
 }

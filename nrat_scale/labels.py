@@ -9,17 +9,17 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, Self
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
 from nrat_scale.core.seeds import derive, hash64, uniform01
-from nrat_scale.datasets import CIFAR10_MAP, blocks_map
+from nrat_scale.datasets import CIFAR10_MAP, DATASETS, blocks_map
 
 # CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
 # is the majority of their labels, `worse` a wrong one, if any.
@@ -32,11 +32,16 @@ HUMAN_SETS = {
 }
 _CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
 REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
+NONE, UNKNOWN, UNSET = "none", "unknown", "auto"  # kinds that inject nothing: labels as they are stored
+BEFORE = "labels_before_injection"  # key of a description of label noise; absent if those labels are clean
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
     """Label noise of one source of training images, by default the real one.
+
+    `none` says that the stored labels are right, `unknown` that nobody knows. `auto`, the default, becomes one of the two
+    when a run starts (`settled`), and the run's recipe.yaml has the result.
 
     Raises:
         UserError: a value is unknown, out of range, or contradicts another.
@@ -44,7 +49,10 @@ class NoiseSpec:
 
     KEY = REAL_KEY  # the section of the recipe, for messages; not a field
 
-    kind: str = "none"  # key of `NOISES`
+    # A kind of noise to inject (docs/data.md lists them); `none`: the stored labels are clean; `unknown`: nobody knows whether
+    # they are; `auto`: `none` for real images of cifar10, cifar100, svhn, tiny_imagenet, mnist, fashion_mnist and digits,
+    # `unknown` for all others.
+    kind: str = UNSET
     rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
     seed: int = 0  # of the noise alone, so that runs with different training seeds can share one noise
     class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
@@ -53,22 +61,46 @@ class NoiseSpec:
 
     def __post_init__(self) -> None:
         key = self.KEY
-        check_choice(f"{key}.kind", self.kind, NOISES)
+        check_choice(f"{key}.kind", self.kind, (*NOISES, UNKNOWN, UNSET))
         check_choice(f"{key}.human_set", self.human_set, HUMAN_SETS)
         check_value(f"{key}.rate", self.rate, 0.0 <= self.rate <= 1.0, "a fraction of the labels, in [0, 1]")
-        if self.kind == "none" and self.rate:
-            raise UserError(f"{key}.rate is {self.rate} but {key}.kind is 'none'. Name a kind, such as symmetric.")
+        if not self.injects and self.rate:
+            raise UserError(
+                f"{key}.rate is {self.rate} but {key}.kind is '{self.kind}'. Name a kind, such as symmetric."
+            )
         if self.kind == "cifar10n" and self.human_labels is None:
             raise UserError(_no_human_labels(key))
         if self.kind == "asymmetric_blocks" and self.class_map:
             raise UserError(_own_map(key))
 
+    @property
+    def injects(self) -> bool:
+        """Whether labels are changed."""
+        return self.kind not in (NONE, UNKNOWN, UNSET)
+
+    def known_before(self, dataset: str) -> bool:
+        """Whether the labels are known to be clean before any injection; `dataset` is the name in the shards."""
+        return self.kind == NONE or (self.kind != UNKNOWN and dataset in DATASETS)
+
+    def settled(self, dataset: str | None) -> Self:
+        """With `none` or `unknown` instead of `auto`; `dataset` is None if the source has no images."""
+        kind = NONE if dataset is None or self.known_before(dataset) else UNKNOWN
+        return replace(self, kind=kind) if self.kind == UNSET else self
+
 
 @dataclass(frozen=True)
 class GeneratedNoiseSpec(NoiseSpec):
-    """Label noise of the generated images: the labels that they were generated for count as the clean ones."""
+    """Label noise of the generated images.
+
+    Nobody has looked at generated images, so that the labels that they were generated for are never known to be clean:
+    `auto` is `unknown`, and a stored `none` means the same.
+    """
 
     KEY = GENERATED_KEY
+
+    def known_before(self, dataset: str) -> bool:
+        """False: see the class."""
+        return False
 
 
 def _no_human_labels(key: str) -> str:
@@ -299,8 +331,13 @@ def labels_sha256(labels: np.ndarray) -> str:
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
 
 
-def describe_noise(clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec) -> dict[str, Any]:
-    """The noise as a run stores it: counts, realised rate, transition matrix and a hash of the given labels."""
+def describe_noise(
+    clean: np.ndarray, given: np.ndarray, num_classes: int, spec: NoiseSpec, *, known_before: bool = True
+) -> dict[str, Any]:
+    """The noise as a run stores it: counts, realised rate, transition matrix and a hash of the given labels.
+
+    `clean` are the labels before injection; without `known_before` the description says that they are not known to be clean.
+    """
     return {
         "kind": spec.kind,
         "rate": spec.rate,
@@ -310,4 +347,5 @@ def describe_noise(clean: np.ndarray, given: np.ndarray, num_classes: int, spec:
         "realised_rate": float((clean != given).mean()) if len(clean) else 0.0,
         "transition_matrix": transition_matrix(clean, given, num_classes).tolist(),
         "sha256": labels_sha256(given),
+        **({} if known_before else {BEFORE: UNKNOWN}),
     }

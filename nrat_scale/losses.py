@@ -208,3 +208,4 @@ def mean_predictions(sums: Tensor, counts: Tensor) -> Tensor:
 
 # name -> f(natural logits [B, K], adversarial logits [B, K], y) -> [B]; also the attack's objective (`objective.inner`)
 DIVERGENCES: dict[str, Loss] = {"kl": _kl, "sym_kl": _sym_kl, "lse": _lse, "ikl": ikl}
+PUBLISHED = frozenset({*LOSSES, *DIVERGENCES})  # the entries above, without those that users add

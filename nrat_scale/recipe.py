@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,26 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nrat_scale.added_losses import stand_in
 from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, printable, quoted, warn
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted, warn
+from nrat_scale.core.imports import import_code
 from nrat_scale.data.spec import DataSpec
-from nrat_scale.labels import GeneratedNoiseSpec
+from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
+from nrat_scale.overrides import check_norm_change, meant_key, one_line, read_overrides
+from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
 # Retired keys of stored recipes: key -> (old default, dropped silently; reason, printed if another value is dropped).
 RETIRED = {"data.workers": (0, "a thread of the training process gathers batches faster than loader processes did")}
 # Keys that may differ when a run is resumed: they set where, how fast and how long it runs, not what it computes.
 _NOT_IDENTITY = (
-    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.compile", "train.threads",
+    "run_dir", "resume", "train.max_steps", "train.timeout_minutes", "train.log_every", "train.trackers", "train.compile",
+    "train.threads", "train.graphs", "train.deterministic",
     "release.every_epochs", "data.resident", "data.max_bad_shards", "data.remote.cache", "data.remote.cache_gb",
     "data.real.prepare", "data.generated.prepare", *RETIRED,
 )  # fmt: skip
@@ -40,9 +45,15 @@ _NOT_IDENTITY = (
 # was stored without it can be resumed.
 _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
+    "data.generated.noise.kind": NONE,
+    "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,
+    "imports": [],
+    "train.tf32": True,
 }
+# Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
+_EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
 # Keys of `objective` in every resolved recipe from before `objective.loss` and `objective.divergence` were keys.
 _FORMER_OBJECTIVE = {"name", "lam", "inner", "smoothing", "smoothing_mode", "a", "b"}
 _FORMER_AWP_WARMUP = 10  # the default before the 9 of TRADES-AWP
@@ -62,11 +73,16 @@ class TrainSpec:
     save_every: int = 1  # epochs between checkpoints
     keep: int = 1  # newest checkpoints to keep besides the best
     log_every: int = 50  # steps between progress lines
+    # Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`.
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     # CPU threads of each process; None: OMP_NUM_THREADS, and without it the process's share of the cores.
     threads: int | None = None
     channels_last: bool = True  # memory format of images and weights, in which convolutions are fastest
     fold_batchnorm: bool = True  # fold BatchNorm into convolutions while attacking with `threat.bn: eval`
     compile: bool | str = "auto"  # torch.compile for attack and training; `auto`: on CUDA, and eager if it fails
+    graphs: bool | str = "auto"  # CUDA graphs for attack and training; `auto`: on one GPU, and eager if they fail
+    tf32: bool = True  # float32 convolutions in TF32 on GPUs that have it, torch's default; validation is always IEEE
+    deterministic: bool = False  # only deterministic algorithms: a resumed run on a GPU has the same bits; slower
     # Timeout of collectives between processes. It must exceed the time in which the main process verifies the data.
     timeout_minutes: float = 15.0
 
@@ -88,7 +104,13 @@ class TrainSpec:
             check_value(f"train.{name}", value, value is None or value > 0, "greater than 0")
         known = re.fullmatch(r"(pgd|cw)[1-9][0-9]*", self.validation_attack) is not None
         check_value("train.validation_attack", self.validation_attack, known, "pgdN or cwN, for instance pgd10 or cw40")
-        check_value("train.compile", self.compile, self.compile in ("auto", True, False), "auto, true or false")
+        for name in ("compile", "graphs"):
+            value = getattr(self, name)
+            check_value(f"train.{name}", value, value in ("auto", True, False), "auto, true or false")
+        for name in self.trackers:
+            check_choice("train.trackers", name, TRACKERS)
+        known = len(set(self.trackers)) == len(self.trackers)
+        check_value("train.trackers", self.trackers, known, "different names")
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,8 @@ class RecipeSpec:
     seed: int = 0  # of weights, sample plan, augmentation and attack noise; label noise has its own
     precision: str = "fp32"  # or `bf16`, `fp16` (autocast), `fp64` (everything, to test exactness)
     resume: str = "auto"  # resume from the newest checkpoint of this recipe; `never` requires an empty run directory
+    # Modules of your own that training imports first, for instance one that adds to `LOSSES`; their code is run.
+    imports: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
@@ -155,6 +179,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+def flat_values(recipe: RecipeSpec) -> dict[str, Any]:
+    """The recipe's dotted keys and their values."""
+    return dict(_flat(_values(recipe)))
+
+
 def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
     """The keys that decide what is computed. Keys added later do not count at their default: stored runs keep their identity."""
     values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
@@ -163,7 +192,11 @@ def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
         usual |= {"objective.loss": own.loss, "objective.divergence": own.divergence}
     if not recipe.awp.gamma:
         values["awp.warmup_epochs"] = _FORMER_AWP_WARMUP
-    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in usual or value not in (usual[key], *_EQUAL.get(key, ()))
+    }
 
 
 def stored_values(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -178,7 +211,10 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
-            return f"{key} is {dict(_flat(_values(old)))[key]} there and {dict(_flat(_values(new)))[key]} here"
+            before, now = (
+                known.get(key, dict(_flat(_values(spec)))[key]) for known, spec in ((there, old), (here, new))
+            )
+            return f"{key} is {before} there and {now} here"
     return "no key differs"
 
 
@@ -222,19 +258,25 @@ def to_yaml(recipe: RecipeSpec) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(_values(recipe))))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), *, run_code: bool = True
+) -> RecipeSpec:
     """Read, compose and check a recipe.
 
     Args:
         path: a YAML file.
-        overrides: `key=value` with dotted keys, for instance `objective.name=trades` or `threat.eps=4/255`.
+        overrides: `key=value` with dotted keys, for instance `objective.name=trades` or `threat.eps=4/255`; or a mapping of
+            dotted keys to values.
+        run_code: import the modules of `imports`. For the recipe of a run or a release, which training need not repeat, it is
+            False: losses that this process does not know are then replaced by ones that cannot be computed.
 
     Raises:
         UserError: a missing file, invalid YAML, an unknown key (the message names the nearest known one), or a value
             that its spec refuses.
     """
     path = Path(path)
-    given = OmegaConf.merge(_read_yaml(path), _read_overrides(overrides))
+    stored, changes = _read_yaml(path), read_overrides(overrides)
+    given = OmegaConf.merge(stored, changes)
     try:
         container = OmegaConf.to_container(given, resolve=True)
         assert isinstance(container, dict)
@@ -242,7 +284,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
         raw["name"] = raw.get("name") or path.stem
         raw["run_dir"] = raw.get("run_dir") or f"runs/{raw['name']}"
         _normalise(raw)
+        check_norm_change(stored, changes)
         objective = raw.get("objective", {})
+        if run_code:
+            _import(raw["imports"], path)
+        else:
+            stand_in(objective)
         if _is_former(objective):
             _keep_meaning(objective, path)
         spec = preset(str(objective.get("name", "nrat")), str(objective.get("divergence", "")))
@@ -250,7 +297,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {key + ': ' if key else ''}{_one_line(error)}") from error
+        raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
     return recipe
 
@@ -261,20 +308,19 @@ def _read_yaml(path: Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"There is no recipe {path}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The recipe {path} cannot be read as YAML: {_one_line(error)}") from error
+        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"The recipe {path} must be a mapping of keys to values.")
     return loaded
 
 
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        if "=" not in override or override.startswith(("-", "=")):
-            raise UserError(f"'{override}' is not an override. Write key=value, for instance objective.name=trades.")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"The overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+def _import(modules: list[str], path: Path) -> None:
+    """Import `modules`, unless the recipe is that of a release: a release comes from others, and never runs code."""
+    if modules and (path.parent / "model.safetensors").is_file() and (path.parent / "config.json").is_file():
+        what = f"imports {', '.join(map(quoted, modules))}, which runs code, and is part of a release"
+        raise UserError(f"the recipe {what}. Read that code, then copy the recipe to another folder.")
+    for module in modules:
+        import_code(module, "imports")
 
 
 def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dict[str, Any]:
@@ -287,7 +333,8 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
         if key in hints:
             section = dataclasses.is_dataclass(hints[key])
             if section and not isinstance(value, dict):
-                raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.")
+                hint = f" Did you mean {meant}?" if (meant := meant_key(hints[key], dotted, value, PRESET_ONLY)) else ""
+                raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.{hint}")
             kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
         elif dotted not in RETIRED:
             raise UserError(f"unknown key {quoted(dotted)}. {did_you_mean(str(key), hints)}")
@@ -297,8 +344,11 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
 
 
 def _normalise(raw: dict[str, Any]) -> None:
-    """Replace notation by values: `8/255` in `threat`, and `off`, which YAML 1.1 reads as False."""
-    objective, threat = raw.get("objective", {}), raw.get("threat", {})
+    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one module in `imports`."""
+    objective, threat, imports = raw.get("objective", {}), raw.get("threat", {}), raw.get("imports") or []
+    raw["imports"] = [imports] if isinstance(imports, str) else imports
+    if not isinstance(raw["imports"], list) or not all(isinstance(name, str) for name in raw["imports"]):
+        raise UserError(f"imports is {quoted(imports)}; it must be a list of modules, for instance [my_losses].")
     if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
     for key in ("eps", "step"):
@@ -307,8 +357,3 @@ def _normalise(raw: dict[str, Any]) -> None:
                 threat[key] = parse_fraction(threat[key])
             except ValueError as error:
                 raise UserError(f"threat.{key}: {error}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    """The message without OmegaConf's trailer, on one line and printable (it may quote the file)."""
-    return printable(" ".join(str(error).split("\n    full_key")[0].split()))

@@ -99,9 +99,9 @@ def test_tiny_data_sets(kind, count):
 
 
 def test_kind_none_changes_nothing():
-    """The default of a recipe is clean labels."""
+    """The default of a recipe changes no label, and makes no claim before the data set is known."""
     assert np.array_equal(corrupt(BALANCED, "none", 0.0, 0, 10), BALANCED)
-    assert (NoiseSpec().kind, NoiseSpec().rate) == ("none", 0.0)
+    assert (NoiseSpec().kind, NoiseSpec().rate, NoiseSpec().injects) == ("auto", 0.0, False)
 
 
 # Noise must not change between versions: stored runs name it by (kind, rate, seed) alone.

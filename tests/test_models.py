@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments, timm_cfg
@@ -30,6 +31,18 @@ def _small(family: str, **arguments: Any) -> nn.Module:
     if family == "resnet18":
         return ResNet18(**arguments)
     return Cnn4(**{"in_chans": 3, "width": 4, "hidden": 8, **arguments})
+
+
+class _Calls(TorchDispatchMode):
+    """Records the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -52,8 +65,26 @@ def test_wide_resnet_padding_and_momentum():
     """Padding is asymmetric with stride 2; the momentum of every BatchNorm is 0.01."""
     model = WideResNet(16, 1)
     blocks = [block for stage in model.layer for block in stage.block]
-    assert [block.padding for block in blocks] == [(1, 1, 1, 1)] * 2 + [(0, 1, 0, 1), (1, 1, 1, 1)] * 2
+    assert [block.padding for block in blocks] == [None] * 2 + [(0, 1, 0, 1), None] * 2
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.01}
+
+
+@pytest.mark.parametrize("size", [32, 28, 8])
+def test_wide_resnet_pads_without_a_copy_where_the_padding_is_symmetric(size):
+    """Two copies in a forward pass, those of the stride-2 blocks; logits and gradients are those of padding by hand."""
+    model = WideResNet(16, 1).double().eval()
+    x = _images(2, 3, size, torch.float64).requires_grad_()
+    with _Calls() as counted:
+        logits = model(x)
+    assert counted.names.count("aten::constant_pad_nd") == 2
+    (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    for block in (block for stage in model.layer for block in stage.block):
+        if block.padding is None:
+            block.padding, block.conv_0.padding = (1, 1, 1, 1), (0, 0)
+    expected = model(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_resnet18_has_the_usual_names_and_loads_a_public_checkpoint():

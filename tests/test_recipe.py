@@ -77,7 +77,7 @@ def test_variants_differ_in_what_they_say(model: str) -> None:
     assert _differences(base, f"{base}_real_val") == {"data.validation.source": ("generated", "real")}
     assert load_recipe(RECIPES / f"{base}_real_val.yaml").data.validation.labels == "given"
     assert _differences(f"{base}_real_val", f"{base}_all_noisy") == {
-        "data.generated.noise.kind": ("none", "symmetric"),
+        "data.generated.noise.kind": ("auto", "symmetric"),
         "data.generated.noise.rate": (0.0, 0.2),
         "data.generated.noise.seed": (0, 1),
     }

@@ -1,12 +1,14 @@
 """Several processes of one launch: join them, act on the main process, share its result."""
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
 from nrat_scale.core.errors import UserError
@@ -19,6 +21,27 @@ def join_processes(*, on_cpu: bool = False) -> PartialState:
     """
     cpu = on_cpu or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=datetime.timedelta(days=2))
+
+
+@contextlib.contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Inside the block an `Accelerator` starts anew, as in a new process; afterwards an earlier one is as before.
+
+    Accelerate keeps the device and the precision of the first `Accelerator` of a process, in class attributes. The processes
+    of a launch stay joined: only a single process forgets its device.
+    """
+    singletons: list[Any] = [AcceleratorState, GradientState]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        singletons.append(PartialState)
+    before = [dict(singleton._shared_state) for singleton in singletons]
+    for singleton in singletons:
+        singleton._shared_state.clear()
+    try:
+        yield
+    finally:
+        for singleton, values in zip(singletons, before, strict=True):
+            singleton._shared_state.clear()
+            singleton._shared_state.update(values)
 
 
 def use_all_cores(threads: int | None = None) -> int:

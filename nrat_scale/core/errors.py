@@ -13,6 +13,10 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """Invalid input or environment. The message says what, where, what was expected and the way out."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter print for this exception: one line, as the command line does."""
+        return [f"error: {self}"]
+
 
 def warn(sentence: str) -> None:
     """Print `warning: sentence` to stderr on rank 0, above any progress bar."""

@@ -34,6 +34,7 @@ class RunFolder:
         self.releases = path / "releases"  # weights queued for publication (release.every_epochs)
         self.results = path / RESULTS  # accuracies; `OUTCOMES` beside it: outcomes per image
         self.tensorboard = path / "tensorboard"  # TensorBoard's event files
+        self.tracking = path / "tracking.json"  # id of the run in W&B and trackio
         self.profile = path / "profile"  # profiler traces
         self.alive = path / ".alive"  # liveness files of the ranks
         self.lock = self.alive / "lock"  # held by the process that trains

@@ -5,6 +5,7 @@ Shards behind an address (https://, s3://, hf://) are read through a cache of ve
 describes the format.
 """
 
+import itertools
 import os
 import sys
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import parse_json, read_json, sha256_of, write_json
 from nrat_scale.data.index import INDEX, REMAKE, ShardIndex
 from nrat_scale.remote.address import expand, is_remote
@@ -257,6 +258,29 @@ class ShardSet(ShardIndex):
             if isinstance(error, FileNotFoundError) and self.is_remote and attempts > 1:
                 return self._new_map(number, attempts - 1)  # another process evicted it before it was opened here
             raise self._unusable(number, f"it cannot be read ({error})") from error
+
+
+def check_validation_fits(validation: ShardSet, training: ShardSet, kind: str) -> None:
+    """Raise `UserError` unless `validation` has the images and classes of the `kind` training images, and other shards."""
+    this, that = f"data.validation.shards ({validation.folder})", f"data.{kind}.shards ({training.folder})"
+    if validation.image_shape != training.image_shape:
+        shapes = f"{list(validation.image_shape)}, but {that} has {list(training.image_shape)}"
+        raise UserError(f"{this} has images of shape {shapes}. Prepare both with the same size.")
+    if validation.class_names != training.class_names:
+        pairs = itertools.zip_longest(validation.class_names, training.class_names)
+        number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        names = f"class {number} is {_class(here)} in {this} and {_class(there)} in {that}"
+        raise UserError(f"The classes differ: {names}. Prepare both with the same --classes.")
+    if shared := sorted(set(validation._sha256) & set(training._sha256)):
+        name = validation.names[validation._sha256.index(shared[0])]
+        raise UserError(
+            f"{this} and {that} share {len(shared)} of {len(validation.names)} shards, such as {name}: images that are trained "
+            "on cannot validate. Give other images, or remove data.validation.shards to hold some out."
+        )
+
+
+def _class(name: str | None) -> str:
+    return "missing" if name is None else quoted(name)
 
 
 def concatenated(pixels: Sequence[memoryview]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The specs of a recipe's `data` section."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.data.augment import AugmentSpec
@@ -11,6 +11,7 @@ from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
+VALIDATION = "validation"  # in data.json, the entry of `data.validation.shards`
 
 
 def batch_shares(batch_size: int, fraction: float, kinds: Collection[str]) -> dict[str, float]:
@@ -50,27 +51,32 @@ class GeneratedSpec:
     prepare: str | None = None  # as `data.real.prepare`
     noise: GeneratedNoiseSpec = field(
         default_factory=GeneratedNoiseSpec
-    )  # as `data.real.noise`; publications have none
+    )  # as `data.real.noise`; publications inject none
 
     def __post_init__(self) -> None:
         _check_not_empty(GENERATED, self.shards, self.exclude)
         check_value("data.generated.fraction", self.fraction, 0.0 < self.fraction <= 1.0, "in (0, 1]")
-        if self.noise.kind != "none" and self.shards is None:
+        if self.noise.injects and self.shards is None:
             noise = f"data.generated.noise.kind is '{self.noise.kind}'"
             raise UserError(f"{noise}, but data.generated.shards is not set. Set it, or remove data.generated.noise.")
 
 
 @dataclass(frozen=True)
 class ValidationSpec:
-    """Training images held out to select the best checkpoint."""
+    """The images that select the best checkpoint: held out of the training images, or of other shards."""
 
-    source: str = REAL  # `real` or `generated`
-    size: int = 1024  # images
+    source: str = REAL  # `real` or `generated`; has no effect with `shards`
+    # Folder or address of other shards with the images, of which none is trained on; None holds training images out.
+    shards: str | None = None
+    size: int = 1024  # images; of `shards` at most this many
     take: str = "stratified"  # each class in proportion, by the stored labels; or `first`, in the order of the source
-    labels: str = "given"  # as training sees them, with the noise; or `clean`
+    # As training sees them, with the noise; or `clean`, those before it. Labels of `shards` never get noise: there `clean`
+    # says that they are right, as `data.real.noise.kind: none` does of training labels.
+    labels: str = "given"
     seed: int = 0  # of the choice; not the run's seed, so that runs with several seeds share one split
 
     def __post_init__(self) -> None:
+        check_value("data.validation.shards", self.shards, self.shards != "", "a folder, an address or null")
         check_value("data.validation.size", self.size, self.size >= 1, "at least 1")
         check_choice("data.validation.source", self.source, (REAL, GENERATED))
         check_choice("data.validation.take", self.take, ("stratified", "first"))
@@ -113,6 +119,12 @@ class DataSpec:
         kinds = [kind for kind in (REAL, GENERATED) if getattr(self, kind).shards is not None]
         return batch_shares(self.batch_size, self.generated.fraction, kinds)
 
+    def settled(self, datasets: Mapping[str, str]) -> "DataSpec":
+        """With label noise `none` or `unknown` instead of `auto`; `datasets` has the name in the shards of each source."""
+        real = replace(self.real, noise=self.real.noise.settled(datasets.get(REAL)))
+        generated = replace(self.generated, noise=self.generated.noise.settled(datasets.get(GENERATED)))
+        return replace(self, real=real, generated=generated)
+
     def noise_of(self, kind: str) -> NoiseSpec:
         """The label noise of the source `real` or `generated`."""
         return self.real.noise if kind == REAL else self.generated.noise
@@ -128,7 +140,7 @@ class DataSpec:
         if not given:
             raise UserError("Nothing to train on: give data.real.shards, data.generated.shards, or both.")
         source = self.validation.source
-        if source not in given:
+        if source not in given and self.validation.shards is None:
             raise UserError(f"data.validation.source is '{source}', but data.{source}.shards is not set.")
         if self.loader == "webdataset" and self.augment.cutmix:
             raise UserError("data.loader webdataset does not support data.augment.cutmix. Use data.loader: indexed.")

@@ -9,7 +9,9 @@ from nrat_scale.data.spec import ValidationSpec
 
 
 def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
-    """The sorted positions int64 [size] that validation holds out: a function of (index, spec), not of label noise.
+    """The sorted positions int64 [size] that validation uses: a function of (index, spec), not of label noise.
+
+    Of `data.validation.shards` it may use all; of training images, some must be left.
 
     `stratified` takes classes in proportion to their number in the index (largest remainders first), by the stored
     labels. It visits shards, and the samples of each, in a keyed random order. Shards are permuted when written, so the
@@ -18,6 +20,8 @@ def choose_held_out(shards: ShardSet, spec: ValidationSpec) -> np.ndarray:
     Raises:
         UserError: there are too few images, or a class would be missing.
     """
+    if spec.shards is not None and spec.size >= len(shards):
+        return np.arange(len(shards))
     if spec.size >= len(shards):
         raise UserError(
             f"data.validation.size is {spec.size}, but {shards.folder} has only {len(shards)} images. "

@@ -1,6 +1,6 @@
 """The data of a run: its sources, their mix, and this rank's batches. docs/data.md explains formats and choices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError, warn
+from nrat_scale.core.errors import UserError, quoted, warn
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
 from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
 from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.data.prefetch import prefetched
 from nrat_scale.data.resident import ResidentImages, image_bytes, load_images
-from nrat_scale.data.shards import ShardSet, open_shards
-from nrat_scale.data.source import SkipLog, TrainingSource, noisy_labels
-from nrat_scale.data.spec import GENERATED, REAL, DataSpec
+from nrat_scale.data.shards import ShardSet, check_validation_fits, open_shards
+from nrat_scale.data.source import UNKNOWN_LABEL, SkipLog, TrainingSource, noisy_labels
+from nrat_scale.data.spec import GENERATED, REAL, VALIDATION, DataSpec
 from nrat_scale.data.split import choose_held_out, read_excluded
 from nrat_scale.data.webdataset_stream import webdataset_batches
 from nrat_scale.datasets import DATASETS
+from nrat_scale.labels import NoiseSpec
 from nrat_scale.remote.cache import Cache
 
 REMOTE_WINDOW = 8  # shards
@@ -39,10 +40,18 @@ class LabelledImages:
 class TrainingData:
     """The sources of one recipe, split and labelled. Make it with `open_training_data`."""
 
-    def __init__(self, spec: DataSpec, sources: dict[str, TrainingSource], seed: int, skips: SkipLog) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: DataSpec,
+        sources: dict[str, TrainingSource],
+        seed: int,
+        skips: SkipLog,
+        apart: TrainingSource | None = None,
+    ) -> None:
+        self.spec = spec  # with the label noise that the shards decide (`DataSpec.settled`)
         self.sources = list(sources.values())
         self.skips = skips
+        self._apart = apart  # the images of data.validation.shards, of which none is trained on
         self._seed = seed
         self._by_kind = sources
         self.resident: ResidentImages | None = None  # until `place_images`
@@ -67,16 +76,49 @@ class TrainingData:
         """The real source, if the recipe has one."""
         return self._by_kind.get(REAL)
 
+    @property
+    def validation_shards(self) -> ShardSet:
+        """The shards with the images that select the checkpoint."""
+        return self._validation_source.shards
+
+    @property
+    def _validation_source(self) -> TrainingSource:
+        return self._by_kind[self.spec.validation.source] if self._apart is None else self._apart
+
+    @property
+    def known_before(self) -> bool:
+        """Whether the labels from before any injection of noise are known to be clean, in all sources that have them."""
+        return all(
+            self.spec.noise_of(source.kind).known_before(source.shards.dataset)
+            for source in self.sources
+            if source.clean is not None
+        )
+
     def validation(self) -> LabelledImages:
-        """The held-out images with the labels that `data.validation.labels` names."""
-        source = self._by_kind[self.spec.validation.source]
+        """The images that select the checkpoint, with the labels that `data.validation.labels` names."""
+        source = self._validation_source
         images = to_nchw(source.shards.images(source.held_out))
         clean = torch.from_numpy(source.clean_labels(source.held_out)) if source.clean is not None else None
         if self.spec.validation.labels == "given":
             return LabelledImages(images, torch.from_numpy(source.given_labels(source.held_out)), clean)
         if clean is None:
-            raise UserError(f"The {source.kind} data have no clean labels. Set data.validation.labels: given.")
+            raise UserError(
+                f"data.validation.labels is 'clean', but no clean labels of the {source.kind} images are known. Set it to "
+                "given, or name images with clean labels by data.validation.shards."
+            )
         return LabelledImages(images, clean, clean)
+
+    def check_batch_size(self) -> None:
+        """Raise `UserError` if a batch has more images of a source than there are: it would repeat images."""
+        for count, source in zip(self.plan.counts, self.sources, strict=True):
+            left, left_out = len(source), len(source.untrained)
+            if count > left:
+                without = f" besides the {left_out} that are held out or excluded" if left_out else ""
+                raise UserError(
+                    f"With data.batch_size {self.spec.batch_size} every batch has {count} {source.kind} images, but "
+                    f"{source.shards.folder} has only {left} to train on{without}. "
+                    f"Set data.batch_size={_largest_batch(self.spec, self.sources)} or less."
+                )
 
     def place_images(self, device: torch.device) -> None:
         """Keep all images on `device` if `data.resident` asks for it. Call it once, before `batches`.
@@ -148,13 +190,25 @@ class TrainingData:
                 "excluded_sha256": source.ids_sha256(source.excluded),
                 **({"given_labels_sha256": source.given_sha256} if _has_generated_noise(source) else {}),
             }
-            for source in self.sources
+            for source in (*self.sources, *([] if self._apart is None else [self._apart]))
         }
 
 
 def _has_generated_noise(source: TrainingSource) -> bool:
     """Whether the labels of generated images are others than those in the shards that the fingerprint names."""
     return source.kind == GENERATED and source.given is not None
+
+
+def _largest_batch(spec: DataSpec, sources: Sequence[TrainingSource]) -> int:
+    """The largest batch that has no image twice."""
+    sizes = [len(source) for source in sources]
+    if len(sizes) == 1:
+        return sizes[0]
+
+    def fits(size: int) -> bool:
+        return all(count <= n for count, n in zip(mix_counts(size, spec.generated.fraction), sizes, strict=True))
+
+    return next((size for size in range(spec.batch_size, 0, -1) if fits(size)), 1)
 
 
 def _window(spec: DataSpec, shards: ShardSet) -> int | None:
@@ -177,7 +231,7 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
 
     Raises `UserError` for missing or damaged shards, sources that do not fit together, and an impossible split.
     """
-    if spec.real.shards is None and spec.real.noise.kind != "none":
+    if spec.real.shards is None and spec.real.noise.injects:
         warn("data.real.noise has no effect, because data.real.shards is not set.")
     prepare = [source.prepare or "" for source in (spec.real, spec.generated)]
     commands = [line.strip() for text in prepare for line in text.splitlines() if line.strip()]
@@ -196,20 +250,56 @@ def open_training_data(spec: DataSpec, seed: int, *, verify: bool = True) -> Tra
             shards.check()  # a bad shard is skipped when one of its samples is needed
         else:
             shards.verify()
+    spec = spec.settled({kind: shards.dataset for kind, shards in opened.items()})
     sources = {kind: _source(kind, shards, spec, skips) for kind, shards in opened.items()}
-    return TrainingData(spec, sources, seed, skips)
+    apart = _validation_source(spec, opened, cache, verify=verify) if spec.validation.shards is not None else None
+    return TrainingData(spec, sources, seed, skips, apart)
+
+
+def _validation_source(
+    spec: DataSpec, training: Mapping[str, ShardSet], cache: Cache, *, verify: bool
+) -> TrainingSource:
+    """The images of `data.validation.shards`; their labels are known to be clean if the recipe or the data set says so."""
+    assert spec.validation.shards is not None
+    shards = open_shards(spec.validation.shards, "data.validation.shards", cache=cache)
+    for kind, others in training.items():
+        check_validation_fits(shards, others, kind)
+    if verify:
+        shards.verify()  # none may be skipped: the selection would depend on which are usable
+    chosen, nothing = choose_held_out(shards, spec.validation), np.zeros(0, np.int64)
+    clean = None
+    if spec.validation.labels == "clean" or shards.dataset in DATASETS:
+        clean = np.full(len(shards), UNKNOWN_LABEL)
+        clean[chosen] = shards.labels(chosen)
+    return TrainingSource(VALIDATION, shards, chosen, nothing, None, clean, SkipLog(0))
 
 
 def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> TrainingSource:
     held_out = excluded = np.zeros(0, np.int64)
-    if spec.validation.source == kind:
+    if spec.validation.source == kind and spec.validation.shards is None:
         held_out = choose_held_out(shards, spec.validation)
     if (path := getattr(spec, kind).exclude) is not None:
         excluded = read_excluded(path, shards, f"data.{kind}.exclude")
     noise = spec.noise_of(kind)
-    # Without injected noise nobody knows which labels of generated images are wrong.
-    given, clean = noisy_labels(shards, noise) if kind == REAL or noise.kind != "none" else (None, None)
+    # Without injected noise nobody knows which labels are wrong, unless the stored ones are known to be right.
+    known = noise.injects or noise.known_before(shards.dataset)
+    given, clean = noisy_labels(shards, noise) if known else (None, None)
+    if given is not None:
+        _warn_of_filled_classes(shards, given, noise)
     return TrainingSource(kind, shards, held_out, excluded, given, clean, skips)
+
+
+def _warn_of_filled_classes(shards: ShardSet, given: np.ndarray, noise: NoiseSpec) -> None:
+    """Warn if label noise assigns a class of which the shards have no image: all its labels are wrong then."""
+    counts = np.bincount(given, minlength=shards.num_classes)
+    filled = np.flatnonzero((np.asarray(shards.class_counts) == 0) & (counts > 0))
+    if len(filled):
+        first = int(filled[0])
+        others = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
+        warn(
+            f"{shards.folder} has no image of class {first} ({quoted(shards.class_names[first])}){others}, but {noise.KEY} "
+            f"({noise.kind}) gives {int(counts[filled].sum())} images that label. Prepare the shards without empty classes."
+        )
 
 
 def normalisation(shards: ShardSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,27 +2,17 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from nrat_scale.attacks import NORMS, parse_fraction
-from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
-from nrat_scale.core.errors import UserError, first_line, run_cli, warn
-from nrat_scale.data.shards import open_shards
+from nrat_scale.core.errors import run_cli
+from nrat_scale.evaluate.api import DEFAULT_ATTACKS, evaluate
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
 from nrat_scale.evaluate.curves import parse_curve
-from nrat_scale.evaluate.key import FLOAT32_MODES, use_float32
-from nrat_scale.evaluate.measures import memory_errors
-from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
-from nrat_scale.evaluate.results import results_text
-from nrat_scale.evaluate.run import evaluate
-from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
-
-DEFAULT_ATTACKS = "natural,pgd20,cw20,aa"
+from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,14 +52,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
-    float32 = "of GPUs: tf32 (torch's default: convolutions in TF32) or ieee (slower) (default: %(default)s)"
-    add("--float32", choices=FLOAT32_MODES, default="tf32", help=float32)
+    tf32 = "convolutions in TF32 on GPUs: faster, with a logit error of about 1e-3 (default: IEEE float32)"
+    add("--tf32", action="store_true", help=tf32)
     out = "results file (default: RUN/results.json, or evaluations/NAME-HASH/results.json with a hash of the model)"
+    graphs = "run the passes of attacks as CUDA graphs on padded batches: for small models on GPUs (not measured yet)"
+    add("--graphs", action="store_true", help=graphs)
     add("--out", type=Path, help=out)
-    given = parser.parse_args(argv)
-    if given.attacks is None:
-        given.attacks = () if given.curve else attacks(DEFAULT_ATTACKS)
-    return given
+    return parser.parse_args(argv)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -88,50 +77,12 @@ def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
-def _join(device: str | None) -> tuple[PartialState, torch.device]:
-    """The processes of this launch, and the device of this one."""
-    try:
-        state = join_processes(on_cpu=device is not None and torch.device(device).type == "cpu")
-        chosen = state.device if device is None or state.num_processes > 1 else torch.device(device)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {first_line(error)}") from error
-    if chosen.type == "cpu":
-        use_all_cores()
-    return state, chosen
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
-    given = _arguments(argv)
-    state, device = _join(given.device)
-    use_float32(given.float32)
-    shards = open_shards(given.data, "--data")
-    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key)
-    found = find_targets(given.what, options)
-    if found.run is not None:
-        check_unseen(found.run, shards)
-    source = None
-    if given.transfer_from is not None:
-        options = TargetOptions(("best",), arch=given.source_arch, weights_key=given.source_weights_key)
-        (source,) = find_targets(given.transfer_from, options).targets
-        source = replace(source, label=Path(given.transfer_from).name)
-    threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)
-    counts = given.images, given.aa_images, given.batch_size
-    request = Request(given.attacks, threat, *counts, given.seed, source, given.drop_broken, tuple(given.curve))
-    out = given.out or found.results
-    if given.out is None and found.earlier is not None and found.earlier.is_file():
-        warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
-    if out.is_dir() or out.suffix != ".json":
-        raise UserError(f"--out {out} must be a .json file (the per-image outcomes go beside it). Choose another name.")
-    on_main(state, shards.verify)
-    for target in [*found.targets, *([] if source is None else [source])]:
-        check_fits(target.model, shards, given.what)
-        with memory_errors(f"The model of {target.label}", 1):
-            target.model.to(device)
-    results = evaluate(found.targets, shards, request, out, replace_models=given.out is None)
-    if state.is_main_process:
-        print(f"{results_text(results, [target.label for target in found.targets])}\nwritten to {out}")
+    given = vars(_arguments(argv))
+    evaluation = evaluate(given.pop("what"), given.pop("data"), **given)
+    if PartialState().is_main_process:
+        print(f"{evaluation}\nwritten to {evaluation.path}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-FLOAT32_MODES = ("tf32", "ieee")
-
 
 @dataclass(frozen=True)
 class ModelKey:
@@ -59,6 +57,7 @@ class EvaluationKey:
     batch_size: int  # images of an evaluation block
     device: str  # kind: cpu, cuda
     float32: str  # see `float32_mode`
+    graphs: bool | None  # whether passes were CUDA graphs on padded batches
     versions: dict[str, str]  # of packages
 
     @property
@@ -113,28 +112,6 @@ def value_text(value: Any) -> str:
 
 def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def use_float32(mode: str) -> None:
-    """Choose float32 on GPUs: `tf32` is torch's default (convolutions in TF32, matrix products not), `ieee` is neither."""
-    assert mode in FLOAT32_MODES, mode
-    torch.backends.cudnn.allow_tf32 = mode == "tf32"
-    torch.set_float32_matmul_precision("highest")
-
-
-def float32_mode(device: torch.device) -> str:
-    """How float32 is computed on `device`: `ieee`, or `tf32` or `bf16` if convolutions or matrix products may use it."""
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        return "ieee"  # the hardware has nothing else
-    modules = (torch.backends.cudnn, torch.backends.cuda) if cuda else (torch.backends.mkldnn, torch.backends.mkldnn)
-    parts = getattr(modules[0], "conv", None), getattr(modules[1], "matmul", None)
-    used = {getattr(part, "fp32_precision", None) for part in parts}
-    if used == {None}:  # torch before 2.9
-        matmul = torch.get_float32_matmul_precision()
-        used = {"bf16" if matmul == "medium" and not cuda else "ieee"}
-        used |= {"tf32"} if cuda and (torch.backends.cudnn.allow_tf32 or matmul != "highest") else set()
-    return next((mode for mode in ("bf16", "tf32") if mode in used), "ieee")
 
 
 def machine_facts(device: torch.device, processes: int) -> dict[str, Any]:

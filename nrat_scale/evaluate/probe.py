@@ -1,8 +1,7 @@
 """A few images around which the checks for masked gradients evaluate a model."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,16 +87,3 @@ def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
         return 0.0, math.inf
     gains = (after - before).double()
     return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Turn off TF32, whose rounding of 1e-3 would hide the effect of small changes of an image."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn

@@ -9,11 +9,13 @@ from torch import nn
 from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
+from nrat_scale.core.float32 import float32_mode
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
+from nrat_scale.data.spec import VALIDATION
 from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_threat
 from nrat_scale.evaluate.curves import CURVE_IMAGES, Curve, Point, curve_points
-from nrat_scale.evaluate.key import EvaluationKey, float32_mode
+from nrat_scale.evaluate.key import EvaluationKey
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.results import package_versions
 from nrat_scale.evaluate.targets import Target
@@ -35,6 +37,7 @@ class Request:
     seed: int = 0  # of random starts, AutoAttack and the choice of images
     source: Target | None = None  # transfer attack: make the adversarial images on this model
     drop_broken: bool = False  # do not attack images that an earlier attack broke (not for AutoAttack)
+    graphs: bool = False  # attack through a `GraphedModel`
     curves: tuple[Curve, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +112,7 @@ class Request:
             batch_size=self.batch_size,
             device=device.type,
             float32=float32_mode(device),
+            graphs=self.graphs or None,
             versions=package_versions(),
         )
 
@@ -145,5 +149,9 @@ def check_unseen(run: RunFolder, shards: ShardSet) -> None:
     if run.data.is_file():
         for kind, entry in read_json(run.data, "record of the training data").items():
             if entry.get("fingerprint") == shards.fingerprint:
-                where = f"{shards.folder} is the {kind} training data of {run.path}"
-                raise UserError(f"{where}, which includes its validation images. Give the test split with --data.")
+                where = (
+                    f"{shards.folder} is the {kind} training data of {run.path}, which includes its validation images"
+                )
+                if kind == VALIDATION:
+                    where = f"{shards.folder} has the validation images that selected the checkpoint of {run.path}"
+                raise UserError(f"{where}. Give the test split with --data.")

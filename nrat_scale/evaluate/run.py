@@ -17,6 +17,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.distributed import join_processes, known_to_all, on_main
 from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import write_json
@@ -34,6 +35,7 @@ from nrat_scale.evaluate.gallery import (
     read_galleries,
     write_gallery,
 )
+from nrat_scale.evaluate.graphed_model import GraphedModel
 from nrat_scale.evaluate.key import machine_facts
 from nrat_scale.evaluate.measures import (
     Images,
@@ -45,7 +47,14 @@ from nrat_scale.evaluate.measures import (
 )
 from nrat_scale.evaluate.package_warnings import merge_warnings
 from nrat_scale.evaluate.request import Request
-from nrat_scale.evaluate.sanity import ModelCheck, contradictions, inspect_model, square_warning
+from nrat_scale.evaluate.sanity import (
+    ModelCheck,
+    contradictions,
+    doubtful_normalisation,
+    inspect_model,
+    short_reaches,
+    square_warning,
+)
 from nrat_scale.evaluate.statistics import accuracy_record, worst_case
 from nrat_scale.evaluate.targets import Target
 
@@ -263,6 +272,9 @@ class _Evaluation:
         """All blocks of one attack, in order; finished ones are read, the others are distributed over the processes."""
         request, attack, state = job.request, job.attack, self.state
         source = None if request.source is None else request.source.model
+        model = target.model
+        if request.graphs:
+            model, source = GraphedModel(model), None if source is None else GraphedModel(source)
         done: dict[int, results.FinishedBlock] = known_to_all(state, log.read)
         wanted = {int(rows[0]): rows for rows in images.blocks(request.batch_size)}
         missing = [first for first in wanted if first not in done]
@@ -276,7 +288,7 @@ class _Evaluation:
                 options = {"seed": request.seed, "source": source, "broken": skipped[rows]}
                 log_shown, classes = AutoAttackLog(bar.set_postfix_str), np.zeros(len(rows), np.int32)
                 with _own_errors(), memory_errors(title, request.batch_size):
-                    right = block_outcome(attack, target.model, *given, **options, log=log_shown, predicted=classes)
+                    right = block_outcome(attack, model, *given, **options, log=log_shown, predicted=classes)
                 seconds = time.perf_counter() - began
                 mine[first] = results.FinishedBlock(right, seconds, log_shown.warnings, log_shown.broken_by, classes)
                 log.write(first, mine[first])
@@ -305,7 +317,7 @@ class _Evaluation:
                     name: arrays[f"{label}/{name}"] if entry is known.get(name) else measured.outcomes[name]
                     for name, entry in results.measured_entries(sections).items()
                 }
-                checkpoints[label] = _record(measured.facts, sections, outcomes)
+                checkpoints[label] = _record(measured.facts, sections, outcomes, self.request.threat)
                 arrays |= {f"{label}/{name}": outcome for name, outcome in outcomes.items()}
                 self._write_files(checkpoints, arrays, {f"{label}/{k}": v for k, v in measured.predictions.items()})
             return checkpoints, arrays
@@ -328,7 +340,10 @@ class _Evaluation:
 
 
 def _record(
-    facts: dict[str, Any], sections: dict[str, dict[str, dict[str, Any]]], outcomes: dict[str, results.Outcome]
+    facts: dict[str, Any],
+    sections: dict[str, dict[str, dict[str, Any]]],
+    outcomes: dict[str, results.Outcome],
+    threat: ThreatSpec,
 ) -> dict[str, Any]:
     """The record of one checkpoint in results.json; points of curves take no part in the worst case and in comparisons."""
     entries = sections["attacks"]
@@ -337,7 +352,13 @@ def _record(
     warned = [f"AutoAttack ({name}): {text}" for name, entry in entries.items() for text in entry["warnings"]]
     return {
         **facts,
-        "flags": [*facts["flags"], *contradictions(alone), *warned],
+        "flags": [
+            *facts["flags"],
+            *doubtful_normalisation(facts, entries),
+            *short_reaches(entries, threat),
+            *contradictions(alone),
+            *warned,
+        ],
         "worst": worst_case(outcomes),
         "attacks": entries,
         **({"curves": sections["curves"]} if sections["curves"] else {}),

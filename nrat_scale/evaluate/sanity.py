@@ -7,13 +7,15 @@ import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec
+from nrat_scale.attacks import RELEASED_CODE_WARNING, ThreatSpec, short_reach
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.float32 import exact_float32
 from nrat_scale.core.modes import frozen
 from nrat_scale.data.augment import to_float
 from nrat_scale.evaluate.attacks import Attack, attack_title, parse_attack
@@ -24,7 +26,7 @@ from nrat_scale.evaluate.gaps import attack_gaps
 from nrat_scale.evaluate.gradient_checks import check_gradients
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.evaluate.output_scale import check_output_scale, probability_flags
-from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe, exact_float32
+from nrat_scale.evaluate.probe import PROBED_IMAGES, Probe
 from nrat_scale.evaluate.results import Outcome
 from nrat_scale.evaluate.statistics import Paired, beyond_chance, paired, wilson
 
@@ -32,6 +34,7 @@ _CONVERGED = 0.03  # a larger drop in accuracy by more steps or restarts means t
 _ITERATED_GAIN = (
     0.01  # of the images that FGSM breaks: PGD breaks more than that in addition, unless gradients are masked
 )
+_FEW_RECOGNISED = 0.5  # a smaller natural accuracy of a foreign model may be due to another normalisation
 _SQUARE_SHARE = 0.002  # of all images: the threshold of AutoAttack's own check
 _SAME_LOSS = {"apgd-ce": ("pgd", "fgsm"), "apgd-dlr": ("cw",), "apgd-t": ("cw",)}  # component -> kinds of attack
 _APGD_STEPS = 100
@@ -125,6 +128,41 @@ def look_for_masking(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec,
         smooth, flat = smoothed_attack(probe)
     # An output whose scale hides gradients fails the checks of the gradients, and one sentence tells more than two.
     return ModelCheck([*(scale or gradients), *flat], {"images": len(x), **numbers, **more, **smooth})
+
+
+def short_reaches(entries: Mapping[str, Mapping[str, Any]], threat: ThreatSpec) -> list[str]:
+    """Flags for gradient attacks whose steps cannot reach the surface of the ball.
+
+    Args:
+        entries: attack -> its entry in results.json, with `steps` and `step`.
+        threat: for eps and norm.
+    """
+    flags = []
+    for name, entry in entries.items():
+        if entry.get("steps") and entry.get("step") is not None:
+            taken = replace(threat, eps=entry.get("eps", threat.eps), step=entry["step"])
+            if (problem := short_reach(taken, entry["steps"])) is not None:
+                way_out = "Give a longer --step or more steps."
+                flags.append(
+                    f"{attack_title(name)} is too weak for its radius: {problem}. Its accuracy is too high. {way_out}"
+                )
+    return flags
+
+
+def doubtful_normalisation(facts: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A flag if the model of a weight file has an assumed normalisation and recognises few images.
+
+    Args:
+        facts: of the checkpoint in results.json.
+        entries: attack -> its entry there.
+    """
+    assumed, accuracy = facts.get("assumed_normalisation"), entries.get("natural", {}).get("accuracy")
+    if not assumed or accuracy is None or accuracy >= _FEW_RECOGNISED:
+        return []
+    what = f"Natural accuracy is {100 * accuracy:.1f} %, with {assumed} assumed because the file has none"
+    return [
+        f"{what}. If the model was trained with another normalisation, give it with --mean and --std (0 and 1 for none)."
+    ]
 
 
 def contradictions(outcomes: Mapping[str, Outcome]) -> list[str]:

@@ -20,12 +20,11 @@ from nrat_scale.evaluate.key import ModelKey, model_key
 from nrat_scale.loading.checks import read_configuration
 from nrat_scale.loading.foreign import pretrained
 from nrat_scale.loading.load import load
-from nrat_scale.loading.release_folder import CONFIG, WEIGHTS, resolve
+from nrat_scale.loading.release_folder import CONFIG, WEIGHT_FILES, WEIGHTS, resolve
 from nrat_scale.recipe import load_recipe
 
 CHECKPOINTS = ("best", "last")
 WEIGHT_CHOICES = ("evaluated", "ema", "raw")
-_WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,11 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     if options.arch is not None:
         raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
-        recipe = load_recipe(run.recipe)
+        recipe = load_recipe(run.recipe, run_code=False)
         return FoundTargets(_run_targets(run, options, recipe.objective.title), recipe.threat, run.results, run)
-    if path.is_dir() or ("/" in what and path.suffix not in _WEIGHT_FILES):
+    if path.is_dir() or ("/" in what and path.suffix not in WEIGHT_FILES):
         return _release(what)
-    if path.suffix in _WEIGHT_FILES:
+    if path.suffix in WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
     if timm.is_model(what):
         return _timm_model(what)
@@ -136,7 +135,7 @@ def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list
 def _release(source: str) -> FoundTargets:
     folder = resolve(source)
     recipe = folder / RECIPE
-    trained = load_recipe(recipe) if recipe.is_file() else None
+    trained = load_recipe(recipe, run_code=False) if recipe.is_file() else None
     identity: dict[str, Any] = {"sha256": sha256_of(folder / WEIGHTS), "weights": "released"}
     identity |= {"objective": trained.objective.title} if trained else {}
     if not Path(source).is_dir():
@@ -153,6 +152,8 @@ def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
     if options.weights_key is not None:
         identity["weights_key"] = options.weights_key
+    if assumed := getattr(model, "assumed_normalisation", ""):
+        identity["assumed_normalisation"] = assumed
     target = Target("file", model, identity, model_key(model, options.arch, _shape_arguments(model)))
     return _found(path.stem, None, target)
 

@@ -11,13 +11,17 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from nrat_scale import models
-from nrat_scale.core.errors import UserError, first_line, quoted
+from nrat_scale.core.errors import UserError, first_line, quoted, warn
+from nrat_scale.datasets import DATASETS
 from nrat_scale.loading.checks import check_tensors, expected_tensors, is_ours, require_known, type_name
 from nrat_scale.loading.file_kind import TRUNCATED, is_cut_pickle, is_safetensors, pickled_object, recognise
 from nrat_scale.loading.weight_sets import UNUSED_BATCH_COUNT, Constants, choose, find_sets, flatten, left_over
+
+_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "mnist": "MNIST"}
 
 
 def load_weight_file(
@@ -51,7 +55,30 @@ def load_weight_file(
     check_tensors(arch, arguments, described, str(path))
     model = models.create(arch, arguments)
     model.load_state_dict(state)
-    return model if is_ours(arch) else NormalisedTimm(model, arch, arguments, **constants)
+    whole = model if is_ours(arch) else NormalisedTimm(model, arch, arguments, **constants)
+    missing = [
+        name for name in ("mean", "std") if name not in constants and isinstance(getattr(whole, name, None), Tensor)
+    ]
+    if missing:
+        whole.assumed_normalisation = normalisation_text(whole)  # type: ignore[assignment]
+        options = f"{' and '.join(f'{name}=' for name in missing)} ({', '.join(f'--{name}' for name in missing)})"
+        warn(
+            f"{path} has no normalisation: {whole.assumed_normalisation}, assumed. If it was trained with another, give {options}."
+        )
+    return whole
+
+
+def normalisation_text(model: nn.Module) -> str:
+    """`CIFAR-10 mean/std`, or the values if they are of no data set that we know."""
+    mean, std = (getattr(model, name).flatten().tolist() for name in ("mean", "std"))
+    known = {_TITLES.get(name, name): (facts.mean, facts.std) for name, facts in DATASETS.items()}
+    known |= {"ImageNet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
+    for title, constants in known.items():
+        wanted = [value for values in constants for value in (values * len(mean) if len(values) == 1 else values)]
+        if len(wanted) == 2 * len(mean) and all(abs(a - b) < 1e-4 for a, b in zip(wanted, [*mean, *std], strict=True)):
+            return f"{title} mean/std"
+    texts = (",".join(f"{value:.4g}" for value in dict.fromkeys(values)) for values in (mean, std))
+    return "mean {}, std {}".format(*texts)
 
 
 def _read(path: Path) -> Any:

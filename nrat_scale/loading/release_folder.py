@@ -1,23 +1,38 @@
 """A release folder, local or on the Hub: its files, their download and verification."""
 
+import hashlib
+import os
+import time
 from contextlib import suppress
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from nrat_scale.core.errors import UserError, first_line
-from nrat_scale.core.files import MANIFEST, manifest_mismatch, read_json
+from nrat_scale.core.files import MANIFEST, make_folder, manifest_mismatch, parse_json, read_json, write_atomically
 from nrat_scale.core.run_folder import RECIPE, RESULTS
 from nrat_scale.loading.file_kind import recognise
+from nrat_scale.remote.address import is_bucket
+from nrat_scale.remote.cache import Cache
+from nrat_scale.remote.transfer import download, fetch_bytes
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
+# Default folders of our commands: no names of the Hub's users.
+_OUR_FOLDERS = ("runs", "releases", "evaluations", "checkpoints", "data")
+_ANSWER_SECONDS = 10.0
+_MAX_MANIFEST_BYTES = 1 << 20
 _REASONS = {  # the first match counts: LocalEntryNotFoundError is also an EntryNotFoundError
     LocalEntryNotFoundError: "the Hub cannot be reached, and its cache has no copy",
     RepositoryNotFoundError: "the Hub has no such model, or it is private",
@@ -30,7 +45,7 @@ def resolve(source: str | Path) -> Path:
     """The local, verified folder of a release: `source` itself, or its download from the Hub. Raises as `load`."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = _download(str(source))
+        folder = (_from_bucket if is_bucket(str(source)) else _download)(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
@@ -59,18 +74,51 @@ def verify(folder: Path, *, everything: bool = False) -> None:
             raise UserError(f"{folder} differs from its {MANIFEST}: {mismatch}. Fetch or release it again.")
 
 
-def _download(source: str) -> Path:
-    """The snapshot folder of `user/repo[@revision]`, all files from one commit."""
+def _check_hub_name(source: str) -> None:
+    """Refuse a name that can only be a local path, or most likely is a mistyped one, without asking the Hub."""
     repo, _, revision = source.partition("@")
+    path = Path(source)
+    if path.suffix in WEIGHT_FILES:
+        raise UserError(f"There is no file {source}.")
     if repo.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"{source} is not a release folder and does not have the Hub's form user/repo.")
+    owner = path.parent
+    near: list[str] = []
+    if not revision and (owner.is_dir() or owner.name in _OUR_FOLDERS):
+        with suppress(OSError):
+            near = get_close_matches(path.name, os.listdir(owner), n=1)
+        hint = f" Did you mean {owner / near[0]}?" if near else ""
+        raise UserError(f"There is no folder {source}.{hint} If it is on the Hub, name a revision: {source}@main.")
+
+
+def _is_reachable(repo: str, revision: str | None) -> bool:
+    """Whether the Hub answers. huggingface_hub itself would retry for half a minute if a name is not in its cache."""
+    for pause in (1.0, 0.0):
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, CONFIG, revision=revision), timeout=_ANSWER_SECONDS)
+        except (HfHubHTTPError, HFValidationError):
+            return True  # an answer; `hf_hub_download` gets the same and names the reason
+        except OfflineModeIsEnabled:
+            return False
+        except Exception:  # the HTTP libraries of huggingface_hub's versions share no base class
+            time.sleep(pause)
+        else:
+            return True
+    return False
+
+
+def _download(source: str) -> Path:
+    """The snapshot folder of `user/repo[@revision]`, all files from one commit; the cached one if the Hub does not answer."""
+    _check_hub_name(source)
+    repo, _, revision = source.partition("@")
     try:
-        folder = Path(hf_hub_download(repo, CONFIG, revision=revision or None)).parent
+        fetch = partial(hf_hub_download, repo, local_files_only=not _is_reachable(repo, revision or None))
+        folder = Path(fetch(CONFIG, revision=revision or None)).parent
         commit = folder.name  # `revision` may move between two downloads
-        hf_hub_download(repo, WEIGHTS, revision=commit)
+        fetch(WEIGHTS, revision=commit)
         for name in (RECIPE, RESULTS, MANIFEST):
             with suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                hf_hub_download(repo, name, revision=commit)
+                fetch(name, revision=commit)
         try:
             verify(folder)
         except UserError:  # damaged in transit, which hf_hub_download does not check: bypass its cache once
@@ -80,4 +128,28 @@ def _download(source: str) -> Path:
         known = (text for kind, text in _REASONS.items() if isinstance(error, kind))
         reason = next(known, first_line(error).rstrip("."))
         raise UserError(f"{source} is neither a folder nor a release on the Hub: {reason}.") from error
+    return folder
+
+
+def _from_bucket(address: str) -> Path:
+    """The verified local copy of the release in a folder of a bucket, in the cache of shards, named by its manifest.
+
+    A bucket has no commits: the manifest, which is sent last, says which bytes belong together.
+    """
+    address = address.rstrip("/")
+    manifest = fetch_bytes(f"{address}/{MANIFEST}", _MAX_MANIFEST_BYTES)
+    entries = parse_json(manifest, "manifest of the release", f"{address}/{MANIFEST}").get("files")
+    if not isinstance(entries, dict) or not {CONFIG, WEIGHTS} <= set(entries):
+        raise UserError(f"The manifest {address}/{MANIFEST} is damaged: it does not list {CONFIG} and {WEIGHTS}.")
+    folder = Cache().folder / "releases" / hashlib.sha256(manifest).hexdigest()[:32]
+    make_folder(folder)
+    for name in (CONFIG, WEIGHTS, RECIPE, RESULTS):
+        entry = entries.get(name)
+        if entry is None or not manifest_mismatch(folder / name, entry):
+            continue
+        if not isinstance(entry, dict) or not isinstance(size := entry.get("bytes"), int):
+            raise UserError(f"The manifest {address}/{MANIFEST} is damaged: it states no size of {name}.")
+        (folder / name).unlink(missing_ok=True)
+        download(f"{address}/{name}", folder / name, size, str(entry.get("sha256")))
+    write_atomically(folder / MANIFEST, manifest)
     return folder

@@ -8,7 +8,7 @@ architectures  WideResNet, ResNet-18, the small CNN, and their names in timm's r
 spec           the recipe's `model`, and the construction of a model from its arguments
 """
 
-from nrat_scale.models.architectures import Cnn4, ResNet18, WideResNet, default_cfgs, timm_cfg
+from nrat_scale.models.architectures import Cnn4, ResNet18, WideBlock, WideResNet, default_cfgs, timm_cfg
 from nrat_scale.models.classifier import Channels, Classifier, Normalised
 from nrat_scale.models.spec import BN_STATISTICS, ModelSpec, create, model_arguments
 
@@ -20,6 +20,7 @@ __all__ = [
     "ModelSpec",
     "Normalised",
     "ResNet18",
+    "WideBlock",
     "WideResNet",
     "create",
     "default_cfgs",

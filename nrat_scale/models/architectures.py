@@ -22,17 +22,18 @@ class WideBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.batchnorm_0 = nn.BatchNorm2d(in_planes, momentum=WIDE_BN_MOMENTUM)
-        self.conv_0 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=0, bias=False)
+        # conv_0 pads itself if the padding is symmetric: F.pad would copy every activation.
+        self.padding = None if stride == 1 else (0, 1, 0, 1)
+        self.conv_0 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=int(stride == 1), bias=False)
         self.batchnorm_1 = nn.BatchNorm2d(planes, momentum=WIDE_BN_MOMENTUM)
         self.conv_1 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False) if in_planes != planes else None
         self.activation = activation()
-        self.padding = (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(self.batchnorm_0(x))
         residual = x if self.shortcut is None else self.shortcut(activated)
-        out = self.conv_0(F.pad(activated, self.padding))
+        out = self.conv_0(activated if self.padding is None else F.pad(activated, self.padding))
         return residual + self.conv_1(self.activation(self.batchnorm_1(out)))
 
 

@@ -23,6 +23,7 @@ from nrat_scale.prepare.merge import merge
 from nrat_scale.prepare.push import push, push_address
 from nrat_scale.prepare.readers import READERS, Argument, Reader, argument
 from nrat_scale.prepare.subset import subset
+from nrat_scale.prepare.template import write_template
 from nrat_scale.prepare.verify import verify
 from nrat_scale.prepare.writer import BLOCK_SIZE, SHARD_SIZE, convert
 
@@ -102,6 +103,17 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         "describe shards: counts, classes, source files, stored order; a contact sheet",
         (_WHERE, argument("--sheet", type=Path, metavar="FILE.png", help="new image: samples, one row per class")),
         ("data/cifar10_1m --sheet data/sheet.png",),
+    ),
+    "template": Command(
+        lambda given: [write_template(given.where, given.out, given.generated, given.validation)],
+        "write a commented recipe that fits shards, and say how to train it",
+        (
+            argument("where", metavar="ROOT", help="folder of shards (or one with `train` in it), or an address"),
+            argument("--generated", metavar="SHARDS", help="generated images for 70 %% of every batch"),
+            argument("--validation", metavar="SHARDS", help="images that select the checkpoint (default: held out)"),
+            argument("--out", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="default: %(default)s"),
+        ),
+        ("data/pets", "data/pets/train --validation data/pets/checked --out pets.yaml"),
     ),
     "merge": Command(
         lambda given: [merge(given.folders, given.out)],

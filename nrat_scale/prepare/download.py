@@ -73,6 +73,8 @@ def download(names: Sequence[str], folder: Path) -> Iterator[str]:
 def hub_file(name: str) -> HubAddress:
     """The parts of hf://datasets/USER/REPO[@REVISION]/FILE; another form raises a UserError."""
     address = parse_hub(name)
+    if address.kind == "bucket":
+        raise UserError(f"{name} is in a bucket, which states no sha256. Fetch it with: hf buckets cp {name} FILE")
     if not address.path:
         raise UserError(f"{name} is a repository. Give a file in it: hf://datasets/USER/REPO/FILE.")
     return address

@@ -1,4 +1,4 @@
-"""Upload shards to the Hugging Face Hub as a data set that `open_shards("hf://datasets/USER/REPO")` reads.
+"""Upload shards to the Hugging Face Hub, as a data set or into a bucket, for `open_shards("hf://datasets/USER/REPO")`.
 
 Only the index and the tars that it names are uploaded, the index last: a reader that sees the index can read everything
 it names. The Hub skips content that it already has. The token comes from HF_TOKEN or `hf auth login` and is never printed.
@@ -10,14 +10,17 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.data.index import INDEX
 from nrat_scale.data.shards import open_shards
 from nrat_scale.remote.address import HubAddress, parse_hub
-from nrat_scale.remote.hub import HubRepository, check_repository
+from nrat_scale.remote.hub import HubBucket, HubRepository, check_repository
 
 _COMMIT_SHARDS = 50  # per commit
 
 
 def push_address(address: str) -> HubAddress:
-    """The parts of hf://datasets/USER/REPO[@REVISION]; another form raises a UserError."""
+    """The parts of hf://datasets/USER/REPO[@REVISION] or hf://buckets/USER/BUCKET[/FOLDER]; else a UserError."""
     parts = parse_hub(address)
+    if parts.kind == "bucket":
+        check_repository(address, None)
+        return parts
     if parts.path:
         raise UserError(f"{address} is not an address to push to: expected hf://datasets/USER/REPO[@REVISION].")
     check_repository(parts.repo, parts.revision)
@@ -38,7 +41,11 @@ def push(folder: Path, address: str) -> str:
         data.verify(full=True)
         shards += [(index.parent / name).relative_to(folder).as_posix() for name in data.names]
         indices.append(index.relative_to(folder).as_posix())
-    hub = HubRepository(parts.repo, "dataset", parts.revision, "The shards", address)
+    hub: HubRepository | HubBucket
+    if parts.kind == "bucket":
+        hub = HubBucket(parts, "The shards", address)
+    else:
+        hub = HubRepository(parts.repo, "dataset", parts.revision, "The shards", address)
     hub.prepare()
     for first in range(0, len(shards), _COMMIT_SHARDS):
         hub.upload(folder, shards[first : first + _COMMIT_SHARDS])

@@ -1,14 +1,12 @@
 """Command line of releases: `python -m nrat_scale.release RUN --to DIR`."""
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nrat_scale.core.errors import UserError, run_cli
-from nrat_scale.release.bundle import EXPORTED, ONNX, release
-from nrat_scale.release.publish import push, push_queued
-from nrat_scale.remote.hub import check_repository
+from nrat_scale.core.errors import run_cli
+from nrat_scale.release.api import release
+from nrat_scale.release.bundle import EXPORTED, ONNX
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -24,39 +22,40 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unevaluated", action="store_true", help="release without results; the card says so")
     add("--onnx", action="store_true", help=f"also write {ONNX}, compared with the model")
     add("--torch-export", action="store_true", help=f"also write {EXPORTED} (torch.export), compared with the model")
-    add("--push", metavar="USER/REPO", help="send it to the Hub (HF_ENDPOINT, HF_TOKEN or `hf auth login`)")
+    add(
+        "--push",
+        metavar="USER/REPO",
+        help="send it to the Hub, or to hf://buckets/USER/BUCKET/FOLDER (HF_TOKEN or `hf auth login`)",
+    )
+    add(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, such as cc-by-4.0: the Hub's identifier (default: not stated)",
+    )
+    add("--license-name", metavar="NAME", help="of --license other")
+    add("--license-link", metavar="URL", help="of --license other")
+    add(
+        "--benchmark",
+        metavar="USER/DATASET",
+        help="the Hub data set whose leaderboard the results are for (default: the test images')",
+    )
     add("--private", action="store_true", help="make a new repository private")
     add("--revision", help="branch of the repository (default: main)")
     add("--queued", action="store_true", help="push each checkpoint queued by release.every_epochs to its own revision")
-    arguments = parser.parse_args(argv)
-    if arguments.to is None and arguments.push is None:
-        raise UserError("Name a destination: --to FOLDER, --push user/repo, or both.")
-    if arguments.push is None and (arguments.private or arguments.revision or arguments.queued):
-        raise UserError("--private, --revision and --queued need --push user/repo.")
-    if arguments.queued and (arguments.to is not None or arguments.revision is not None):
-        raise UserError("--queued sends each checkpoint to its own revision; omit --to and --revision.")
-    if arguments.push is not None:
-        check_repository(arguments.push, arguments.revision)
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the release, push it, or both; see `--help`."""
-    arguments = _arguments(argv)
-    run, to, repo, revision = arguments.run, arguments.to, arguments.push, arguments.revision
-    if arguments.queued:
-        print("\n".join(push_queued(run, repo, private=arguments.private)))
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = to or Path(temporary) / repo.partition("/")[2]
-        exports = [ONNX] * arguments.onnx + [EXPORTED] * arguments.torch_export
-        release(run, folder, arguments.checkpoint, unevaluated=arguments.unevaluated, exports=exports)
-        if to is not None:
-            print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
-        if repo is not None:
-            sent = push(folder, repo, private=arguments.private, revision=revision)
-            address = f"{repo}@{revision}" if revision else repo
-            print(f"{address}: {f'{len(sent)} files sent' if sent else 'every file is already there'}")
+    made = release(**vars(_arguments(argv)))
+    if made.folder is not None:
+        print(
+            f'released to {made.folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{made.folder}")'
+        )
+    if made.queued:
+        print("\n".join(made.queued))
+    elif made.address is not None:
+        print(f"{made.address}: {f'{len(made.sent)} files sent' if made.sent else 'every file is already there'}")
 
 
 if __name__ == "__main__":

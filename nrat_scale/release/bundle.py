@@ -6,6 +6,7 @@
     results.json, .npz  accuracies of exactly these weights; outcomes per image
     curves.png          learning curves
     README.md           model card
+    .eval_results/      the same accuracies in the Hub's format for leaderboards, if the data set has a repository there
     robustbench/        texts for a submission to RobustBench
     model.onnx, .pt2    with --onnx and --torch-export
     manifest.json       bytes and sha256 of every other file
@@ -32,22 +33,43 @@ from nrat_scale.evaluate.results import write_arrays
 from nrat_scale.loading.load import load
 from nrat_scale.loading.release_folder import CONFIG, WEIGHTS
 from nrat_scale.recipe import to_yaml
-from nrat_scale.release.card import model_card
-from nrat_scale.release.contents import Contents, Weights, checkpoint_weights, gather
+from nrat_scale.release.card import evaluation_results, model_card
+from nrat_scale.release.contents import Contents, Publication, Weights, checkpoint_weights, gather
 from nrat_scale.release.export import export_onnx, export_torch
 from nrat_scale.release.robustbench import new_model_issue, robustbench_info
 from nrat_scale.report.curves import draw_curves
 from nrat_scale.report.run import read_run
 
 CURVES, CARD, ONNX, EXPORTED = "curves.png", "README.md", "model.onnx", "model.pt2"
+EVALUATION = ".eval_results/nrat_scale.yaml"
 INFO, ISSUE = "robustbench/model_info.json", "robustbench/new_model_issue.md"
 # Every file that a release can hold; no other file is ever pushed.
-FILES = (WEIGHTS, CONFIG, RECIPE, RESULTS, OUTCOMES, CURVES, CARD, INFO, ISSUE, ONNX, EXPORTED, files.MANIFEST)
+FILES = (
+    WEIGHTS,
+    CONFIG,
+    RECIPE,
+    RESULTS,
+    OUTCOMES,
+    CURVES,
+    CARD,
+    EVALUATION,
+    INFO,
+    ISSUE,
+    ONNX,
+    EXPORTED,
+    files.MANIFEST,
+)
 EXPORTERS = {ONNX: export_onnx, EXPORTED: export_torch}
 
 
 def release(
-    run: Path, to: Path, checkpoint: str | Weights = "best", *, unevaluated: bool = False, exports: Sequence[str] = ()
+    run: Path,
+    to: Path,
+    checkpoint: str | Weights = "best",
+    *,
+    unevaluated: bool = False,
+    exports: Sequence[str] = (),
+    publication: Publication = Publication(),  # noqa: B008 (frozen)
 ) -> Path:
     """Write a release into the new folder `to`; a folder that already holds this release is kept.
 
@@ -55,12 +77,13 @@ def release(
         checkpoint: `best`, `last`, or queued weights of the run.
         unevaluated: allow weights without results.
         exports: further files to write, from `EXPORTERS`.
+        publication: address and licence for the card.
 
     Raises:
         UserError: there is no such checkpoint, its weights have no results (unless `unevaluated`), or `to` is not empty.
     """
     weights = checkpoint_weights(run, checkpoint) if isinstance(checkpoint, str) else checkpoint
-    contents = gather(run, weights, to.resolve().name)
+    contents = gather(run, weights, to.resolve().name, publication)
     if contents.results is None and not unevaluated:
         raise UserError(
             f"{RunFolder(run).results} has no results for the {weights.label} checkpoint. Run python -m nrat_scale.evaluate "
@@ -68,7 +91,12 @@ def release(
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         if _is_this(to, contents, exports):
-            return to
+            if (to / CARD).read_text() == _card(run, contents):
+                return to
+            raise UserError(
+                f"{to} holds this release with another card: its address, licence or version differs. Choose another --to, "
+                "or remove it; --push without --to needs no folder."
+            )
         raise UserError(f"{to} exists already and is never overwritten. Choose another --to, or remove it.")
     files.make_folder(to.parent)
     staged = files.temporary_sibling(to)
@@ -109,7 +137,10 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) 
     report = read_run(run, run.name)
     if report.validation:
         (folder / CURVES).write_bytes(draw_curves(report))
-    (folder / CARD).write_text(model_card(contents))
+    (folder / CARD).write_text(_card(run, contents))
+    if results := evaluation_results(contents):
+        (folder / EVALUATION).parent.mkdir()
+        (folder / EVALUATION).write_text(results)
     info = robustbench_info(contents)
     (folder / INFO).parent.mkdir()
     files.write_json(folder / INFO, info)
@@ -124,6 +155,10 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) 
         EXPORTERS[name](model, x, folder / name)
     entries = {name: files.manifest_entry(folder / name) for name in FILES if (folder / name).is_file()}
     files.write_json(folder / files.MANIFEST, {"format": "nrat_scale.release", "version": 1, "files": entries})
+
+
+def _card(run: Path, contents: Contents) -> str:
+    return model_card(contents, CURVES if read_run(run, run.name).validation else None)
 
 
 def _timm_config(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:

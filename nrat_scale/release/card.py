@@ -3,23 +3,30 @@
 import shlex
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, constants, eval_result_entries_to_yaml
 from markupsafe import Markup
 
 import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
+from nrat_scale.datasets import DATASETS
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
 from nrat_scale.publications import ORIGINS, PAPERS
 from nrat_scale.release.contents import Contents
+from nrat_scale.remote.address import is_bucket
 from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
 
 TEMPLATES = environment("nrat_scale.release", autoescape=False)  # Markdown
 
 
-def model_card(contents: Contents) -> str:
-    """README.md of a release: Hub metadata, how to load it, its robustness, how it was trained, its limits."""
+def model_card(contents: Contents, curves: str | None = None) -> str:
+    """README.md of a release: Hub metadata, how to load it, its robustness, how it was trained, its limits.
+
+    Args:
+        curves: file name of the learning curves, None if there are none.
+    """
     recipe, results = contents.recipe, contents.results
     height, width, channels = contents.description["image_shape"]
     dataset, threat = str(contents.description["dataset"]), ""
@@ -31,6 +38,9 @@ def model_card(contents: Contents) -> str:
         evaluation = {"tested_threat": threat, "table": table, "command": command}
     return TEMPLATES.get_template("card.md").render(
         contents=contents,
+        curves=curves,
+        address=contents.publication.address or contents.name,
+        timm_address=_timm_address(contents),
         recipe=recipe,
         dataset=dataset,
         shape=f"{channels}, {height}, {width}",
@@ -46,6 +56,48 @@ def model_card(contents: Contents) -> str:
         papers=_papers(contents),
         **evaluation,
     )
+
+
+def _timm_address(contents: Contents) -> str:
+    """The name for `timm.create_model`; timm cannot read buckets, so a copy in a folder is needed."""
+    address = contents.publication.address
+    on_hub = address is not None and not is_bucket(address)
+    return f"hf-hub:{address}" if on_hub else f"local-dir:{contents.name}"
+
+
+def evaluation_results(contents: Contents) -> str | None:
+    """The accuracies in the Hub's format for leaderboards, https://huggingface.co/docs/hub/eval-results.
+
+    One entry per attack, in percent; `task_id` is the attack's name, which the `eval.yaml` of the data set has to define. None
+    without results, or if the data set of the test images has no repository on the Hub and none is named.
+    """
+    results, published = contents.results, contents.publication
+    if results is None:
+        return None
+    known = DATASETS.get(str(results["data"]["dataset"]))
+    benchmark = published.benchmark or (known.hub if known else None)
+    if benchmark is None:
+        return None
+    address, source = published.address, {}
+    if address is not None and not is_bucket(address):
+        repo, _, revision = address.partition("@")
+        url = f"{constants.ENDPOINT}/{repo}/blob/{revision or 'main'}/results.json"
+        source = {"source_url": url, "source_name": "results.json"}
+    tested = results["threat"]
+    threat = threat_text(tested["norm"], tested["eps"], tested.get("space", "pixel"))
+    entries = [
+        EvalResultEntry(
+            dataset_id=benchmark,
+            task_id=attack,
+            value=round(100 * entry["accuracy"], 4),
+            notes=f"{attack_title(attack)} accuracy in %"
+            + ("" if attack == "natural" else f", {threat}")
+            + f", n = {entry['n']}",
+            **source,
+        )
+        for attack, entry in contents.attacks.items()
+    ]
+    return str(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=200))
 
 
 def _metadata(contents: Contents, dataset: str, threat: str) -> str:
@@ -68,6 +120,9 @@ def _metadata(contents: Contents, dataset: str, threat: str) -> str:
         pipeline_tag="image-classification",
         tags=["image-classification", "adversarial-robustness", "adversarial-training", "nrat_scale"],
         datasets=[dataset],
+        license=contents.publication.license,
+        license_name=contents.publication.license_name,
+        license_link=contents.publication.license_link,
         model_name=contents.name if measured else None,
         eval_results=measured or None,
     ).to_yaml()
@@ -84,7 +139,7 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
         f"python -m nrat_scale.evaluate {shlex.quote(contents.name)} --data TEST_SHARDS --attacks {','.join(attacks)}"
         f" --norm {threat['norm']} --eps {fraction_text(threat['eps'])} --step {fraction_text(threat['step'])}"
         f" --batch-size {first['batch_size']} --seed {first['seed']}"
-        + (" --float32 ieee" if (first.get("device"), first.get("float32")) == ("cuda", "ieee") else "")
+        + (" --tf32" if first.get("float32") == "tf32" else "")
         + (f" --images {most}" if most < total else "")
         + (f" --aa-images {autoattack}" if autoattack < most else "")
     )

@@ -1,19 +1,23 @@
 """Gather the contents of a release: weights of a run, their results, and the facts for the model card."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING
 from nrat_scale.checkpoint.folder import named_checkpoint
-from nrat_scale.core.errors import UserError
+from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
-from nrat_scale.data.spec import GENERATED, REAL
+from nrat_scale.data.spec import GENERATED, REAL, VALIDATION
 from nrat_scale.evaluate.results import Outcome, read_arrays
+from nrat_scale.labels import BEFORE, UNKNOWN
 from nrat_scale.loading.release_folder import WEIGHTS
+from nrat_scale.publications import LICENSES
 from nrat_scale.recipe import RecipeSpec, load_recipe
+from nrat_scale.remote.hub import check_repository
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,32 @@ class Weights:
     sha256: str  # of the file when it was saved
     kind: str  # `ema` or `model`
     epoch: int
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the author of a release decides: where it goes, and its licence."""
+
+    address: str | None = None  # `user/repo`, `user/repo@revision` or hf://buckets/USER/BUCKET/FOLDER; None: not pushed
+    license: str | None = None  # one of the Hub's `publications.LICENSES`; None: not stated
+    license_name: str | None = None  # only and always of the licence `other`
+    license_link: str | None = None
+    benchmark: str | None = (
+        None  # the Hub data set whose leaderboard the results are for; None: that of the test images
+    )
+
+    def __post_init__(self) -> None:
+        if self.license is not None and self.license not in LICENSES:
+            near = get_close_matches(self.license.lower(), LICENSES, n=1, cutoff=0.6)
+            hint = (
+                f"Did you mean '{near[0]}'?" if near else "See https://huggingface.co/docs/hub/repositories-licenses."
+            )
+            raise UserError(f"--license {quoted(self.license)} is not an identifier of the Hub. {hint}")
+        named = self.license_name is not None, self.license_link is not None
+        if named != (self.license == "other",) * 2:
+            raise UserError("--license other needs --license-name and --license-link, and no other licence has them.")
+        if self.benchmark is not None:
+            check_repository(self.benchmark, None)
 
 
 @dataclass(frozen=True)
@@ -41,11 +71,29 @@ class Contents:
     attacks: dict[str, Any]  # attack -> its entry in the results
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
+    publication: Publication
+    num_validation: int | None = None  # images that selected the checkpoint, if they are of data.validation.shards
 
     def noise_text(self, source: str) -> str:
         """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
         rate, share = 100 * self.noise[source]["realised_rate"], self.recipe.data.shares.get(source, 0.0)
         return f"{rate:.1f} % of its {source} training labels ({rate * share:.1f} % of a batch's labels, the effective rate)"
+
+    def injected_blindly(self, source: str) -> bool:
+        """Whether noise was injected into labels that were not known to be clean."""
+        return self.noise.get(source, {}).get(BEFORE) == UNKNOWN
+
+    def noise_effect(self, source: str) -> str:
+        """`noise_text` with what is known about these labels."""
+        if self.injected_blindly(source):
+            return f"{self.noise_text(source)} were changed; whether the labels before injection were right is unknown"
+        return f"{self.noise_text(source)} are wrong"
+
+    @property
+    def has_unchecked_labels(self) -> bool:
+        """Whether nobody knows how many of the real training labels are wrong."""
+        data = self.recipe.data
+        return data.real.shards is not None and (data.real.noise.kind == UNKNOWN or self.injected_blindly(REAL))
 
 
 def checkpoint_weights(run: Path, name: str) -> Weights:
@@ -77,10 +125,10 @@ def queued_weights(run: Path) -> list[Weights]:
     return weights
 
 
-def gather(run: Path, weights: Weights, name: str) -> Contents:
+def gather(run: Path, weights: Weights, name: str, publication: Publication) -> Contents:
     """Read what a release of `weights` called `name` contains."""
     folder = RunFolder(run)
-    recipe, everything = load_recipe(folder.recipe), folder.read_results() or {}
+    recipe, everything = load_recipe(folder.recipe, run_code=False), folder.read_results() or {}
     results: dict[str, Any] | None = None
     record, outcomes = {}, {}
     for label, found in everything.get("checkpoints", {}).items():
@@ -103,7 +151,14 @@ def gather(run: Path, weights: Weights, name: str) -> Contents:
         attacks=record.get("attacks", {}),
         flags=flags,
         outcomes=outcomes,
+        num_validation=_num_validation(folder),
+        publication=publication,
     )
+
+
+def _num_validation(folder: RunFolder) -> int | None:
+    facts = read_json(folder.data, "record of the training data") if folder.data.is_file() else {}
+    return facts.get(VALIDATION, {}).get("num_held_out")
 
 
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
@@ -123,6 +178,7 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
         recipe.data,
         real=without(recipe.data.real),
         generated=without(recipe.data.generated),
+        validation=replace(recipe.data.validation, shards=public(recipe.data.validation.shards)),
         remote=replace(recipe.data.remote, cache=None),
     )
     return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")

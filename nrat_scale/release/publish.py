@@ -1,16 +1,20 @@
 """Push releases to the Hub: one, or those that training has queued."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from nrat_scale.loading.release_folder import verify
 from nrat_scale.release.bundle import FILES, release
-from nrat_scale.release.contents import queued_weights
-from nrat_scale.remote.hub import HubRepository, check_repository
+from nrat_scale.release.contents import Publication, queued_weights
+from nrat_scale.remote.address import is_bucket
+from nrat_scale.remote.hub import check_repository, destination
 
 
 def push(folder: Path, repo: str, *, private: bool = False, revision: str | None = None) -> list[str]:
-    """Verify the release in `folder` and send the files that the model repository `repo` lacks; create `repo` if needed.
+    """Verify the release in `folder` and send the files that `repo` lacks; create `repo` if needed.
+
+    `repo` is a model repository `user/repo`, or a folder of a bucket, hf://buckets/USER/BUCKET[/FOLDER].
 
     Files whose names are not in `FILES` are never sent.
 
@@ -22,7 +26,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     """
     check_repository(repo, revision)
     verify(folder, everything=True)
-    hub = HubRepository(repo, "model", revision, "The release", f"{repo}@{revision}" if revision else repo)
+    hub = destination(repo, "model", revision, "The release")
     hub.prepare(private=private)
     missing = hub.missing(folder, [name for name in FILES if (folder / name).is_file()])
     if missing:
@@ -30,8 +34,8 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     return missing
 
 
-def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
-    """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`.
+def push_queued(run: Path, repo: str, publication: Publication, *, private: bool = False) -> list[str]:
+    """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`; in a bucket, a folder.
 
     Returns:
         A sentence about each revision.
@@ -43,8 +47,15 @@ def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
     sentences = []
     for weights in queued_weights(run):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / repo.partition("/")[2]
-            release(run, folder, weights, unevaluated=True)
-            sent = push(folder, repo, private=private, revision=weights.label)
-        sentences.append(f"{repo}@{weights.label}: {f'{len(sent)} files sent' if sent else 'already there'}")
+            folder = Path(temporary) / name_at(repo)
+            into, revision = (f"{repo.rstrip('/')}/{weights.label}", None) if is_bucket(repo) else (repo, weights.label)
+            address = into if revision is None else f"{repo}@{revision}"
+            release(run, folder, weights, unevaluated=True, publication=replace(publication, address=address))
+            sent = push(folder, into, private=private, revision=revision)
+        sentences.append(f"{address}: {f'{len(sent)} files sent' if sent else 'already there'}")
     return sentences
+
+
+def name_at(repo: str) -> str:
+    """The name of a release at an address: the last part of it."""
+    return repo.rstrip("/").rpartition("/")[2]

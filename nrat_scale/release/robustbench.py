@@ -49,7 +49,9 @@ def _notes(contents: Contents, total: int | None) -> list[str]:
     if contents.recipe.data.generated.shards:
         notes.append("It uses generated images in training.")
     for source, noise in contents.noise.items():
-        notes.append(f"{contents.noise_text(source)} are wrong ({noise['kind']} label noise).")
+        notes.append(f"{contents.noise_effect(source)} ({noise['kind']} label noise).")
+    if contents.has_unchecked_labels:
+        notes.append("Nobody has checked its real training labels.")
     measured = contents.attacks.get("aa", {"n": 0})["n"]
     if measured != total:
         problem = f"run on {measured} of {total} images only" if measured else "not run"

@@ -3,6 +3,7 @@
 https://host/path                        also http://
 s3://bucket/path
 hf://datasets/USER/REPO[@REVISION]/path  a data set on the Hugging Face Hub; a revision with a slash is percent-encoded
+hf://buckets/USER/BUCKET/path            a storage bucket there, which has no revisions
 """
 
 import itertools
@@ -15,24 +16,34 @@ import braceexpand
 from nrat_scale.core.errors import UserError
 
 _MAX_NAMES = 1_000_000
-_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
+_HUB = re.compile(r"hf://(datasets|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
+_KINDS = {"datasets": "dataset", "buckets": "bucket"}
+_FORMS = "hf://datasets/USER/REPO[@REVISION][/FILE] or hf://buckets/USER/BUCKET[/FILE]"
 
 
 class HubAddress(NamedTuple):
-    """A data set on the Hugging Face Hub, or a file in it."""
+    """A data set or a bucket on the Hugging Face Hub, or a file in it."""
 
-    repo: str  # USER/REPO
+    repo: str  # USER/REPO or USER/BUCKET
     revision: str | None  # branch, tag or commit; None for the main branch
-    path: str  # of the file in the repository; empty for the repository itself
+    path: str  # of the file or folder in the repository; empty for the repository itself
+    kind: str = "dataset"  # or `bucket`
 
 
 def parse_hub(address: str) -> HubAddress:
-    """The parts of hf://datasets/USER/REPO[@REVISION][/FILE]; `UserError` if the address has another form."""
+    """The parts of hf://datasets/USER/REPO[@REVISION][/FILE] or hf://buckets/USER/BUCKET[/FILE]; else a `UserError`."""
     match = _HUB.fullmatch(address)
     if match is None:
-        raise UserError(f"{address} is not an address on the Hub: expected hf://datasets/USER/REPO[@REVISION][/FILE].")
-    repo, revision, path = match.groups()
-    return HubAddress(repo, urllib.parse.unquote(revision) if revision else None, path or "")
+        raise UserError(f"{address} is not an address on the Hub: expected {_FORMS}.")
+    kind, repo, revision, path = match.groups()
+    if kind == "buckets" and revision:
+        raise UserError(f"{address} has a revision, and buckets have none. Expected hf://buckets/USER/BUCKET[/FILE].")
+    return HubAddress(repo, urllib.parse.unquote(revision) if revision else None, path or "", _KINDS[kind])
+
+
+def is_bucket(where: str) -> bool:
+    """Whether `where` is an address in a bucket of the Hub."""
+    return where.startswith("hf://buckets/")
 
 
 def is_remote(where: str) -> bool:

@@ -156,11 +156,15 @@ def _open_hub(url: str, start: int) -> AbstractContextManager[RemoteFile]:
     import huggingface_hub
     from huggingface_hub.utils import build_hf_headers
 
-    repo, revision, path = parse_hub(url)
+    repo, revision, path, kind = parse_hub(url)
     if not path:
-        raise PermanentError("expected hf://datasets/USER/REPO/FILE")
+        raise PermanentError("expected hf://datasets/USER/REPO/FILE or hf://buckets/USER/BUCKET/FILE")
     try:
-        public = huggingface_hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
+        if kind == "bucket":  # not part of `hf_hub_url`; the same address as in `HfApi.get_bucket_file_metadata`
+            endpoint = huggingface_hub.constants.ENDPOINT
+            public = f"{endpoint}/buckets/{repo}/resolve/{urllib.parse.quote(path, safe='')}"
+        else:
+            public = huggingface_hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         location = huggingface_hub.get_hf_file_metadata(public, timeout=STALL_SECONDS).location
     except Exception as error:
         raise hub_failure(error) from None

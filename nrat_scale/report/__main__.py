@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import run_cli
-from nrat_scale.report.page import write_report
-from nrat_scale.report.run import read_runs
-from nrat_scale.report.tables import text_table
+from nrat_scale.report.api import report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,11 +18,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="(default: report.html in the first RUN)")
     parser.add_argument("--title", help="heading of the page")
-    arguments = parser.parse_args(argv)
-    runs = read_runs(arguments.runs)
-    path = write_report(runs, arguments.out, arguments.title)
-    print(text_table(runs))
-    print(path)
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also the results, one row per run, checkpoint and attack"
+    )
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="also the table of accuracies for a paper")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help="also every table of the page, as CSV and LaTeX")
+    given = vars(parser.parse_args(argv))
+    written = report(*given.pop("runs"), **given)
+    print(written)
+    print(written.path)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ from nrat_scale.evaluate.curves import radius_text
 from nrat_scale.report.run import Run, Score, number_at, read_score
 
 # Key in a validation row, label, colour, line style. Rows have no clean accuracies if the clean labels are unknown.
+CLEAN = "clean labels"  # in the labels of curves; `Run.clean_term` replaces it
 CURVES = (
     ("natural", "natural", "#0072b2", "-"),
     ("robust", "robust", "#d55e00", "-"),
-    ("natural_clean", "natural, clean labels", "#0072b2", "--"),
-    ("robust_clean", "robust, clean labels", "#d55e00", "--"),
+    ("natural_clean", f"natural, {CLEAN}", "#0072b2", "--"),
+    ("robust_clean", f"robust, {CLEAN}", "#d55e00", "--"),
 )
-# Key in a training row, label, colour.
+# Key in a training row, label, the same if the labels before injection were not known to be right, colour.
 MEMORISATION = (
-    ("clean_accuracy", "correct labels fitted", "#0072b2"),
-    ("noisy_memorised", "wrong labels memorised", "#d55e00"),
-    ("noisy_corrected", "wrong labels corrected", "#009e73"),
+    ("clean_accuracy", "correct labels fitted", "unchanged labels fitted", "#0072b2"),
+    ("noisy_memorised", "wrong labels memorised", "changed labels memorised", "#d55e00"),
+    ("noisy_corrected", "wrong labels corrected", "labels before injection predicted", "#009e73"),
 )
 # Of several runs (Okabe and Ito 2008), then again with the next dashes.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -69,7 +70,7 @@ def draw_curves(run: Run) -> bytes:
     attack = run.attack if re.fullmatch(r"[A-Z]+-[0-9]+", run.attack) else "attack"
     for key, label, colour, style in CURVES:
         if drawn := _points(run.validation, key):
-            label = label.replace("robust", f"robust ({attack})")
+            label = label.replace("robust", f"robust ({attack})").replace(CLEAN, run.clean_term)
             marker = "o" if len(drawn) <= _MOST_MARKERS else None
             axes.plot(*zip(*drawn, strict=True), color=colour, ls=style, marker=marker, ms=3.5, lw=1.7, label=label)
     best_epoch, best = number_at(run.best_row, "epoch"), read_score(run.best_row.get("robust"))
@@ -98,7 +99,9 @@ def draw_joint_curves(runs: Sequence[Run], key: str) -> bytes:
 def draw_memorisation(run: Run) -> bytes | None:
     """How much of the correct and of the wrong training labels the model gives, by epoch; None if nothing was logged."""
     figure, axes = _figure()
-    for key, label, colour in MEMORISATION:
+    blind = any(map(run.injected_blindly, run.noise))
+    for key, known, unchecked, colour in MEMORISATION:
+        label = unchecked if blind else known
         points = [(number_at(row, "epoch"), number_at(row, key)) for row in run.train]
         drawn = [(epoch, 100 * value) for epoch, value in points if epoch is not None and value is not None]
         if drawn and (

@@ -10,7 +10,7 @@ from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.curves import AXES, radius_text
 from nrat_scale.evaluate.measures import NOT_ATTACKED
 from nrat_scale.evaluate.statistics import accuracy_record
-from nrat_scale.report.curves import CURVES
+from nrat_scale.report.curves import CLEAN, CURVES
 from nrat_scale.report.run import Row, Run, Score, number_at, read_score, signed, value_at
 from nrat_scale.report.tables import Cell, Table, attack_columns
 
@@ -39,7 +39,7 @@ def gap_table(run: Run) -> Table | None:
     best_test, last_test = (row.scores if (row := run.row_of(name)) else {} for name in ("best", "last"))
     pairs = [(f"test, {attack_title(a)}", best_test.get(a), last_test.get(a)) for a in attack_columns(run.rows)]
     for key, label, *_ in CURVES if run.validation else ():
-        label = f"validation, {label.replace('robust', run.attack)}"
+        label = f"validation, {label.replace('robust', run.attack).replace(CLEAN, run.clean_term)}"
         pairs.append((label, read_score(run.best_row.get(key)), read_score(run.validation[-1].get(key))))
     rows: list[tuple[Cell, ...]] = [
         (label, f"{best.percent:.1f}", f"{last.percent:.1f}", signed(best.percent - last.percent))
@@ -151,7 +151,13 @@ def confusion_tables(run: Run, row: Row) -> Iterator[Table]:
         np.add.at(counts, (labels, predicted), 1)
         how = "without an attack" if attack == "natural" else f"under {attack_title(attack)}"
         caption = f"Test images ({len(labels)}) by class (row) and predicted class (column), {how}, {row.checkpoint} checkpoint."
-        yield matrix(run, f"confusion_{attack}", caption, counts.tolist(), "label \\ predicted")
+        yield matrix(
+            run,
+            "confusion_natural" if attack == "natural" else "confusion_attacked",
+            caption,
+            counts.tolist(),
+            "label \\ predicted",
+        )
 
 
 def matrix(run: Run, name: str, caption: str, counts: list[list[Any]], corner: str) -> Table:
@@ -172,9 +178,11 @@ def noise_table(run: Run, source: str) -> Table | None:
     counts = value_at(run.noise[source], "transition_matrix", [])
     if not number_at(run.noise[source], "realised_rate") or not 0 < len(counts) <= LARGEST_MATRIX:
         return None
-    caption = "Number of images of each clean class (row) by their given label (column)."
+    blind = run.injected_blindly(source)
+    of_row = "class before injection" if blind else "clean class"
+    caption = f"Number of images of each {of_row} (row) by their given label (column)."
     name = "label_noise" if source == "real" else f"label_noise_{source}"
-    return matrix(run, name, caption, counts, "clean \\ given")
+    return matrix(run, name, caption, counts, f"{'before' if blind else 'clean'} \\ given")
 
 
 def timing_table(run: Run) -> Table | None:

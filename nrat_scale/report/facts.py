@@ -6,6 +6,7 @@ from typing import Any
 
 from nrat_scale.attacks import fraction_text
 from nrat_scale.data.spec import GENERATED, REAL, batch_shares
+from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import objective_title
 from nrat_scale.report.details import noise_table
 from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
@@ -35,7 +36,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "Objective": [title, *weights, inner, smoothing],
         "Model": [phrase("model.name")],
         "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
-        "Label noise": [phrase("data.real.noise.kind"), phrase("data.real.noise.rate", "rate {}"), *_noise_texts(run)],
+        "Label noise": list(_noise_texts(run)),
         "Data": _shares(run.recipe),
         "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
         "Weights": [phrase("ema.decay", "EMA {}"), phrase("awp.gamma", "AWP γ = {}")],
@@ -61,8 +62,17 @@ def _shares(recipe: dict[str, Any]) -> list[str]:
 
 
 def _noise_texts(run: Run) -> Iterator[str]:
-    """The noise of generated labels, and the rates of wrong labels in a batch, as far as noise was injected."""
-    if (kind := value_at(run.recipe, "data.generated.noise.kind", "none")) != "none":
+    """The noise of real and of generated labels, and the rates in a batch of the labels that injected noise changed."""
+    kind = value_at(run.recipe, "data.real.noise.kind")
+    if kind is not None and value_at(run.recipe, "data.real.shards"):
+        generated = value_at(run.recipe, "data.generated.shards")
+        none = "none in the real labels" if generated else NONE
+        yield {UNKNOWN: "unknown: nobody has checked the real labels", NONE: none}.get(kind, str(kind))
+        if rate := number_at(run.recipe, "data.real.noise.rate"):
+            yield f"rate {rate:.4g}"
+        if run.injected_blindly(REAL):
+            yield "the real labels before injection are unchecked"
+    if (kind := value_at(run.recipe, "data.generated.noise.kind", NONE)) not in (NONE, UNKNOWN, UNSET):
         yield f"generated labels: {kind}, rate {value_at(run.recipe, 'data.generated.noise.rate', '?')}"
     rates = [rate for source in run.noise if (rate := effective_rate(run, source))]
     if rates:
@@ -88,6 +98,7 @@ def noise_facts(run: Run, source: str) -> dict[str, Any] | None:
     facts = {key: value_at(noise, key, "?") for key in ("kind", "rate", "seed", "num_labels", "num_noisy")}
     effective, table = effective_rate(run, source), noise_table(run, source)
     facts |= {"realised": f"{100 * realised:.1f}", "source": source, "table": None if table is None else table.name}
+    facts["blind"] = run.injected_blindly(source)
     facts["num_classes"] = len(value_at(noise, "transition_matrix", []))
     facts["effective"] = None if effective is None else f"{100 * effective:.1f}"
     return facts
@@ -110,11 +121,17 @@ def selection(run: Run) -> str:
     """How the best checkpoint was selected."""
     source, labels = (value_at(run.recipe, f"data.validation.{key}", "?") for key in ("source", "labels"))
     count = value_at(run.best_row, "robust.n", value_at(run.recipe, "data.validation.size", "?"))
-    noisy = ", including the wrong ones" if labels == "given" and number_at(run.noise.get(source), "num_noisy") else ""
-    return (
-        f"the best epoch has the highest {run.attack} accuracy on {count} held-out {source} images of the training data "
-        f"({labels} labels{noisy}); the last epoch is the newest. Selection never uses test images."
-    )
+    best = f"the best epoch has the highest {run.attack} accuracy on {count}"
+    end = "the last epoch is the newest. Selection never uses test images."
+    if shards := value_at(run.recipe, "data.validation.shards"):
+        labels = "clean labels" if labels == "clean" else "labels as stored"
+        return f"{best} images of {'/'.join(PurePath(str(shards)).parts[-2:])}, apart from the training data ({labels}); {end}"
+    changed = "changed" if run.injected_blindly(source) else "wrong"
+    noisy = f", including the {changed} ones" if number_at(run.noise.get(source), "num_noisy") else ""
+    if source == REAL and value_at(run.recipe, "data.real.noise.kind") == UNKNOWN:
+        noisy = ", which nobody has checked"
+    text = f"given labels{noisy}" if labels == "given" else run.clean_term if labels == "clean" else f"{labels} labels"
+    return f"{best} held-out {source} images of the training data ({text}); {end}"
 
 
 def setting(run: Run) -> str:

@@ -124,9 +124,10 @@ _MARKS = "A star marks the best epoch of a run, a square the last."
 
 def _section(run: Run, png: bytes, *, alone: bool) -> dict[str, Any]:
     """What the page says about one run; its facts and accuracies only if it is alone, otherwise the comparison has them."""
-    clean = " Solid lines are measured with the labels that selection uses, dashed lines with the clean labels."
+    clean = f" Solid lines are measured with the labels that selection uses, dashed lines with the {run.clean_term}."
     memorised, last = draw_memorisation(run), run.validation[-1:]
-    text = "Training labels that the model predicts, by epoch, for images whose given label is correct or wrong."
+    kinds = "was left or was changed by noise" if any(map(run.injected_blindly, run.noise)) else "is correct or wrong"
+    text = f"Training labels that the model predicts, by epoch, for images whose given label {kinds}."
     strength = [
         Figure(draw_by_strength(curves, axis), f"Test accuracy against {name}, with 95 % Wilson intervals.")
         for axis, name in (("eps", "the radius"), ("steps", "the number of steps"))

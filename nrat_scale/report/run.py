@@ -14,6 +14,7 @@ from nrat_scale.attacks import RELEASED_CODE_WARNING, threat_text
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.data.spec import REAL
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.gallery import Gallery, read_galleries
 from nrat_scale.evaluate.results import (
@@ -25,6 +26,7 @@ from nrat_scale.evaluate.results import (
     read_predictions,
 )
 from nrat_scale.evaluate.statistics import worst_case
+from nrat_scale.labels import BEFORE, UNKNOWN
 
 
 def value_at(tree: Any, path: str, default: Any = None) -> Any:
@@ -185,6 +187,17 @@ class Run:
         if named:
             return named[-1]
         return max(self.validation, key=lambda row: number_at(row, "robust.accuracy") or 0.0, default={})
+
+    def injected_blindly(self, source: str) -> bool:
+        """Whether noise was injected into labels of `source` that were not known to be clean."""
+        return value_at(self.noise.get(source), BEFORE) == UNKNOWN
+
+    @property
+    def clean_term(self) -> str:
+        """What the rows of validation call clean labels: those from before the injection, if they may be wrong."""
+        apart = value_at(self.recipe, "data.validation.shards")
+        blind = not apart and self.injected_blindly(str(value_at(self.recipe, "data.validation.source", REAL)))
+        return "labels before injection" if blind else "clean labels"
 
     @property
     def best_is_last(self) -> bool:

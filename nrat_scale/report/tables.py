@@ -6,7 +6,7 @@ import io
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nrat_scale.core.errors import printable
@@ -82,9 +82,17 @@ def csv_table(table: Table) -> str:
 
 
 def _csv_value(cell: Any) -> Any:
-    if isinstance(cell, str):
-        return printable(re.sub(r"^−(?=[0-9.]+$)", "-", cell))  # a number that programs read
-    return "" if cell is None else cell
+    if isinstance(cell, str) and _NUMBER.fullmatch(cell):
+        return cell.replace("−", "-")  # a number that programs read
+    return "" if cell is None else spreadsheet_cell(cell)
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """A value of a file: text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _rounded(value: float | None) -> float | None:
@@ -98,15 +106,20 @@ _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lam
 
 
 def latex_table(table: Table) -> str:
-    """`table` as a LaTeX `table` for the package booktabs, with its caption and the label `tab:NAME`."""
+    """`table` as a LaTeX `table` for the package booktabs, with its caption and the label `tab:NAME`.
+
+    The number of images is in the caption if it is the same in all cells, otherwise in each cell.
+    """
+    shared = table.shared_n()
+    caption = table.caption if shared is None else f"{table.caption} n = {shared}."
     columns = "".join("l" if table.is_text(i) else "r" for i in range(len(table.head)))
-    head, *body = [[_latex(_plain(cell)) for cell in line] for line in (table.head, *table.rows)]
+    head, *body = [[_latex(_plain(cell, with_n=shared is None)) for cell in line] for line in (table.head, *table.rows)]
     lines = [f"{' & '.join(line)} \\\\" for line in (head, *body)]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            f"\\caption{{{_latex(table.caption)}}}",
+            f"\\caption{{{_latex(caption)}}}",
             f"\\label{{tab:{table.name}}}",
             f"\\begin{{tabular}}{{{columns}}}",
             r"\toprule",
@@ -121,10 +134,10 @@ def latex_table(table: Table) -> str:
     )
 
 
-def _plain(cell: Cell) -> str:
+def _plain(cell: Cell, *, with_n: bool) -> str:
     """A cell as text: a score with its interval, a dash for what was not measured."""
     if isinstance(cell, Score):
-        return f"{cell.text} {cell.interval}".strip()
+        return f"{cell.text} {cell.interval}".strip() + (f", n = {cell.n}" if with_n else "")
     return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
@@ -196,6 +209,18 @@ def text_table(runs: Sequence[Run]) -> str:
     lines += [f"NOTE: {note}" for note in all_notes(runs)]
     lines += [f"FLAG: {flag}" for flag in all_flags(runs)]
     return "\n".join(map(printable, lines))
+
+
+def results_latex(runs: Sequence[Run]) -> str:
+    """The measured columns of `results_table` for a paper, after notes and flags as comments."""
+    table = results_table(runs)
+    kept = [i for i in range(len(table.head)) if i < 2 or any(row[i] is not None for row in table.rows)]
+    head, *rows = (tuple(line[i] for i in kept) for line in (table.head, *table.rows))
+    threats = {f"{run.name}: {threat_at(run.results)}" for run in runs if run.rows}
+    warnings = [f"{run.name}: {warning}" for run in runs for warning in run.warnings]
+    notes = ["needs \\usepackage{booktabs}", *sorted(threats), *warnings, *all_notes(runs), *all_flags(runs)]
+    comments = "".join(f"% {printable(note)}\n" for note in notes)
+    return comments + latex_table(replace(table, head=tuple(map(str, head)), rows=rows))
 
 
 def _cell(row: Row, attack: str, template: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from nrat_scale.core.errors import UserError, run_cli
 from nrat_scale.recipe import load_recipe
@@ -13,14 +14,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="accelerate launch -m nrat_scale.train",
         description="Train a recipe. The same command resumes an interrupted run.",
+        usage="%(prog)s [--profile N] RECIPE [key=value ...]",
         epilog="Example: accelerate launch -m nrat_scale.train recipes/wrn28_10_gen1m.yaml objective.name=trades seed=1",
     )
-    parser.add_argument("recipe", help="a YAML file of recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file, such as one of recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe; optional")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps and print the time per section"
     )
     arguments = parser.parse_args(argv)
+    if arguments.recipe is None:
+        parser.error("name a recipe, such as recipes/quickstart.yaml; overrides (key=value) are optional and follow it")
+    if "=" in arguments.recipe and not Path(arguments.recipe).exists():
+        raise UserError(
+            f"{arguments.recipe} is an override. Name the recipe before it, such as recipes/quickstart.yaml."
+        )
     if arguments.profile < 0:
         raise UserError(f"--profile is {arguments.profile}; it must be 0 or more steps.")
     train_and_exit(load_recipe(arguments.recipe, arguments.overrides), arguments.profile)

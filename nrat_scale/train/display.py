@@ -7,14 +7,18 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
-from nrat_scale.train.metrics import METRICS, averages, percent, sum_names, total_sums
+from nrat_scale.train.metrics import METRICS, PARTIAL, averages, percent, sum_names, total_sums
 from nrat_scale.train.state import TrainState
+from nrat_scale.train.step import reuses_natural
+from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
 
 
 class Progress:
@@ -24,12 +28,17 @@ class Progress:
         self._terminal, self._shown = sys.stderr.isatty(), state.accelerator.is_main_process
         hidden = not (self._shown and self._terminal)
         self._bar = tqdm(total=state.last_step, initial=state.step, desc=state.recipe.name, unit="step", disable=hidden)
+        self._known = state.data.known_before
         self._before = total_sums(state)
         self._step = state.step
+        self._utilisation = _utilisation(state)
+        self._first_step, self._training_seconds, self._mark = state.step, 0.0, time.perf_counter()
         state.clock.lap()
 
     def update(self, state: TrainState, lr: float) -> None:
         """Call it after each step on all ranks: every `train.log_every` steps it sums the metrics over ranks."""
+        now = time.perf_counter()
+        self._training_seconds, self._mark = self._training_seconds + now - self._mark, now
         self._bar.n = state.step
         self._bar.update(0)
         if state.step % state.recipe.train.log_every == 0:
@@ -49,10 +58,11 @@ class Progress:
         speed, share = steps * state.recipe.data.batch_size / elapsed, seconds["attack"] / elapsed
         known = {name: value for name, value in recent.items() if value is not None}
         numbers = {"speed/images_per_second": speed, "speed/attack_share": share}
-        state.tracker.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
+        state.trackers.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
         shown = {name: METRICS[name] for name in known if METRICS[name].progress}
         texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
-        text = "  ".join([*texts, f"lr {lr:.3g}", f"{speed:.4g} img/s", f"attack {100 * share:.0f} %"])
+        used = f" ({self._utilisation(speed)})" if self._utilisation else ""
+        text = "  ".join([*texts, f"lr {lr:.3g}", f"{speed:.4g} img/s{used}", f"attack {100 * share:.0f} %"])
         if self._terminal:
             self._bar.set_postfix_str(text)
             return
@@ -66,9 +76,13 @@ class Progress:
             what, named = "validation", {"natural": row["natural"], row["attack"]: row["robust"]}
             texts = [f"{name} {percent(value['accuracy'])}" for name, value in named.items()]
         else:
-            what, shown = "training", {name: metric for name, metric in METRICS.items() if metric.summary}
-            texts = [f"{m.summary} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
+            of = f" (step {row['step']}, {row['steps_of_epoch']} of the epoch)" if row["kind"] == PARTIAL else ""
+            what, shown = f"training{of}", {name: metric for name, metric in METRICS.items() if metric.summary}
+            names = {name: m.summary if self._known else m.injected or m.summary for name, m in shown.items()}
+            texts = [f"{names[name]} {m.show(row[name])}" for name, m in shown.items() if row[name] is not None]
         self._line(f"epoch {row['epoch']}: {what} {', '.join(texts)}")
+        if row["kind"] == "validation":
+            self._mark = time.perf_counter()  # validating is not training
 
     def _line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -76,9 +90,27 @@ class Progress:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        """Remove the bar."""
+    def close(self, state: TrainState) -> None:
+        """Remove the bar, and show the speed of the whole call."""
         self._bar.close()
+        steps = state.step - self._first_step
+        if steps > 0 and self._training_seconds > 0:
+            speed = steps * state.recipe.data.batch_size / self._training_seconds
+            used = f", {self._utilisation(speed)}" if self._utilisation else ""
+            self._line(f"speed: {speed:.4g} images/s over {steps} steps{used}; validation not counted")
+
+
+def _utilisation(state: TrainState) -> Callable[[float], str] | None:
+    """Images/s -> the share of the bf16 peak of the cards in words; None without a card whose peak is known."""
+    device = state.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = peak_tflops(name)
+    if peak is None:
+        return None
+    flops = forward_flops(state.attack_model.module, state.data.shards.image_shape)
+    flops *= forward_equivalents(state.recipe, state.objective, reuses_natural=reuses_natural(state))
+    available = peak * 1e12 * state.accelerator.num_processes
+    return lambda speed: f"{100 * speed * flops / available:.0f} % of the bf16 peak of {name}"
 
 
 @contextlib.contextmanager

@@ -1,153 +1,91 @@
-"""CUDA graphs for the two parts of a step that are mostly launches: the attack, and forward, forward, backward.
+"""CUDA graphs for the two parts of a step that are mostly launches: the attack, and forward, forward, backward."""
 
-A graph replays the kernels of one call on fixed addresses, so a call copies its arguments into buffers of the graph, replays, and
-copies the results out. What is not a tensor is frozen by the capture: it belongs to the `key` of the call, and a new key captures
-again. Parameters, buffers and gradients are used where they are; if one has moved, the call captures again.
-
-The capture is compared with a plain call before it is used. If it fails or differs, the part runs eager and says why.
-"""
-
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.errors import UserError
+from nrat_scale.core.graphs import Capture, GraphedCall, Tensors, capture_cuda, relative_difference
+from nrat_scale.core.modes import batchnorms
+from nrat_scale.train.batchnorm import GroupedBatchNorm
+from nrat_scale.train.state import TrainState
+from nrat_scale.train.step import attack, forward_backward
 
-Tensors = tuple[Tensor, ...]
-Function = Callable[..., Tensors]
-
-_PLAIN_CALLS = 2  # before a capture: lazy state (momentum, gradients, cuDNN's choices) is made in the first ones
-_WARMUP_CALLS = 3  # on the stream of the capture, as torch asks for
-_MAX_CAPTURES = 64  # of one part: a key that changes in every step would capture for ever
-
-
-def capture_cuda(function: Function, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
-    """(replay, its results) of `function` on the buffers `inputs`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARMUP_CALLS):
-            function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*inputs)
-    return graph.replay, outputs
+_ATTACK_SLACK = 0.25  # of eps: mean difference of two x_adv
+_STEP_SLACK = 0.05  # relative difference of a loss, of logits, or of a gradient
 
 
-@dataclass
-class _Captured:
-    replay: Callable[[], None]
-    inputs: Tensors
-    outputs: Tensors
-    addresses: tuple[int, ...]
+class StepGraphs:
+    """The graphs of a run's step: `attack`, and `train` for forward, forward, backward."""
+
+    def __init__(self, state: TrainState, *, required: bool = False, capture: Capture = capture_cuda) -> None:
+        self._state, attack_model = state, state.attack_model
+        options: dict[str, Any] = {"required": required, "capture": capture, "say": state.accelerator.print}
+        modules = (attack_model.module, attack_model.low)
+        eps = state.recipe.threat.eps
+        self.attack = GraphedCall(
+            "attack",
+            partial(attack, state),
+            reads=lambda: [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())],
+            # Kernels that are not deterministic change the sign of tiny gradients; stale inputs change most pixels.
+            close=lambda plain, graphed: (
+                "" if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * eps else "its images differ"
+            ),
+            enabled=True,
+            **options,
+        )
+        plain = any(isinstance(layer, GroupedBatchNorm) for layer in batchnorms(state.base))
+        plain = plain or state.recipe.objective.ikl_gamma > 0  # both keep tensors of one step on the host
+        self.training = GraphedCall(
+            "training step",
+            self._forward_backward,
+            reads=lambda: [*state.base.parameters(), *state.base.buffers(), *self._gradients()],
+            state=lambda: [*state.base.buffers(), *self._gradients()],
+            close=lambda *results: (
+                ""
+                if all(relative_difference(*pair) <= _STEP_SLACK for pair in zip(*results, strict=True))
+                else "it differs"
+            ),
+            enabled=not plain,
+            **options,
+        )
+        self._num_parts = 1
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._state.base.parameters() if p.grad is not None]
+
+    def _forward_backward(self, *given: Tensor) -> Tensors:
+        return forward_backward(self._state, self._num_parts, *given)
+
+    def train(self, num_parts: int, *given: Tensor) -> Tensors:
+        """`forward_backward`; numbers that the capture freezes are its key."""
+        state, self._num_parts = self._state, num_parts
+        weight = state.recipe.objective.loss_weight(state.progress)
+        if weight < 1:  # during a warm start the loss is another one in every step
+            return self._forward_backward(*given)
+        momenta = tuple(layer.momentum for layer in batchnorms(state.base))
+        return self.training(*given, key=(num_parts, momenta))
 
 
-class GraphedCall:
-    """`function(*inputs)` as a graph; a plain call while `enabled` is false.
+def use_graphs(state: TrainState) -> None:
+    """Let the step run as graphs, as `train.graphs` says: `auto` does on CUDA, with one process.
 
-    Args:
-        name: for messages.
-        function: maps tensors to tensors, without a decision of the host that depends on a value. It may change `state`.
-        reads: tensors that the function uses besides its inputs, where they are now.
-        state: tensors that the function changes, restored after the calls of a capture.
-        close: (plain results, results of the graph) -> what differs too much; empty if nothing does.
-        required: a failed capture is an error.
-        capture: makes a graph; tests on a CPU replace it.
+    Raises `UserError` if `train.graphs` is true and they are not available.
     """
-
-    def __init__(
-        self,
-        name: str,
-        function: Function,
-        *,
-        reads: Callable[[], Iterable[Tensor]],
-        state: Callable[[], Sequence[Tensor]] = lambda: (),
-        close: Callable[[Tensors, Tensors], str],
-        enabled: bool,
-        required: bool = False,
-        say: Callable[[str], None] = print,
-        capture: Callable[[Function, Tensors], tuple[Callable[[], None], Tensors]] = capture_cuda,
-    ) -> None:
-        self.enabled = enabled
-        self.num_captures = 0
-        self._name, self._function, self._capture = name, function, capture
-        self._reads, self._state, self._close = reads, state, close
-        self._required, self._say = required, say
-        self._calls: dict[Hashable, int] = {}
-        self._captured: dict[Hashable, _Captured] = {}
-
-    def __call__(self, *inputs: Tensor, key: Hashable = None) -> Tensors:
-        """The results, which later calls do not change."""
-        if not self.enabled:
-            return self._function(*inputs)
-        whole = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in inputs))
-        self._calls[whole] = self._calls.get(whole, 0) + 1
-        if self._calls[whole] <= _PLAIN_CALLS:
-            return self._function(*inputs)
-        addresses = tuple(tensor.data_ptr() for tensor in self._reads())
-        captured = self._captured.get(whole)
-        if captured is None or captured.addresses != addresses:
-            captured = self._try_capture(inputs, addresses)
-            if captured is None:
-                return self._function(*inputs)
-            self._captured[whole] = captured
-        for buffer, given in zip(captured.inputs, inputs, strict=True):
-            buffer.copy_(given)
-        captured.replay()
-        return tuple(tensor.clone() for tensor in captured.outputs)
-
-    def _try_capture(self, inputs: Tensors, addresses: tuple[int, ...]) -> _Captured | None:
-        """A graph that agrees with a plain call, or None; `state` is as before."""
-        self.num_captures += 1
-        before = [tensor.clone() for tensor in self._state()]
-        problem, captured = "", None
-        try:
-            buffers = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
-            replay, outputs = self._capture(self._function, buffers)
-            captured = _Captured(replay, buffers, outputs, addresses)
-            self._restore(before)
-            replay()
-            graphed = self._results(outputs)
-            self._restore(before)
-            problem = self._close(self._results(self._function(*inputs)), graphed)
-        except UserError:
-            raise
-        except Exception as error:  # a model may do anything that a capture forbids
-            problem = first_line(error)
-        self._restore(before)
-        if not problem and self.num_captures > _MAX_CAPTURES:
-            problem = f"it was captured {_MAX_CAPTURES} times, because it changes too often"
-        if not problem:
-            return captured
-        self.enabled = False
-        self._captured.clear()
-        sentence = f"The {self._name} cannot run as a CUDA graph ({problem})"
-        if self._required:
-            raise UserError(f"{sentence}. Use train.graphs=auto or false.")
-        self._say(f"{sentence}; it runs eager.")
-        return None
-
-    def _results(self, outputs: Tensors) -> Tensors:
-        """Copies of the results and of `state`."""
-        return tuple(tensor.clone() for tensor in (*outputs, *self._state()))
-
-    def _restore(self, before: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for tensor, value in zip(self._state(), before, strict=True):
-                tensor.copy_(value)
-
-
-def relative_difference(one: Tensor, other: Tensor) -> float:
-    """||one - other|| / ||one||, in float64; 0 if both are 0."""
-    size = float(one.double().norm())
-    difference = float((one.double() - other.double()).norm())
-    return difference / size if size else difference
-
-
-def describe(value: Any) -> Hashable:
-    """A hashable description of settings, for a key."""
-    return repr(value)
+    wanted, device = state.recipe.train.graphs, state.accelerator.device
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return
+    problem = ""
+    if device.type != "cuda":
+        problem = f"they need a GPU, and this run is on {device.type}"
+    elif state.accelerator.num_processes > 1:
+        problem = (
+            f"they have not been tested with several processes, and this run has {state.accelerator.num_processes}"
+        )
+    if not problem:
+        state.graphs = StepGraphs(state, required=wanted is True)
+    elif wanted is True:
+        raise UserError(f"train.graphs is true, but {problem}. Use train.graphs=auto or false.")
+    else:
+        state.accelerator.print(f"CUDA graphs are off: {problem}.")

@@ -22,7 +22,8 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
         order = source.shards.in_source_order()
         clean, given = source.clean[order], source.given[order]
         spec = data.spec.noise_of(source.kind)
-        noise = describe_noise(clean, given, source.shards.num_classes, spec)
+        known = spec.known_before(source.shards.dataset)
+        noise = describe_noise(clean, given, source.shards.num_classes, spec, known_before=known)
         file, arrays = run.noise_files(source.kind)
         content = io.BytesIO()
         np.savez(content, clean=clean, given=given, noisy=clean != given)
@@ -34,6 +35,7 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
             print(
                 f"label noise: {spec.kind}, {100 * rate:.1f} % of the {source.kind} labels, "
                 f"{100 * rate * share:.1f} % of a batch's labels"
+                + ("" if known else "; whether the labels before injection were right is unknown")
             )
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather
@@ -22,20 +22,21 @@ from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.batches import Batch
 from nrat_scale.optim import learning_rates, set_rates
-from nrat_scale.recipe import RecipeSpec
+from nrat_scale.recipe import RecipeSpec, flat_values, to_yaml
+from nrat_scale.tracking import Trackers
 from nrat_scale.train.compile import compile_models
 from nrat_scale.train.display import Progress, lasting_output
+from nrat_scale.train.graphs import use_graphs
 from nrat_scale.train.liveness import heartbeat, silent_ranks
-from nrat_scale.train.metrics import close_epoch, log, percent
+from nrat_scale.train.metrics import close_epoch, log, log_partial, partial_row, percent
 from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
 from nrat_scale.train.recovery import rewind, save
 from nrat_scale.train.setup import start
-from nrat_scale.train.signals import Stopped, resume_command
+from nrat_scale.train.signals import Stopped, StopSignals, resume_command
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
 from nrat_scale.train.timing import Timing
-from nrat_scale.train.tracking import Tracker
 from nrat_scale.train.validate import validate
 
 
@@ -79,11 +80,12 @@ def _print_and_exit(sentence: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-def train(recipe: RecipeSpec, profile: int = 0) -> Path:
+def train(recipe: RecipeSpec, profile: int = 0, signals: StopSignals | None = None) -> Path:
     """Train `recipe`, or resume it, and return its run directory.
 
     Args:
         profile: number of steps for torch's profiler.
+        signals: what a second signal does; by default it ends the process.
 
     Raises:
         UserError: see `start`; training collapsed and `guard.action` is stop; a checkpoint could not be saved; a device is out
@@ -93,11 +95,15 @@ def train(recipe: RecipeSpec, profile: int = 0) -> Path:
     """
     try:
         state = start(recipe)
+        state.signals = signals or state.signals
         with state.owner or contextlib.nullcontext():
             _run(state, profile)
     except Exception as error:
         if ran_out_of_memory(error):
             raise OutOfMemoryError(_memory_advice(recipe, error)) from error
+        if recipe.train.deterministic and "does not have a deterministic implementation" in str(error):
+            what = f"train.deterministic is true, but {first_line(error).split(', but you set')[0]}"
+            raise UserError(f"{what}. Use another model, or train.deterministic=false.") from error
         raise
     state.accelerator.end_training()
     return state.run.path
@@ -119,9 +125,11 @@ def _run(state: TrainState, profile: int) -> None:
     """Train a started run to its end, and say how it went."""
     recipe, run, accelerator = state.recipe, state.run.path, state.accelerator
     if state.step >= state.last_step and not state.validation_due:
+        log_partial(state, _partial_row(state))  # resuming has removed it
         accelerator.print(f"{run} is complete: {state.step} of {state.last_step} steps are done. Nothing to train.")
         return
-    state.tracker = Tracker(state.run.tensorboard if accelerator.is_main_process else None)
+    state.trackers = Trackers(state.run if accelerator.is_main_process else None, recipe.train.trackers)
+    state.trackers.describe(flat_values(recipe), to_yaml(recipe))
     accelerator.print(
         f"{recipe.name}: {recipe.objective.title} on {accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} CPU thread(s) each, "
@@ -132,9 +140,10 @@ def _run(state: TrainState, profile: int) -> None:
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
         accelerator.print(note)
     compile_models(state)
+    use_graphs(state)
     nothing = contextlib.nullcontext()
     alive = heartbeat(state.run, accelerator.process_index) if accelerator.num_processes > 1 else nothing
-    tracked, timed = contextlib.closing(state.tracker), contextlib.closing(Timing(state))
+    tracked, timed = contextlib.closing(state.trackers), contextlib.closing(Timing(state))
     with alive, state.signals.watched(), tracked, state.saver or nothing, timed as timing:
         _fit(state, profile, timing)
     best = state.best
@@ -185,12 +194,32 @@ def _fit(state: TrainState, profile: int, timing: Timing) -> None:
         if state.owner is not None and state.owner.replaced_by is not None and num_processes == 1:
             state.owner.check()  # several processes find it out together, at the next save
         if signum or (num_processes == 1 and state.signals.received):
-            _save_and_stop(state, signum or state.signals.received)
+            _save_and_stop(state, signum or state.signals.received, progress)
     profiler.update(state)
-    progress.close()
+    progress.close(state)
     if state.step % per_epoch:  # stopped by max_steps within an epoch
         # Before the first validation no checkpoint is selected: best.json then names this one, with "selected": false.
         save(state, is_best=state.best is None, final=True)
+        _log_partial(state, progress)
+        none = "" if state.best is not None else " Nothing has been validated yet: best.json names the last checkpoint."
+        state.accelerator.print(
+            f"stopped after {state.step} of {state.total_steps} steps, as train.max_steps asks, within epoch "
+            f"{state.step // per_epoch + 1}; the run is saved.{none} A larger train.max_steps resumes it."
+        )
+
+
+def _partial_row(state: TrainState) -> dict[str, Any] | None:
+    """The row of the epoch that has begun, with the learning rate of the last step."""
+    table = learning_rates(state.recipe.optim, state.recipe.train.epochs, state.data.steps_per_epoch)
+    return partial_row(state, table[state.step - 1][0] * state.guard.lr_scale)
+
+
+def _log_partial(state: TrainState, progress: Progress) -> None:
+    """Log and show what an epoch that has begun has seen so far."""
+    row = _partial_row(state)
+    log_partial(state, row)
+    if row is not None:
+        progress.epoch(row)
 
 
 def _batches(state: TrainState, progress: Progress, timing: Timing) -> Iterator[Batch]:
@@ -216,10 +245,11 @@ def _check_recent_steps(state: TrainState, *, everything: bool) -> int:
     return verdict.signum
 
 
-def _save_and_stop(state: TrainState, signum: int) -> NoReturn:
+def _save_and_stop(state: TrainState, signum: int, progress: Progress) -> NoReturn:
     """Save and end training by raising `Stopped`, unless a step was not finite."""
     _check_recent_steps(state, everything=True)
     save(state, is_best=False, final=True)
+    _log_partial(state, progress)
     raise Stopped(signum)
 
 
@@ -263,7 +293,7 @@ def _validate_and_save(state: TrainState, progress: Progress, timing: Timing) ->
         if row is None:
             # Ranks may have received different signals; all use the largest number.
             signum = torch.tensor([state.signals.received], device=state.accelerator.device)
-            _save_and_stop(state, int(gather(signum).max()))
+            _save_and_stop(state, int(gather(signum).max()), progress)
         state.validation_due = False
         timing.validation(epoch, time.perf_counter() - began)
         log(state, row)

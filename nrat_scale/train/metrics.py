@@ -15,13 +15,17 @@ from nrat_scale.objectives import FAMILIES
 from nrat_scale.train.state import MicroBatch, TrainState
 
 # What a metric is averaged over -> its members in a `MicroBatch`, bool [b]. `clean` and `noisy`: images whose label is known
-# to be right or wrong. `steps` are optimizer steps; their metrics are functions of the norm of the averaged gradient.
+# to be right or wrong; if noise was injected into labels of unknown quality, unchanged or changed by it. `steps` are
+# optimizer steps; their metrics are functions of the norm of the averaged gradient.
 POPULATIONS: dict[str, Callable[[Any], Tensor]] = {
     "images": lambda part: torch.ones_like(part.clean, dtype=torch.bool),
     "clean": lambda part: (part.clean >= 0) & part.clean.eq(part.label),
     "noisy": lambda part: (part.clean >= 0) & part.clean.ne(part.label),
     "steps": lambda grad_norm: torch.ones_like(grad_norm, dtype=torch.bool),
 }
+
+
+PARTIAL = "partial"  # the kind of the row of an unfinished epoch
 
 
 def percent(value: float) -> str:
@@ -39,6 +43,7 @@ class Metric:
     families: tuple[str, ...] = FAMILIES  # objectives that have it; null in metrics.jsonl for the others
     progress: str = ""  # its name in the progress line; not shown there if empty
     summary: str = ""  # its name in the line that ends an epoch; not shown there if empty
+    injected: str = ""  # the same if noise was injected into labels that are not known to be clean
     show: Callable[[float], str] = percent
 
 
@@ -49,12 +54,15 @@ def _right(logits: str, part: MicroBatch) -> Tensor:
     return getattr(part, logits).argmax(1).eq(part.label)
 
 
+_FITTED = partial(_right, "reference_logits")
 METRICS: dict[str, Metric] = {
     "loss": Metric("images", lambda part: part.loss, progress="loss", show="{:.3f}".format),
     "natural_accuracy": Metric("images", partial(_right, "logits"), _NATURAL, "natural", "natural"),
     "robust_accuracy": Metric("images", partial(_right, "logits_adv"), _ADVERSARIAL, "robust", "robust"),
-    "clean_accuracy": Metric("clean", partial(_right, "reference_logits"), summary="clean labels fitted"),
-    "noisy_memorised": Metric("noisy", partial(_right, "reference_logits"), summary="noisy labels memorised"),
+    "clean_accuracy": Metric(
+        "clean", _FITTED, summary="clean labels fitted", injected="labels fitted that noise left unchanged"
+    ),
+    "noisy_memorised": Metric("noisy", _FITTED, summary="noisy labels memorised", injected="injected labels memorised"),
     "noisy_corrected": Metric("noisy", lambda part: part.reference_logits.argmax(1).eq(part.clean)),
     "grad_norm": Metric("steps", lambda grad_norm: grad_norm, progress="gradient", show="{:.3g}".format),
 }
@@ -112,8 +120,46 @@ def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
     return row
 
 
+def partial_row(state: TrainState, lr: float) -> dict[str, Any] | None:
+    """The row of an epoch in which training stops, over its steps so far; None between two epochs. On all ranks.
+
+    It ends metrics.jsonl until the run is resumed, which removes it: the epoch's own row then covers all of its steps.
+    """
+    done = state.step % state.data.steps_per_epoch
+    if not done:
+        return None
+    known = {
+        "kind": PARTIAL,
+        "epoch": state.step // state.data.steps_per_epoch + 1,
+        "step": state.step,
+        "steps_of_epoch": done,
+    }
+    return {**known, **averages(state, total_sums(state)), "lr": lr}
+
+
+def is_partial(line: str) -> bool:
+    """Whether a line of metrics.jsonl is a `partial_row`."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row.get("kind") == PARTIAL
+
+
+def log_partial(state: TrainState, row: dict[str, Any] | None) -> None:
+    """Write the `partial_row` as the last line of metrics.jsonl, but not into the lines that checkpoints count."""
+    if row is None or not state.accelerator.is_main_process:
+        return
+    if state.owner is not None and state.owner.replaced_by is not None:
+        return
+    try:
+        write_metrics(state, json.dumps(row, allow_nan=False))
+    except UserError as error:
+        state.accelerator.print(f"warning: {error}")
+
+
 def log(state: TrainState, row: dict[str, Any]) -> None:
-    """Append a row to metrics.jsonl and send its numbers to TensorBoard; after a full disk the next row writes both."""
+    """Append a row to metrics.jsonl and send its numbers to the trackers; after a full disk the next row writes both."""
     if not state.accelerator.is_main_process or (state.owner is not None and state.owner.replaced_by is not None):
         return  # the process that has taken over the run directory writes it
     state.metrics.append(json.dumps(row, allow_nan=False))
@@ -123,9 +169,9 @@ def log(state: TrainState, row: dict[str, Any]) -> None:
         state.accelerator.print(f"warning: {error} Training continues.")
     values = {key: value["accuracy"] if isinstance(value, dict) else value for key, value in row.items()}
     numbers = {f"{row['kind']}/{key}": value for key, value in values.items() if isinstance(value, float)}
-    state.tracker.log(numbers, row["step"])
+    state.trackers.log(numbers, row["step"])
 
 
-def write_metrics(state: TrainState) -> None:
-    """Replace metrics.jsonl by the rows of `state`."""
-    write_atomically(state.run.metrics, "".join(line + "\n" for line in state.metrics))
+def write_metrics(state: TrainState, *more: str) -> None:
+    """Replace metrics.jsonl by the rows of `state`, and then `more` lines."""
+    write_atomically(state.run.metrics, "".join(line + "\n" for line in (*state.metrics, *more)))

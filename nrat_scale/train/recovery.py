@@ -12,7 +12,7 @@ from nrat_scale.checkpoint.state import load_optimizer_tensors, optimizer_tensor
 from nrat_scale.collapse import ADVICE
 from nrat_scale.core.distributed import on_main
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.train.metrics import log, sum_names, write_metrics
+from nrat_scale.train.metrics import is_partial, log, sum_names, write_metrics
 from nrat_scale.train.state import TrainState
 
 # The order of `sums` in checkpoints that do not name them.
@@ -75,11 +75,11 @@ def resume(state: TrainState) -> None:
         lines = state.run.metrics.read_text(encoding="utf-8").splitlines() if state.run.metrics.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{state.run.metrics} cannot be read ({first_line(error)}). Restore or remove it.") from error
-    state.metrics = lines
+    state.metrics = [line for line in lines if not is_partial(line)]  # a finished epoch has its own row
     _restore(state, checkpoint)
-    if len(lines) < checkpoint.state["metrics_lines"]:
+    if len(state.metrics) < checkpoint.state["metrics_lines"]:
         state.accelerator.print(
-            f"warning: {state.run.metrics} has {len(lines)} of the {checkpoint.state['metrics_lines']} rows up to step {state.step}."
+            f"warning: {state.run.metrics} has {len(state.metrics)} of the {checkpoint.state['metrics_lines']} rows up to step {state.step}."
         )
     if state.accelerator.is_main_process and len(lines) != len(state.metrics):
         write_metrics(state)

@@ -1,8 +1,10 @@
 """Start a run: check recipe, data and run folder, then build data, model, optimizer and state."""
 
 import datetime
+import os
 import shutil
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,22 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from nrat_scale import models
+from nrat_scale.added_losses import check_added
+from nrat_scale.attacks import fraction_text, short_reach
 from nrat_scale.checkpoint.folder import recover
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
-from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import make_folder, write_atomically, write_json
+from nrat_scale.core.errors import UserError, warn
+from nrat_scale.core.files import make_folder, read_json, write_atomically, write_json
+from nrat_scale.core.float32 import use_float32
 from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
+from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.evaluate.attacks import parse_attack
+from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
@@ -45,6 +53,7 @@ def start(recipe: RecipeSpec) -> TrainState:
         UserError: data missing or damaged, a run folder of another recipe, a number of processes that does not fit, ...
     """
     accelerator = _accelerator(recipe)
+    on_main(accelerator, lambda: _check_reach(recipe))
     pieces = accelerator.num_processes * recipe.train.accumulate
     if recipe.data.batch_size % pieces:
         raise UserError(
@@ -52,17 +61,23 @@ def start(recipe: RecipeSpec) -> TrainState:
             f"{recipe.train.accumulate} accumulation steps. Use a multiple of {pieces}, or fewer processes."
         )
     check_batchnorm(recipe.model.bn, recipe.model.bn_group_size, recipe.data.batch_size // pieces, accelerator.device)
+    run = RunFolder(Path(recipe.run_dir))
+    recipe = _with_stored_kinds(recipe, run)
     data = on_main(accelerator, lambda: open_training_data(recipe.data, recipe.seed))
     if data is None:
         # The main process has verified the hashes; other ranks repeat it only to skip the same damaged shards.
         data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
+    recipe = replace(recipe, data=data.spec)
+    if not run.recipe.is_file():  # an older version may have begun such a run
+        data.check_batch_size()
     shards = data.shards
+    check_added(recipe.objective, shards.num_classes)
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
     base = models.create(recipe.model.name, arguments)
-    run = RunFolder(Path(recipe.run_dir))
     owner: Ownership | None = on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     try:
+        on_main(accelerator, lambda: _check_data(run, data))
         on_main(accelerator, lambda: data.skips.attach(run))
         data.skips.attach(run)
         keep_stored_noise(run, data)
@@ -81,8 +96,22 @@ def start(recipe: RecipeSpec) -> TrainState:
     return state
 
 
+def _with_stored_kinds(recipe: RecipeSpec, run: RunFolder) -> RecipeSpec:
+    """With the kind of label noise that the run began with, where the recipe sets none and the run injects none."""
+    if recipe.resume == "never" or not run.recipe.is_file():
+        return recipe
+    stored, data = load_recipe(run.recipe).data, recipe.data
+    for kind in (REAL, GENERATED):
+        began, noise = stored.noise_of(kind).kind, data.noise_of(kind)
+        if noise.kind == UNSET and began in (NONE, UNKNOWN):
+            source = replace(getattr(data, kind), noise=replace(noise, kind=began))
+            data = replace(data, **{kind: source})
+    return replace(recipe, data=data)
+
+
 def _accelerator(recipe: RecipeSpec) -> Accelerator:
     gpu = torch.accelerator.is_available()
+    _choose_arithmetic(recipe, gpu)
     if recipe.precision == "fp16" and not gpu:
         raise UserError("precision is 'fp16', which needs a GPU. Use bf16 or fp32 on a CPU.")
     timeout = datetime.timedelta(minutes=recipe.train.timeout_minutes)
@@ -98,6 +127,53 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
         # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     return accelerator
+
+
+def _check_reach(recipe: RecipeSpec) -> None:
+    """Refuse a new run whose attack cannot reach the surface of its ball, and warn if that of validation cannot.
+
+    Without steps, training on the random start alone is what the recipe asks for. Runs of earlier versions are resumed.
+    """
+    threat, attack = recipe.threat, parse_attack(recipe.train.validation_attack)
+    noise_alone = threat.num_steps == 0 and threat.init in ("uniform", "normal01")
+    problem = None if noise_alone or recipe.objective.family == "natural" else short_reach(threat, threat.num_steps)
+    if problem is not None:
+        what = (
+            f"The attack of training is too weak for its radius: {problem} (threat.step, threat.num_steps, threat.eps)"
+        )
+        if not RunFolder(Path(recipe.run_dir)).is_new:
+            warn(f"{what}. This run has been trained so; a new one is refused.")
+        else:
+            step = fraction_text(round(2.5 * threat.eps / max(threat.num_steps, 1), 6))
+            raise UserError(f"{what}. Use more steps, or longer ones, for instance threat.step={step}.")
+    if (problem := short_reach(threat, attack.steps)) is not None:
+        name = recipe.train.validation_attack
+        warn(f"Robust validation accuracies are too high: {problem} (train.validation_attack={name}, threat.step).")
+
+
+def _choose_arithmetic(recipe: RecipeSpec, gpu: bool) -> None:
+    """TF32, deterministic algorithms and cuDNN's search, before the first operation on a GPU."""
+    deterministic = recipe.train.deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = gpu and not deterministic
+    use_float32("tf32" if recipe.train.tf32 else "ieee")
+
+
+def _check_data(run: RunFolder, data: TrainingData) -> None:
+    """Refuse to resume a run with other images than it began with."""
+    stored = read_json(run.data, "record of the training data") if run.data.is_file() else {}
+    for kind, entry in data.describe().items():
+        began = stored.get(kind)
+        for key, what in (("fingerprint", "images"), ("held_out_sha256", "validation images")):
+            if isinstance(began, dict) and key in began and began[key] != entry[key]:
+                raise UserError(
+                    f"{run.path} began with other {kind} {what} than data.{kind}.shards has now (see {key} in {run.data}). "
+                    "Restore those shards, or start a new run with run_dir=PATH."
+                )
 
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:
@@ -136,8 +212,8 @@ def _check_folder(run: RunFolder, recipe: RecipeSpec) -> None:
         problem = "holds something that is not a run; nothing in it was touched"
     elif changed := outdated(run.recipe):
         problem = f"holds a run of an older version, in which {changed}; resume it with that version"
-    elif load_recipe(run.recipe).identity != recipe.identity:
-        problem = f"holds a run of another recipe ({difference(load_recipe(run.recipe), recipe)})"
+    elif (stored := load_recipe(run.recipe, run_code=False)).identity != recipe.identity:
+        problem = f"holds a run of another recipe ({difference(stored, recipe)})"
     if problem:
         raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
 
@@ -195,3 +271,6 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
     write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())
     write_noise(state.run, state.data)
+    if state.recipe.data.validation.shards is not None:
+        of = state.data.validation_shards
+        print(f"validation: {len(state.validation.labels)} of the {len(of)} images of {of.folder}")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from nrat_scale.core.distributed import launcher
 
@@ -30,23 +31,30 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """The signal that this process has received (`received`), 0 for none. `watched` installs the handlers."""
+    """The signal that this process has received (`received`), 0 for none. `watched` installs the handlers.
 
-    def __init__(self) -> None:
-        self.received, self._at = 0, 0.0
+    Args:
+        exits: a second signal ends the process. In a notebook it must not: there it reaches the handler from before.
+    """
+
+    def __init__(self, *, exits: bool = True) -> None:
+        self.received, self._at, self._exits = 0, 0.0, exits
+        self._before: dict[int, Any] = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
             if signum == self.received and time.monotonic() - self._at < _REPEATED_SECONDS:
                 return
             # Safe during a write: files are replaced by an atomic rename.
-            os._exit(128 + signum)
+            if self._exits:
+                os._exit(128 + signum)
+            signal.signal(signum, self._before[signum])
+            signal.raise_signal(signum)
+            return
         self.received, self._at = signum, time.monotonic()
-        name = signal.Signals(signum).name
+        name, ends = signal.Signals(signum).name, "the run at once" if self._exits else "it at once, without saving"
         with contextlib.suppress(OSError):
-            os.write(
-                2, f"\n{name}: stopping after this step and saving; a second signal ends the run at once\n".encode()
-            )
+            os.write(2, f"\n{name}: stopping after this step and saving; a second signal ends {ends}\n".encode())
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -56,11 +64,11 @@ class StopSignals:
         """
         in_main = threading.current_thread() is threading.main_thread()
         handled = [number for number in SIGNALS if in_main and signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._handle) for number in handled}
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
@@ -16,13 +16,16 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.training_data import LabelledImages, TrainingData
 from nrat_scale.objectives import Objective
 from nrat_scale.recipe import RecipeSpec
+from nrat_scale.tracking import Trackers
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics
 from nrat_scale.train.nonfinite import StepChecks
 from nrat_scale.train.ownership import Ownership
 from nrat_scale.train.profiling import Clock
 from nrat_scale.train.signals import StopSignals
-from nrat_scale.train.tracking import Tracker
+
+if TYPE_CHECKING:
+    from nrat_scale.train.graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class TrainState:
     signals: StopSignals = field(default_factory=StopSignals)
     # The last steps, whose checks the host may not have read yet.
     recent: deque[tuple[Batch, list[MicroBatch]]] = field(default_factory=partial(deque, maxlen=2))
+    graphs: "StepGraphs | None" = None  # None: every operation is launched by itself
     saver: Saver | None = None  # on the main process only
     owner: Ownership | None = None  # of the run directory, on the main process only
-    tracker: Tracker = field(default_factory=partial(Tracker, None))
+    trackers: Trackers = field(default_factory=partial(Trackers, None))  # empty on the other processes
 
     @property
     def total_steps(self) -> int:

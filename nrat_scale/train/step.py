@@ -41,9 +41,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
     before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
-    # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
-    reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
-    reuse = reuse and not perturbed and not _starts_precisely(state)
+    reuse = reuses_natural(state) and not perturbed
     if state.objective.attacks and not reuse:
         parts = [attacked(state, part) for part in parts]
 
@@ -51,23 +49,15 @@ def train_step(state: TrainState, batch: Batch) -> None:
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
-                # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
-                with state.clock.section("outer"):
-                    logits = state.model(part.x) if state.objective.family != "at" else None
-                part = attacked(state, part, logits) if reuse else part
-                with state.clock.section("outer"):
-                    logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
-                    loss = state.objective.loss(logits, logits_adv, part.y, state.progress)
-                    state.accelerator.backward(loss / len(parts))
-            natural, adversarial = (z.detach() if z is not None else None for z in (logits, logits_adv))
-            done.append(replace(part, loss=loss.detach(), logits=natural, logits_adv=adversarial))
+                done.append(_trained(state, part, len(parts), reuse=reuse))
             record_micro_batch(state, done[-1])
-            state.objective.update(logits, part.y, total)
+            state.objective.update(done[-1].logits, part.y, total)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
     with state.clock.section("optimizer"):
-        state.optimizer.zero_grad()
+        graphed = state.graphs is not None and state.graphs.training.enabled
+        state.optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients where they are
         state.statistics.end_step(len(parts))
         for tensor, value in zip(state.restored, before, strict=True):
             tensor.copy_(torch.where(good, tensor, value))
@@ -94,6 +84,44 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
 
 
+def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
+    """`part` after its forwards and its backward pass, with loss and logits; `reuse`: attack with the natural logits."""
+    if reuse:
+        with state.clock.section("outer"):
+            logits = state.model(part.x)
+        part = attacked(state, part, logits)
+        with state.clock.section("outer"):
+            results = _backward(state, logits, part.x_adv, part.y, num_parts)
+    else:
+        with state.clock.section("outer"):
+            given = (part.x, part.y) if part.x_adv is None else (part.x, part.y, part.x_adv)
+            if state.graphs is None:
+                results = forward_backward(state, num_parts, *given)
+            else:
+                results = state.graphs.train(num_parts, *given)
+    loss, *found = results
+    logits = found.pop(0) if state.objective.family != "at" else None
+    return replace(part, loss=loss, logits=logits, logits_adv=found[0] if found else None)
+
+
+def forward_backward(
+    state: TrainState, num_parts: int, x: Tensor, y: Tensor, x_adv: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Forward of `x`, then of `x_adv`, outer loss, backward: (loss, natural logits unless "at", adversarial ones if attacked)."""
+    # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
+    logits = state.model(x) if state.objective.family != "at" else None
+    return _backward(state, logits, x_adv, y, num_parts)
+
+
+def _backward(
+    state: TrainState, logits: Tensor | None, x_adv: Tensor | None, y: Tensor, num_parts: int
+) -> tuple[Tensor, ...]:
+    logits_adv = state.model(x_adv) if x_adv is not None else None
+    loss = state.objective.loss(logits, logits_adv, y, state.progress)
+    state.accelerator.backward(loss / num_parts)
+    return tuple(tensor.detach() for tensor in (loss, logits, logits_adv) if tensor is not None)
+
+
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
     """`part` with the x_adv of the training attack.
 
@@ -101,24 +129,41 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        threat, module = state.recipe.threat, state.attack_model.module
+        given = (part.x, part.y, part.noise) if logits is None else (part.x, part.y, part.noise, logits.detach())
+        x_adv, finite, inside = attack(state, *given) if state.graphs is None else state.graphs.attack(*given)
+        state.checks.note("attack", ~finite)
+        state.checks.note("ball", finite & ~inside)
+        return replace(part, x_adv=x_adv)
 
-        def mixed(x: Tensor) -> Tensor:
-            with state.accelerator.autocast():
-                return state.attack_model.low_forward(x)
 
-        first = state.attack_model.forward if _starts_precisely(state) else mixed
-        if logits is None and state.objective.inner_needs_natural:
-            with torch.no_grad():
-                logits = first(part.x)
-        inner = state.objective.inner(logits, part.y)
-        model, encode, decode = in_space(module, threat.space, mixed)
-        first_model, _, _ = in_space(module, threat.space, first)
-        start = apply_noise(encode(part.x), part.noise, threat)
-        found = search(model, encode(part.x), inner, threat, start, first_model)
-        state.checks.note("attack", ~found.finite)
-        state.checks.note("ball", found.finite & ~found.inside)
-        return replace(part, x_adv=decode(found.x_adv))
+def attack(
+    state: TrainState, x: Tensor, y: Tensor, noise: Tensor, logits: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
+    threat, module = state.recipe.threat, state.attack_model.module
+
+    def mixed(images: Tensor) -> Tensor:
+        with state.accelerator.autocast():
+            return state.attack_model.low_forward(images)
+
+    first = state.attack_model.forward if _starts_precisely(state) else mixed
+    if logits is None and state.objective.inner_needs_natural:
+        with torch.no_grad():
+            logits = first(x)
+    inner = state.objective.inner(logits, y)
+    model, encode, decode = in_space(module, threat.space, mixed)
+    first_model, _, _ = in_space(module, threat.space, first)
+    found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
+    return decode(found.x_adv), found.finite, found.inside
+
+
+def reuses_natural(state: TrainState) -> bool:
+    """Whether the natural training forward also gives the natural logits for the attack, one forward less.
+
+    DM_AT attacks with batch statistics, so both are equal. With graphs the attack computes its own: it then is one graph.
+    """
+    reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
+    return reuse and not _starts_precisely(state) and state.graphs is None
 
 
 def _starts_precisely(state: TrainState) -> bool:

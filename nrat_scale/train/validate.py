@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from nrat_scale.core.errors import warn
+from nrat_scale.core.float32 import exact_float32
 from nrat_scale.core.memory import ran_out_of_memory
+from nrat_scale.data.augment import to_float
+from nrat_scale.evaluate.attacks import ATTACKS, Block, parse_attack
 from nrat_scale.evaluate.measures import Images, Interrupted, correct_under
 from nrat_scale.train.state import TrainState
 
+_EXAMPLES = 4  # adversarial images for the trackers
 _BLOCK_SIZES = (256, 64, 16)  # images at once; smaller if memory does not suffice, as noise belongs to the image
 
 
@@ -31,9 +35,10 @@ def validate(state: TrainState) -> dict[str, Any] | None:
     cast = model.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
     model.eval()
     try:
-        with state.accelerator.autocast():
+        with exact_float32():  # also under bf16, where near ties change half a percent of the predictions
             for name in ("natural", attack):
                 counts += _correct(state, name, model, images, rows)
+            _show_examples(state, attack, model)
     except Interrupted:
         counts = [0] * 5
     cast.remove()
@@ -73,6 +78,26 @@ def _correct(state: TrainState, attack: str, model: nn.Module, images: Images, r
     subset = dataclasses.replace(images, labels=clean_labels).take(np.flatnonzero(differ))
     again = _outcomes(state, attack, model, subset)
     return [int(given.sum()), int(given[~differ].sum() + again.sum())]
+
+
+def _show_examples(state: TrainState, name: str, model: nn.Module) -> None:
+    """Send the first held-out images and their adversarial versions, rows of pairs, to the trackers of the main process."""
+    if not state.trackers:
+        return
+    attack, held_out = parse_attack(name), state.validation
+    device = next(model.parameters()).device
+    x, y = to_float(held_out.images[:_EXAMPLES].to(device)), held_out.labels[:_EXAMPLES].to(device)
+    perturb = ATTACKS[attack.kind].perturb
+    assert perturb is not None, "train.validation_attack is pgdN or cwN"
+    try:
+        block = Block(model, x, y, np.arange(len(x)), state.recipe.threat, state.recipe.seed)
+        pairs = torch.cat([x, perturb(attack, block).to(x)], dim=3)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        return
+    pixels = (255 * pairs.detach()).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    state.trackers.images("validation/natural_and_adversarial", pixels, state.step)
 
 
 def _outcomes(state: TrainState, attack: str, model: nn.Module, images: Images) -> np.ndarray:

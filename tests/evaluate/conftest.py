@@ -10,6 +10,7 @@ from torch import nn
 
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.evaluate import __main__ as evaluate_cli
+from nrat_scale.evaluate import api as evaluate_api
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
@@ -20,7 +21,7 @@ from tests.support.run_folders import write_run
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line would use all cores for the whole test process; small models are slower on several threads."""
-    monkeypatch.setattr(evaluate_cli, "use_all_cores", lambda: None)
+    monkeypatch.setattr(evaluate_api, "use_all_cores", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.data.shards import open_shards
 from nrat_scale.prepare import __main__ as command_line
 from nrat_scale.prepare.push import push
 from nrat_scale.remote.hub import HubRepository
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import BucketClient, HubServer
 from tests.support.preparation import flip_bit, small_shards
 
 
@@ -118,3 +120,20 @@ def test_damaged_shards_are_never_published(tmp_path, monkeypatch, folder):
         push(folder, "hf://datasets/someone/made")
     with pytest.raises(UserError, match="no shards"):
         push(tmp_path / "nowhere", "hf://datasets/someone/made")
+
+
+def test_a_bucket_holds_shards(tmp_path, hub, folder, monkeypatch, capsys):
+    """Pushed into a folder of a bucket, they are read and verified from there; nothing else is uploaded."""
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: BucketClient(hub))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("NRAT_SCALE_CACHE", str(tmp_path / "cache"))
+    address = "hf://buckets/someone/work/sets/tiny"
+    command_line.main(["push", str(folder), address])
+    shards, local = open_shards(address), open_shards(str(folder))
+    assert set(hub.buckets["someone/work"]) == {f"sets/tiny/{name}" for name in ("index.json", *local.names)}
+    everything = np.arange(len(local))
+    assert shards.is_remote and np.array_equal(shards.images(everything), local.images(everything))
+    with pytest.raises(UserError, match="buckets have none"):
+        command_line.main(["push", str(folder), "hf://buckets/someone/work@v1"])
+    with pytest.raises(UserError, match="hf buckets cp"):
+        command_line.main(["download", "hf://buckets/someone/work/a.npz", "--to", str(tmp_path)])

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from nrat_scale.core.errors import UserError
+from nrat_scale.loading.load import load
+from nrat_scale.release import __main__ as release_cli
 from nrat_scale.release import bundle
-from tests.support.hub_server import HubServer
+from tests.support.hub_server import BucketClient, HubServer
 from tests.support.run_folders import folder_contents
 
 SCRIPT = """
@@ -96,9 +99,13 @@ def test_a_release_goes_to_the_hub_and_back(run: Path, model: nn.Module, hub: Hu
     ]
     done = client(hub, tmp_path / "home", *lines)
     assert done.returncode == 0, done.stderr
-    assert hub.files("someone/mine") == folder_contents(folder) == hub.files("someone/mine", "v1")
+    assert hub.files("someone/mine") == folder_contents(folder)
+    card, branch = (hub.files("someone/mine", name)["README.md"].decode() for name in ("main", "v1"))
+    assert 'nrat_scale.load("someone/mine")' in card and 'create_model("hf-hub:someone/mine", pretrained=True)' in card
+    assert 'nrat_scale.load("someone/mine@v1")' in branch and "hf-hub:someone/mine@v1" in branch
     assert "someone/mine: every file is already there" in done.stdout
-    assert len(hub.commits) == 1, "neither the second push nor a branch of the same files commits"
+    sent = [paths for _, _, paths in hub.commits]
+    assert len(sent) == 2 and set(sent[1]) == {"README.md", "manifest.json"}, "the branch differs by its own address"
     assert hub.private == {"someone/mine"}
     assert not any(map(bool, hub.failures.values())), "every failure happened"
     shown = float(done.stdout.strip().splitlines()[-1].removeprefix("logits "))
@@ -159,3 +166,64 @@ def test_the_queue_is_sent_later(run: Path, model: nn.Module, hub: HubServer, tm
     assert again == "someone/mine@epoch-0002: already there"
     assert float(shown.removeprefix("logits ")) == pytest.approx(logits(model), rel=1e-9)
     assert folder_contents(run) == before, "a push does not change the run"
+
+
+@pytest.mark.medium
+def test_a_push_without_a_first_file_says_so(run: Path, hub: HubServer, tmp_path: Path) -> None:
+    """The error names the empty repository and how to remove it; not if nothing was created, or something is in it."""
+    hub.put("someone/full", {"notes.txt": b"mine"})
+    lines: list[list[object]] = [["fails", run, "--push", f"someone/{name}"] for name in ("new", "new", "full")]
+    hub.failures = {"POST /api/repos/create": [403], "/commit/": [403, 403]}
+    done = client(hub, tmp_path / "home", *lines)
+    assert done.returncode == 0, done.stderr
+    refused, empty, full = done.stdout.strip().splitlines()
+    assert "has no file yet" not in refused and "has no file yet" not in full
+    assert "The repository someone/new has no file yet; hf repos delete someone/new --type model removes it." in empty
+
+
+def test_a_bucket_holds_releases(
+    run: Path, model: nn.Module, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release and the queue go to folders of a bucket and load from there, verified; a second push sends nothing."""
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: BucketClient(hub))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("NRAT_SCALE_CACHE", str(tmp_path / "cache"))
+    address = "hf://buckets/someone/work/runs/mine"
+    for _ in range(2):
+        release_cli.main([str(run), "--push", address])
+    release_cli.main([str(run), "--push", address, "--queued"])
+    files = hub.buckets["someone/work"]
+    assert f'nrat_scale.load("{address}")' in files["runs/mine/README.md"].decode()
+    assert logits(load(address)) == logits(load(f"{address}/epoch-0002/")) == pytest.approx(logits(model), rel=1e-9)
+    files["runs/mine/model.safetensors"] = files["runs/mine/model.safetensors"][:-1] + b"x"
+    monkeypatch.setenv("NRAT_SCALE_CACHE", str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load(address)
+    with pytest.raises(UserError, match=r"cannot be fetched|no such|404"):
+        load("hf://buckets/someone/none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--push", "hf://buckets/someone/work", "--revision", "v1"], "buckets keep no history"),
+        (["--push", "hf://buckets/someone"], "not an address on the Hub"),
+        (["--push", "hf://buckets/someone/work/../x"], "not a folder of a bucket"),
+        (["--push", "a/b", "--license", "MIT"], "Did you mean 'mit'"),
+        (["--push", "a/b", "--license", "mine"], "repositories-licenses"),
+        (["--push", "a/b", "--license", "other"], "--license-name"),
+        (["--push", "a/b", "--license", "mit", "--license-name", "x"], "--license-name"),
+        (["--push", "a/b", "--license", "mit", "--benchmark", "cifar"], "user/repo"),
+    ],
+)
+def test_addresses_and_licences_are_checked(run: Path, options: list[str], message: str) -> None:
+    """Before anything is written or sent."""
+    with pytest.raises(UserError, match=message):
+        release_cli.main([str(run), *options])
+
+
+def test_an_older_client_has_no_buckets(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence with the version that has them."""
+    monkeypatch.setattr("huggingface_hub.HfApi", object)
+    with pytest.raises(UserError, match=r"needs huggingface_hub 1\.5 or newer"):
+        release_cli.main([str(run), "--push", "hf://buckets/someone/work"])

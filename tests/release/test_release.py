@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -20,6 +21,7 @@ from nrat_scale.evaluate import __main__ as evaluate_cli
 from nrat_scale.loading.load import load
 from nrat_scale.release import __main__ as release_cli
 from nrat_scale.release import bundle, publish
+from nrat_scale.release.contents import Publication
 from tests.support.run_folders import folder_contents
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "abbf399"
@@ -150,6 +152,43 @@ def test_a_run_of_an_older_version(tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json", "results.json"):
         assert (folder / name).read_bytes() == (GOLDEN / "release" / name).read_bytes(), name
     assert command_on(folder / "README.md") == command_on(GOLDEN / "release" / "README.md")
+
+
+def test_results_in_the_format_of_leaderboards(run: Path, tmp_path: Path) -> None:
+    """The Hub's own reader finds each attack as a task of the data set; our digits have no repository there."""
+    assert not (bundle.release(run, tmp_path / "mine") / ".eval_results").exists()
+    publication = Publication("someone/mine@v1", benchmark="someone/robust-digits")
+    folder = bundle.release(run, tmp_path / "named", publication=publication)
+    entries = parse_eval_result_entries(yaml.safe_load((folder / bundle.EVALUATION).read_text()))
+    attacks = json.loads((folder / "results.json").read_text())["checkpoints"]["best"]["attacks"]
+    assert {entry.task_id: entry.value for entry in entries} == {
+        name: pytest.approx(100 * found["accuracy"], abs=1e-3) for name, found in attacks.items()
+    }
+    assert {entry.dataset_id for entry in entries} == {"someone/robust-digits"}
+    assert entries[0].source_url == "https://huggingface.co/someone/mine/blob/v1/results.json"
+    assert {entry.notes for entry in entries} >= {"PGD-3 accuracy in %, l_inf, eps = 8/255, n = 40"}
+    results = json.loads((run / "results.json").read_text())
+    results["data"]["dataset"] = "cifar10"
+    (run / "results.json").write_text(json.dumps(results))
+    known = bundle.release(run, tmp_path / "known") / bundle.EVALUATION
+    assert {entry.dataset_id for entry in parse_eval_result_entries(yaml.safe_load(known.read_text()))} == {
+        "uoft-cs/cifar10"
+    }
+
+
+def test_the_card_has_licence_picture_and_install_line(run: Path, tmp_path: Path) -> None:
+    """What the author stated, or that nothing is stated; the folder's name without an address."""
+    plain = (bundle.release(run, tmp_path / "mine") / "README.md").read_text()
+    assert ModelCard(plain).data.license is None and "None is stated for these weights." in plain
+    assert 'nrat_scale.load("mine")' in plain and "pip install ./nrat_scale" in plain and "](curves.png)" in plain
+    stated = Publication("a/b", "other", "My terms", "https://example.org/terms")
+    card = (bundle.release(run, tmp_path / "other", publication=stated) / "README.md").read_text()
+    data = ModelCard(card).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "My terms", "https://example.org/terms")
+    assert "[My terms](https://example.org/terms)" in card
+    with pytest.raises(UserError, match="another card"):
+        bundle.release(run, tmp_path / "mine", publication=Publication("a/b"))
+    assert (tmp_path / "mine" / "README.md").read_text() == plain
 
 
 # ---- whole and verified ---------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def test_impossible_braces_are_refused(where, words):
         ("hf://datasets/user/repo", HubAddress("user/repo", None, "")),
         ("hf://datasets/user/repo/", HubAddress("user/repo", None, "")),
         ("hf://datasets/user/repo/a/b.tar", HubAddress("user/repo", None, "a/b.tar")),
+        ("hf://buckets/user/work/a/b.tar", HubAddress("user/work", None, "a/b.tar", "bucket")),
         ("hf://datasets/user/repo@v1", HubAddress("user/repo", "v1", "")),
         ("hf://datasets/user/repo@refs%2Fpr%2F1/a@b", HubAddress("user/repo", "refs/pr/1", "a@b")),
     ],

@@ -12,11 +12,14 @@ import base64
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hf_xet
 import yaml
 
 from tests.support.http_server import CUT, HUB_COMMIT, HttpServer, Request, Response
@@ -45,6 +48,7 @@ class HubServer:
         self.retry_after: int | None = None
         self.corrupted: dict[str, int] = {}
         self.private: set[str] = set()
+        self.buckets: dict[str, dict[str, bytes]] = {}  # bucket -> path -> content; read only, see `BucketClient`
         self._objects: dict[str, bytes] = {}  # LFS, by sha256
         self._repos: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> revision -> path -> content
         self._snapshots: dict[str, dict[str, bytes]] = {}  # commit -> path -> content
@@ -201,7 +205,12 @@ class HubServer:
         return 200, {**facts, "siblings": [{"rfilename": name} for name in sorted(there)]}
 
     def _file(self, path: str, method: str) -> Response:
-        """A file of a branch or a commit."""
+        """A file of a branch, a commit or a bucket."""
+        if bucket := re.fullmatch(r"/buckets/([^/]+/[^/]+)/resolve/(.+)", path):
+            content = self.buckets.get(bucket[1], {}).get(unquote(bucket[2]))
+            if content is None:
+                return Response(404, b"", (("X-Error-Code", "EntryNotFound"),))
+            return Response(200, content, (("Accept-Ranges", "bytes"),), file=True)
         match = re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo, revision, name = (unquote(part) for part in match.groups()) if match else ("", "", "")
         branch = self._repos.get(repo, {}).get(revision)
@@ -220,6 +229,32 @@ class HubServer:
             self.corrupted[name] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
         return Response(200, content, (facts, ("ETag", etag), ("Accept-Ranges", "bytes")), file=True)
+
+
+class BucketClient:
+    """Stands for `HfApi`: uploads to the buckets of a `HubServer`. The real client sends the bytes to Xet, a server of its own."""
+
+    def __init__(self, server: HubServer) -> None:
+        self._buckets = server.buckets
+
+    def create_bucket(self, bucket_id: str, *, exist_ok: bool, private: bool | None) -> None:
+        assert exist_ok
+        self._buckets.setdefault(bucket_id, {})
+
+    def batch_bucket_files(self, bucket_id: str, *, add: list[tuple[str, str]]) -> None:
+        for source, destination in add:
+            self._buckets[bucket_id][destination] = Path(source).read_bytes()
+
+    def get_bucket_paths_info(self, bucket_id: str, paths: list[str]) -> list[Any]:
+        there = self._buckets[bucket_id]
+        return [SimpleNamespace(path=path, xet_hash=_xet_hash(there[path])) for path in paths if path in there]
+
+
+def _xet_hash(content: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return str(hf_xet.hash_files([file.name])[0].hash)
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:

@@ -30,16 +30,22 @@ train: {epochs: 3, validation_attack: pgd2, keep: 5}
 """
 
 
-def make_shards(folder: Path, n: int, seed: int, channels: int = 1, size: int = 12) -> Path:
-    """Images with a bright band whose place depends on the class, so that a tiny model can learn it."""
+def make_shards(
+    folder: Path, n: int, seed: int, channels: int = 1, size: int = 12, *, dataset: str = "custom", shift: int = 0
+) -> Path:
+    """Images with a bright band whose place depends on the class, so that a tiny model can learn it.
+
+    `shift` is added to the labels of every second ten images, which are then wrong.
+    """
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 10
     images = generator.integers(0, 90, (n, size, size, channels))
     for i, label in enumerate(labels):
         images[i, label : label + 3, :, :] += 120
+    labels = np.where(np.arange(n) // 10 % 2 == 0, labels, (labels + shift) % 10)
     names = tuple("0123456789")
     return write_shards(
-        LabelledArrays(images.astype(np.uint8), labels, "custom", names), folder, block_size=32, progress=False
+        LabelledArrays(images.astype(np.uint8), labels, dataset, names), folder, block_size=32, progress=False
     )
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nrat_scale.recipe import load_recipe
+from nrat_scale.train.compile import compile_models
+from nrat_scale.train.graphs import StepGraphs
 from nrat_scale.train.loop import train
 from nrat_scale.train.setup import start
 from nrat_scale.train.step import train_step
@@ -26,21 +28,53 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Compilation takes most of the time of a compiled run, so only two precisions are compiled.
+@pytest.mark.parametrize("graphs", ["false", "true"])
 @pytest.mark.parametrize(
     ("precision", "compiled"),
     [("fp32", "false"), ("fp32", "auto"), ("bf16", "false"), ("bf16", "auto"), ("fp16", "false"), ("fp64", "false")],
 )
-def test_every_precision_resumes(
-    recipe_path: Path, tmp_path: Path, precision: str, compiled: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With deterministic algorithms a resumed run ends with the bits of an undisturbed one."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    overrides = [f"precision={precision}", f"train.compile={compiled}"]
+def test_every_precision_resumes(recipe_path: Path, tmp_path: Path, precision: str, compiled: str, graphs: str) -> None:
+    """With deterministic algorithms a resumed run ends with the bits of an undisturbed one, also between two replays."""
+    keys = {"precision": precision, "train.compile": compiled, "train.graphs": graphs, "train.deterministic": "true"}
+    overrides = [f"{key}={value}" for key, value in keys.items()]
     whole = train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'whole'}"]))
-    for stop in (["train.max_steps=5"], []):
+    for stop in (["train.max_steps=5"], ["train.max_steps=9"], []):
         parts = train(load_recipe(recipe_path, [*overrides, *stop, f"run_dir={tmp_path / 'parts'}"]))
     assert digest(parts) == digest(whole)
+
+
+VARIANTS = (
+    ["objective.name=nrat"],
+    ["objective.name=dm_at"],
+    ["objective.name=pgd_at", "data.augment.cutmix=0.5"],
+    ["objective.name=mart", "train.accumulate=2", "train.channels_last=false"],
+    ["objective.name=trades", "awp.gamma=0.01", "awp.warmup_epochs=0"],
+    ["data.resident=never"],
+    ["data.resident=always"],
+    ["train.fold_batchnorm=false"],
+)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=" ".join)
+def test_graphs_and_compilation_equal_eager(recipe_path: Path, tmp_path: Path, options: list[str]) -> None:
+    """Six steps in float64: weights, EMA and BatchNorm of graphs, and of compiled graphs, are those of launches."""
+    states = []
+    for name, compiled, graphs in (("eager", "false", False), ("graphs", "false", True), ("both", "true", True)):
+        given = [*options, "precision=fp64", f"train.compile={compiled}", "train.deterministic=true"]
+        state = start(load_recipe(recipe_path, [*given, f"run_dir={tmp_path / name}"]))
+        compile_models(state)
+        state.graphs = StepGraphs(state, required=True) if graphs else None
+        for batch in state.data.batches(0, 6):
+            train_step(state, batch)
+            state.step += 1
+        states.append(state)
+        if state.graphs is not None:
+            assert state.graphs.attack.num_captures and state.graphs.training.num_captures
+    for other in states[1:]:
+        for name in ("base", "ema"):
+            ours, theirs = (getattr(state, name).state_dict() for state in (states[0], other))
+            for key in ours:
+                torch.testing.assert_close(ours[key], theirs[key], rtol=1e-8, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("option", ["train.compile=true", "data.resident=always", "train.channels_last=false"])
@@ -50,11 +84,14 @@ def test_options_train(recipe_path: Path, tmp_path: Path, option: str) -> None:
     train(load_recipe(recipe_path, overrides))
 
 
-def test_a_step_never_waits_for_the_gpu(recipe_path: Path, tmp_path: Path) -> None:
-    """After two steps of warm-up no operation of a step synchronises with the host; torch raises if one does."""
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_never_waits_for_the_gpu(recipe_path: Path, tmp_path: Path, graphs: bool) -> None:
+    """After some steps of warm-up no operation of a step synchronises with the host; torch raises if one does."""
     state = start(load_recipe(recipe_path, ["precision=bf16", f"run_dir={tmp_path / 'run'}"]))
-    for batch in state.data.batches(0, 6):
-        torch.cuda.set_sync_debug_mode("error" if state.step >= 2 else "default")
+    state.graphs = StepGraphs(state, required=True) if graphs else None
+    for batch in state.data.batches(0, 10):
+        # The first replays compare with eager results, on the host.
+        torch.cuda.set_sync_debug_mode("error" if state.step >= 6 else "default")
         try:
             train_step(state, batch)
         finally:

@@ -243,6 +243,7 @@ def test_the_recipe_for_gpus_takes_a_step(tmp_path: Path) -> None:
         "data.batch_size=2",
         "data.validation.size=10",
         "threat.num_steps=1",
+        "threat.step=8/255",
         "train.validation_attack=cw1",
     ]
     run = train(load_recipe(ROOT / "recipes" / "wrn28_10_gen1m.yaml", overrides))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
-threat: {eps: 0.2, step: 0.1, num_steps: 1}
+threat: {eps: 0.2, step: 0.2, num_steps: 1}
 model: {name: cnn4, kwargs: {width: 4, hidden: 8}}
 objective: {name: nrat}
 data:

@@ -1,136 +1,82 @@
-"""Graphed calls: captured once, compared, replayed on the present inputs and weights."""
+"""The step as graphs: equal to the step, bit for bit; chosen by `train.graphs`."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.train.graphs import GraphedCall, relative_difference
+from nrat_scale.core.modes import batchnorms
+from nrat_scale.optim import set_rates
+from nrat_scale.recipe import load_recipe
+from nrat_scale.train.graphs import StepGraphs
+from nrat_scale.train.loop import train
+from nrat_scale.train.setup import start
+from nrat_scale.train.state import TrainState
+from nrat_scale.train.step import train_step
 from tests.support.captured import capture_fx
 
 
-def close(plain, graphed):
-    return "" if all(relative_difference(*pair) < 1e-6 for pair in zip(plain, graphed, strict=True)) else "it differs"
+def _trained(recipe_path: Path, run: Path, options: list[str], *, graphs: bool, num_steps: int = 6) -> TrainState:
+    """The state after some steps."""
+    state = start(load_recipe(recipe_path, [*options, f"run_dir={run}"]))
+    if graphs:
+        state.graphs = StepGraphs(state, required=True, capture=capture_fx)
+    momenta = {layer: layer.momentum for layer in batchnorms(state.base)}
+    for batch in state.data.batches(0, num_steps):
+        set_rates(state.optimizer, 0.01 * (1 + state.step), 0.9)
+        for layer, usual in momenta.items():
+            layer.momentum = 1.0 if state.step == 0 else usual
+        train_step(state, batch)
+        state.step += 1
+    return state
 
 
-def graphed(function, weights, said, **options):
-    options = {"close": close, "enabled": True, "capture": capture_fx, "say": said.append} | options
-    return GraphedCall("step", function, reads=lambda: weights, **options)
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    [
+        (["objective.name=nrat"], (True, True)),
+        (["objective.name=dm_at"], (True, True)),
+        (["objective.name=pgd_at", "data.augment.cutmix=0.5"], (True, True)),
+        (["objective.name=natural", "objective.inner=ce"], (False, True)),
+        (["objective.name=mart", "train.accumulate=2", "train.channels_last=false"], (True, True)),
+        (["objective.name=trades", "awp.gamma=0.01", "awp.warmup_epochs=0"], (True, True)),
+        (["precision=bf16"], (True, True)),
+        (["objective.warm_start=1"], (True, False)),
+        (["model.bn=groups", "model.bn_group_size=4"], (True, False)),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_a_graphed_step_is_the_step(wide_path: Path, tmp_path: Path, options: list[str], captured: tuple) -> None:
+    """Weights, averages, statistics and metrics after replays equal those of launches, with bits."""
+    states = [_trained(wide_path, tmp_path / str(g), options, graphs=g) for g in (False, True)]
+    for name in ("base", "ema"):
+        ours, theirs = (getattr(state, name).state_dict() for state in states)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert torch.equal(states[0].sums, states[1].sums)
+    graphs = states[1].graphs
+    assert graphs is not None
+    assert (graphs.attack.num_captures > 0, graphs.training.num_captures > 0) == captured
+    assert graphs.attack.num_captures <= 2 and graphs.training.num_captures <= 2
 
 
-def test_replays_follow_inputs_and_weights():
-    """Results are those of plain calls, also after the weights changed in place, and keep their values afterwards."""
-    model, said = nn.Linear(3, 2), []
-
-    def gradient(x):
-        x = x.detach().requires_grad_()
-        return (torch.autograd.grad(model(x).square().sum(), x)[0], model(x).detach())
-
-    call = graphed(gradient, list(model.parameters()), said)
-    kept = []
-    for _ in range(6):
-        x = torch.randn(4, 3)
-        kept.append((call(x), gradient(x)))
-        with torch.no_grad():
-            model.weight.add_(1)
-    for ours, theirs in kept:
-        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
-    assert call.num_captures == 1 and not said
+def test_a_run_without_a_gpu_has_no_graphs(recipe_path: Path, tmp_path: Path) -> None:
+    """`auto` and `false` train; `true` says what it needs; the keys are no part of the identity."""
+    for value in ("auto", "false"):
+        train(load_recipe(recipe_path, [f"train.graphs={value}", "train.max_steps=1", f"run_dir={tmp_path / value}"]))
+    with pytest.raises(UserError, match=r"train\.graphs is true, but they need a GPU, and this run is on cpu"):
+        train(load_recipe(recipe_path, ["train.graphs=true", f"run_dir={tmp_path / 'true'}"]))
+    with pytest.raises(UserError, match=r"train\.graphs is 'maybe'"):
+        load_recipe(recipe_path, ["train.graphs=maybe"])
+    options = (["train.graphs=false"], ["train.deterministic=true"], ["train.tf32=true"], [])
+    assert len({load_recipe(recipe_path, given).identity for given in options}) == 1
+    assert load_recipe(recipe_path, ["train.tf32=false"]).identity != load_recipe(recipe_path).identity
 
 
-def test_moved_weights_and_new_keys_are_captured_again():
-    """A number is frozen by the capture, so it belongs to the key; a weight that moved is found by its address."""
-    model, said, factor = nn.Linear(3, 2), [], [1.0]
-    call = graphed(lambda x: (model(x).detach() * factor[0],), [model.weight], said)
-    x = torch.ones(4, 3)
-    for factor[0] in (1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0):
-        assert torch.equal(call(x, key=factor[0])[0], model(x) * factor[0])
-    assert call.num_captures == 2
-    model.weight.data = model.weight.data.clone() + 1
-    call = graphed(lambda x: (model(x).detach(),), [model.weight], said)
-    for _ in range(4):
-        call(x)
-    before = call.num_captures
-    kept = model.weight.data
-    model.weight.data = kept.clone() + 1
-    assert torch.equal(call(x)[0], model(x)) and call.num_captures == before + 1
-    call(torch.ones(5, 3))
-    assert torch.equal(call(torch.ones(5, 3))[0], model(torch.ones(5, 3)))
-
-
-def test_what_a_capture_changes_is_restored():
-    """The calls of a capture leave no trace: a counter counts the calls."""
-    total, said = torch.zeros(()), []
-
-    def count(x):
-        total.add_(x.sum())
-        return (total * 2,)
-
-    call = graphed(count, [total], said, state=lambda: [total])
-    for number in range(1, 7):
-        assert float(call(torch.ones(2))[0]) == 4 * number
-    assert float(total) == 12
-
-
-@pytest.mark.parametrize("required", [False, True])
-def test_a_capture_that_fails_runs_eager(required):
-    """A host decision that depends on a value cannot be captured: eager with one sentence, or an error if asked for."""
-    said = []
-    call = graphed(lambda x: (x if x.sum().item() > 0 else -x,), [], said, required=required)
-    x = -torch.ones(2)
-    for _ in range(2):
-        call(x)
-    if required:
-        with pytest.raises(UserError, match=r"The step cannot run as a CUDA graph .* Use train\.graphs=auto"):
-            call(x)
-        return
-    for _ in range(3):
-        assert torch.equal(call(x)[0], -x)
-    assert len(said) == 1 and said[0].endswith("it runs eager.") and not call.enabled
-
-
-def test_a_graph_that_differs_is_not_used():
-    """A function that keeps a count on the host would be frozen; the comparison notices."""
-    count, said = [0.0], []
-
-    def impure(x):
-        count[0] += 1
-        return (x + count[0],)
-
-    call = graphed(impure, [], said)
-    values = [float(call(torch.zeros(()))[0]) for _ in range(5)]
-    assert values == sorted(values) and len(set(values)) == 5
-    assert len(said) == 1 and "it differs" in said[0]
-
-
-def test_gradients_accumulate_in_a_replay():
-    """A whole forward and backward pass: `.grad` of the weights is added to in place, as by plain calls."""
-    models, said = (
-        [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2)) for _ in range(2)],
-        [],
-    )
-    models[1].load_state_dict(models[0].state_dict())
-    for model in models:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-
-    def step(model):
-        def run(x):
-            loss = model(x).square().mean()
-            loss.backward()
-            return (loss.detach(),)
-
-        return run
-
-    def state():
-        return [*models[0].buffers(), *(p.grad for p in models[0].parameters())]
-
-    call = graphed(step(models[0]), list(models[0].parameters()), said, state=state)
-    for number in range(6):
-        x = torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(number))
-        losses = call(x), step(models[1])(x)
-        torch.testing.assert_close(*losses)
-    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-    torch.testing.assert_close(*(list(model.buffers()) for model in models))
-    assert call.num_captures == 1 and not said
+def test_deterministic_algorithms_are_chosen_for_each_run(recipe_path: Path, tmp_path: Path) -> None:
+    """`train.deterministic` switches torch and cuDNN, and the next run in the process switches back."""
+    for value in (True, False):
+        run = tmp_path / str(value)
+        start(load_recipe(recipe_path, [f"train.deterministic={str(value).lower()}", f"run_dir={run}"]))
+        assert torch.are_deterministic_algorithms_enabled() is torch.backends.cudnn.deterministic is value

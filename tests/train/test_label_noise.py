@@ -1,6 +1,7 @@
 """Label noise of a run: its files, the rate that it prints, and that a resumed run keeps the labels it began with."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.labels import corrupt
+from nrat_scale.prepare.input import LabelledArrays
+from nrat_scale.prepare.writer import write_shards
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train import __main__ as train_cli
 from nrat_scale.train.loop import train
@@ -98,3 +101,25 @@ def test_labels_that_are_lost_end_in_a_sentence(
     ):
         train(load_recipe(hundreds, [f"run_dir={run}"]))
     assert named_checkpoint(run, "last").step == 5
+
+
+def test_noise_that_fills_an_empty_class_is_said(
+    recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shards that were prepared earlier can have a class without images: each label of it that noise makes is wrong."""
+    images, names = np.zeros((60, 12, 12, 1), np.uint8), tuple("0123456789")
+    labels = np.arange(60) % 8  # none of classes 8 and 9
+    shards = write_shards(LabelledArrays(images, labels, "custom", names), tmp_path / "gap", progress=False)
+    alone = ["data.generated.shards=null", "train.max_steps=1", f"data.real.shards={shards}"]
+    train(load_recipe(recipe_path, [*alone, f"run_dir={tmp_path / 'noisy'}"]))
+    said = capsys.readouterr().err
+    assert re.search(
+        r"has no image of class 8 \('8'\) and 1 more, but data\.real\.noise \(symmetric\) gives \d+ images", said
+    )
+    quiet = [
+        "data.real.noise={kind: none, rate: 0}",
+        "data.real.noise={kind: asymmetric, rate: 0.4, class_map: {0: 1}}",
+    ]
+    for number, noise in enumerate(quiet):
+        train(load_recipe(recipe_path, [*alone, noise, f"run_dir={tmp_path / str(number)}"]))
+        assert "no image of class" not in capsys.readouterr().err

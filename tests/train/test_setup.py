@@ -9,6 +9,7 @@ import torch
 
 from nrat_scale.core.distributed import use_all_cores
 from nrat_scale.core.errors import UserError
+from nrat_scale.data.training_data import TrainingData
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train import validate
 from nrat_scale.train.loop import train
@@ -162,3 +163,28 @@ def test_validation_uses_smaller_blocks_if_memory_does_not_suffice(
     run = train(load_recipe(recipe_path, [f"run_dir={tmp_path / 'run'}"]))
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert "validating with fewer" in capsys.readouterr().err
+
+
+def test_a_batch_above_the_data_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    """It would repeat images: the message has both numbers and the largest batch; a run that has begun goes on."""
+    run = f"run_dir={tmp_path / 'run'}"
+    alone = ["data.generated.shards=null", "train.max_steps=1", run]
+    one = r"data\.batch_size 512 every batch has 512 real .* only 100 to train on besides the 20 .* data\.batch_size=100 or less"
+    with pytest.raises(UserError, match=one):
+        train(load_recipe(recipe_path, [*alone, "data.batch_size=512"]))
+    shares = ["data.generated.fraction=0.5", "data.validation.source=generated", "data.validation.size=10", run]
+    with pytest.raises(UserError, match=r"data\.batch_size=16[01] or less"):
+        train(load_recipe(recipe_path, [*shares, "data.batch_size=300"]))
+    assert not (tmp_path / "run").exists()
+    train(load_recipe(recipe_path, [*alone, "data.batch_size=100"]))
+
+
+def test_a_begun_run_with_a_large_batch_goes_on(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions began such runs."""
+    overrides = ["data.generated.shards=null", "data.batch_size=200", f"run_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as older:
+        older.setattr(TrainingData, "check_batch_size", lambda data: None)
+        train(load_recipe(recipe_path, [*overrides, "train.max_steps=1"]))
+    train(load_recipe(recipe_path, [*overrides, "train.max_steps=2"]))

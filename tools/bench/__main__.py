@@ -4,7 +4,9 @@
     python tools/bench plan                an index of 50 million images: time to open, memory, time of a batch's ids
     python tools/bench convert             1,000,000 images of an npz -> shards: core-seconds and memory
     python tools/bench step                the training step against the textbook one: speed, forwards, equality; parts
+    python tools/bench step --gpu          on one GPU: textbook, ours, ours with each lever switched; checks; under 4 minutes
     python tools/bench precision           the attack's final loss in bf16 and fp16 against float32, for every objective
+    python tools/bench autoattack          AutoAttack by our evaluation against a direct call: images/s, different outcomes
     python tools/bench processes           one process against two; where the time of a step goes; start-up
     python tools/bench soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
     python tools/bench collapse recipes/fashion_mnist.yaml train.max_steps=300 --seeds 0-19
@@ -28,8 +30,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
+from bench import loaders
+from bench.against_package import autoattack
 from bench.collapse import collapse, parse_seeds
 from bench.data import convert, data, plan, run_contender, run_plan
+from bench.gpu import step_gpu
 from bench.precision import precision
 from bench.processes import processes
 from bench.soak import run_soak, soak
@@ -71,16 +76,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("plan", lambda work, given: plan(work), "an index of 50 million images")
     conversion = add("convert", lambda work, given: convert(work, given.images), "npz -> shards")
     conversion.add_argument("--images", type=int, default=1_000_000, help="images (default: %(default)s)")
-    steps = add(
-        "step",
-        lambda work, given: step(work, given.models, given.rounds, dict(zip(given.models, given.batch, strict=True))),
-        "the training step",
-        10,
-    )
+    steps = add("step", _step, "the training step", 10)
     steps.add_argument("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
     steps.add_argument("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
+    steps.add_argument(
+        "--gpu", action="store_true", help="WRN-28-10 at 512, ResNet-18 at 128 and 512 images: each lever, on one GPU"
+    )
+    steps.add_argument("--seconds", type=float, default=230.0, help="budget of --gpu (default: %(default)s)")
+    steps.add_argument("--out", type=Path, default=Path("step_gpu.json"), help="of --gpu (default: %(default)s)")
     low = add("precision", lambda work, given: precision(work, given.steps), "attacks in low precision")
     low.add_argument("--steps", type=int, default=40, help="training steps before (default: %(default)s)")
+    attacked = add("autoattack", _autoattack, "AutoAttack by our evaluation against a direct call of the package")
+    attacked.add_argument("--model", default="resnet18_cifar", help="of 32 x 32 images (default: %(default)s)")
+    attacked.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
+    attacked.add_argument("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
+    attacked.add_argument("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
+    attacked.add_argument("--out", type=Path, help="JSON file (default: none)")
+    attacked.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
     long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
@@ -102,6 +114,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _autoattack(work: Path, given: argparse.Namespace) -> None:
+    autoattack(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides)
+
+
+def _step(work: Path, given: argparse.Namespace) -> None:
+    if given.gpu:
+        step_gpu(work, given.out, given.seconds)
+    else:
+        step(work, given.models, given.rounds, dict(zip(given.models, given.batch, strict=True)))
+
+
 def _variants(given: argparse.Namespace) -> dict[str, list[int]]:
     named = {"remedy": given.seeds, "base": given.base_seeds}
     return {variant: parse_seeds(seeds) for variant, seeds in named.items() if seeds}
@@ -109,6 +132,7 @@ def _variants(given: argparse.Namespace) -> dict[str, list[int]]:
 
 # Measurements that need a process of their own: `python tools/bench NAME ARGUMENTS`, started by the benchmarks.
 INNER: dict[str, Callable[..., None]] = {
+    "loader-files": lambda kind, folder: loaders.write(kind, Path(folder)),
     "contender": lambda name, folder: run_contender(name, Path(folder)),
     "plan-process": lambda folder: run_plan(Path(folder)),
     "soak-process": lambda url, cache, rank, seconds: run_soak(url, cache, int(rank), float(seconds)),

@@ -21,7 +21,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, WeightedRandomSampler
 from torchvision import transforms
 
-from bench.memory import anonymous_bytes, cpu_seconds
+from bench import loaders
+from bench.memory import anonymous_bytes, children_seconds, cpu_seconds
 from nrat_scale.data.augment import AugmentSpec
 from nrat_scale.data.plan import SamplePlan, SourceOrder
 from nrat_scale.data.shards import open_shards
@@ -108,11 +109,17 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path], Iterator[Any]], int]] = {
         functools.partial(pil, transform=transforms.PILToTensor(), workers=0),
         80,
     ),
+    "streaming": ("MosaicML streaming", functools.partial(loaders.streaming, workers=0), 100),
+    "streaming_workers": ("MosaicML streaming, 2 workers", functools.partial(loaders.streaming, workers=2), 100),
+    "litdata": ("litdata", functools.partial(loaders.litdata, workers=0), 240),
+    "litdata_workers": ("litdata, 2 workers", functools.partial(loaders.litdata, workers=2), 240),
     "webdataset": ("nrat_scale, loader: webdataset", functools.partial(ours, loader="webdataset"), 800),
     "augmented": ("nrat_scale, augmented to float32 on the CPU", functools.partial(ours, augmented=True), 300),
     "ours": ("**nrat_scale, uint8 batches**", ours, 6000),
     "memcpy": ("memcpy of the same bytes", memcpy, 100_000),
 }
+# Contenders that need a package of the extra `bench` -> its module.
+OPTIONAL = {name: name.partition("_")[0] for name in CONTENDERS if name.startswith(tuple(loaders.PACKAGES))}
 
 
 def run_contender(name: str, folder: Path) -> None:
@@ -122,7 +129,7 @@ def run_contender(name: str, folder: Path) -> None:
     batches = make(folder)
     for _ in range(5):
         next(batches)
-    start = cpu_seconds()
+    start = cpu_seconds() + children_seconds()
     for _ in range(num_batches):
         next(batches)
     anonymous = anonymous_bytes()
@@ -142,11 +149,13 @@ def data(work: Path, num_images: int, rounds: int) -> None:
     _make_png_shards(work)
     for name, out in (("real", "real"), ("generated", "edm")):
         shard(work / f"{name}.npz", work / out)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    missing = _write_for_loaders(work)
+    names = [name for name in CONTENDERS if OPTIONAL.get(name) not in missing]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in CONTENDERS:
+        for name in names:
             result = subprocess.run([*BENCH, "contender", name, str(work)], capture_output=True, text=True, check=True)
-            found[name].append(json.loads(result.stdout))
+            found[name].append(json.loads(result.stdout.splitlines()[-1]))
     rates = {name: [run["images"] / run["cpu"] for run in runs] for name, runs in found.items()}
     median = {name: statistics.median(values) for name, values in rates.items()}
     memory = {name: max(run["anonymous"] for run in runs) for name, runs in found.items()}
@@ -154,12 +163,30 @@ def data(work: Path, num_images: int, rounds: int) -> None:
     print(f"{images}, batches of {BATCH} (358 + 154), {rounds} rounds")
     print("| loader | images per core-second (spread) | times PNG | times PIL | anonymous memory, MB |")
     print("|---|---:|---:|---:|---:|")
-    for name, (title, _, _) in CONTENDERS.items():
+    for name in names:
+        title = CONTENDERS[name][0]
         spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
         against = [f"{median[name] / median[other]:,.1f}" for other in ("png", "pil")]
         print(f"| {title} | {median[name]:,.0f} ({spread}) | {' | '.join(against)} | {memory[name] / 1e6:,.0f} |")
     share, slower = memory["ours"] / memory["pil"], median["memcpy"] / median["ours"]
     print(f"anonymous memory: {share:.2f} of PIL + DataLoader; {slower:.1f} times slower than memcpy")
+    for kind in loaders.PACKAGES.keys() - set(missing):
+        fastest = max(median[name] for name, module in OPTIONAL.items() if module == kind)
+        print(f"nrat_scale, uint8 batches: {median['ours'] / fastest:,.1f} times {kind} in its faster setting")
+
+
+def _write_for_loaders(work: Path) -> list[str]:
+    """Write the images for the optional loaders that are installed; returns the modules of the others, after a sentence."""
+    missing = []
+    for kind, package in loaders.PACKAGES.items():
+        installed = loaders.version(package)
+        if installed is None:
+            missing.append(kind)
+            print(f"{kind} has no row: {package} is not installed (pip install -e '.[bench]').")
+            continue
+        print(f"{package} {installed}", flush=True)
+        subprocess.run([*BENCH, "loader-files", kind, str(work)], check=True, capture_output=True)
+    return missing
 
 
 def make_npz(path: Path, num_images: int, seed: int) -> None:

@@ -11,6 +11,12 @@ def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def children_seconds() -> float:
+    """User and system seconds of this process's living descendants so far."""
+    times = [member.cpu_times() for member in psutil.Process().children(recursive=True)]
+    return float(sum(used.user + used.system for used in times))
+
+
 def anonymous_bytes(process: psutil.Process | None = None) -> int:
     """RssAnon of a process (default: this one) and its descendants: no file and no shared memory backs it."""
     process = process or psutil.Process()

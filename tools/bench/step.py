@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bench.padding import copy_padding
 from bench.textbook import Textbook
 from nrat_scale import models
 from nrat_scale.prepare.input import LabelledArrays
@@ -39,8 +40,6 @@ guard: {action: none}
 train: {log_every: 1000000}
 """
 STEPPED = {"nrat": "eval", "trades": "eval", "dm_at": "batch"}  # objective -> BatchNorm mode of the attack
-# Dense peak of the data sheet in 10^12 operations per second, by precision; the key is part of torch's device name.
-PEAKS = {"H100": {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}, "A100": {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5}}
 
 
 # ---- a run, step by step --------------------------------------------------------------------------------------------
@@ -82,10 +81,14 @@ class Ours:
         (part,) = micro_batches(self.state, next(self.state.data.batches(0, 1)))
         return part
 
-    def step(self) -> None:
-        """One step; it is complete on the device when this returns."""
+    def advance(self) -> None:
+        """One step; the device may not have finished it when this returns."""
         train_step(self.state, next(self.batches))
         self.state.step += 1
+
+    def step(self) -> None:
+        """One step; it is complete on the device when this returns."""
+        self.advance()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -96,7 +99,8 @@ class Ours:
 
 
 def _plain_copy(state: TrainState) -> nn.Module:
-    model = models.create(state.recipe.model.name, {})
+    model = models.create(state.recipe.model.name, state.recipe.model.kwargs)
+    copy_padding(model)  # as public code pads
     model = model.to(state.accelerator.device, next(state.base.parameters()).dtype)
     model.load_state_dict(state.base.state_dict())
     for buffer in ("mean", "std"):
@@ -132,9 +136,9 @@ def forward_equivalents(model: nn.Module, x: Tensor, action: Callable[[], Any]) 
     return everything.total / one.total
 
 
-def equality(work: Path, model: str, objective: str, batch: int) -> tuple[int, float, float]:
+def equality(work: Path, model: str, objective: str, batch: int, *overrides: str) -> tuple[int, float, float]:
     """One step in float64: pixels of x_adv that differ from the textbook's, relative difference of the loss, forward passes."""
-    ours = Ours(work, model, objective, batch, "precision=fp64", f"threat.bn={STEPPED[objective]}")
+    ours = Ours(work, model, objective, batch, "precision=fp64", f"threat.bn={STEPPED[objective]}", *overrides)
     part, textbook = ours.first_part(), ours.textbook()
     expected, loss = textbook.step(part.x.contiguous(), part.y, part.noise.contiguous())
     forwards = forward_equivalents(ours.state.base, part.x, ours.step)
@@ -183,8 +187,6 @@ def step(work: Path, names: list[str], rounds: int, batches: dict[str, int]) -> 
         model = _memory_layouts(work, name, batches[name], rounds)
         _optimizers(model, rounds)
         _averages(model, rounds)
-    if torch.cuda.is_available():
-        _images_per_second(work, names)
 
 
 def _compare(work: Path, name: str, objective: str, batch: int, rounds: int) -> None:
@@ -244,19 +246,3 @@ def _averages(model: nn.Module, rounds: int) -> None:
     seconds = alternate(rounds, {"loop": loop, "foreach": lambda: torch._foreach_lerp_(averages, values, weights)})
     milliseconds = 1e3 * statistics.median(seconds["foreach"])
     print(f"  EMA foreach            {_speedup(seconds, 'foreach', 'loop')} of the loop's speed, {milliseconds:.1f} ms")
-
-
-def _images_per_second(work: Path, names: list[str]) -> None:
-    """Images per second of NRAT in each precision, and its share of the data sheet's peak."""
-    device = torch.cuda.get_device_name()
-    peaks = next((peak for name, peak in PEAKS.items() if name in device), {})
-    for name in names:
-        for precision in ("bf16", "fp16", "fp32"):
-            ours = Ours(work, name, "nrat", 512, f"precision={precision}")
-            num_images = len(ours.first_part().x)
-            with Flops() as counter:
-                ours.step()
-            seconds = statistics.median(alternate(10, {"ours": ours.step})["ours"])
-            rate = counter.total / seconds / 1e12
-            share = f", {100 * rate / peaks[precision]:.0f} % of the data sheet's peak" if precision in peaks else ""
-            print(f"{device}, {name}, {precision}: {num_images / seconds:.0f} images/s{share}", flush=True)

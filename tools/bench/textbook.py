@@ -6,11 +6,18 @@ from torch import Tensor, nn
 
 
 class Textbook:
-    """One model that switches between modes, SGD, a loop over parameters for the EMA, and `.item()` in every step."""
+    """One model that switches between modes, SGD, a loop over parameters for the EMA, and `.item()` in every step.
+
+    Attributes:
+        autocast: compute forwards and losses under bf16 autocast.
+    """
 
     def __init__(self, model: nn.Module, ema: nn.Module, objective: str) -> None:
-        self.model, self.ema, self.objective = model, ema, objective
+        self.model, self.ema, self.objective, self.autocast = model, ema, objective, False
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def _precision(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast)
 
     def attack(self, x: Tensor, noise: Tensor) -> Tensor:
         """TRADES' attack: maximise KL(p || p') with the natural prediction p computed once, ten steps."""
@@ -46,9 +53,10 @@ class Textbook:
 
     def step(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, float]:
         """One step; returns the adversarial images and the loss."""
-        x_adv = self.attack(x, noise)
-        self.optimizer.zero_grad()
-        loss = self.outer(self.model(x), self.model(x_adv), y)
+        with self._precision(x):
+            x_adv = self.attack(x, noise)
+            self.optimizer.zero_grad()
+            loss = self.outer(self.model(x), self.model(x_adv), y)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():

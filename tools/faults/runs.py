@@ -31,7 +31,7 @@ from nrat_scale.train.loop import train
 
 # Steps are small, and validations and saves take as long as the steps between them: a random moment hits each of the three.
 RECIPE = """
-threat: {eps: 0.03, step: 0.01, num_steps: 2}
+threat: {eps: 0.03, step: 0.015, num_steps: 2}
 objective: {name: trades}
 model: {name: cnn4, kwargs: {width: 16, hidden: 256}}
 data:

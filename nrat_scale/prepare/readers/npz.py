@@ -51,11 +51,13 @@ def _local_path(name: str) -> Path:
     """The path of `name`; a file on the Hugging Face Hub is downloaded into the Hub's cache first."""
     if not is_remote(name):
         return Path(name)
-    repo, revision, path = hub_file(name)
+    address = hub_file(name)
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, path, repo_type="dataset", revision=revision))
+        return Path(
+            huggingface_hub.hf_hub_download(address.repo, address.path, repo_type="dataset", revision=address.revision)
+        )
     except Exception as error:  # the Hub's client raises errors of several HTTP libraries
         raise UserError(f"{name} cannot be fetched ({hub_failure(error)}). Check the name and the network.") from error
 

@@ -1,0 +1,96 @@
+"""Overrides of a recipe's keys, and what someone meant who gave a section a scalar or changed the norm alone."""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nrat_scale.attacks import parse_fraction
+from nrat_scale.core.errors import UserError, printable, quoted
+
+
+def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> DictConfig:
+    """`key=value` words, or a mapping of dotted keys to values, as a tree; raises `UserError` for what is neither."""
+    if isinstance(overrides, Mapping):
+        merged = OmegaConf.create({})
+        try:
+            for key, value in overrides.items():
+                OmegaConf.update(merged, str(key), str(value) if isinstance(value, Path) else value)
+        except (ValueError, OmegaConfBaseException) as error:
+            raise UserError(f"The overrides {quoted(dict(overrides))} cannot be read: {one_line(error)}") from error
+        return merged
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    for override in overrides:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise UserError(f"'{override}' is not an override. Write key=value, for instance objective.name=trades.")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"The overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
+
+
+def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
+    """Refuse overrides of `threat.norm` that keep the file's radius or step: lengths in l_inf and l_2 do not compare."""
+    before, threat = stored.get("threat"), changes.get("threat")
+    if not isinstance(before, DictConfig) or not isinstance(threat, DictConfig):
+        return
+    old = before.get("norm", "linf")
+    kept = [f"threat.{key}" for key in ("eps", "step") if key in before and key not in threat]
+    if kept and threat.get("norm", old) != old:
+        eps = _number(threat.get("eps", 0.5))
+        example = (
+            f"threat.eps={eps} threat.step={eps / 4:g}"
+            if isinstance(eps, float)
+            else "threat.eps=0.5 threat.step=0.125"
+        )
+        raise UserError(
+            f"threat.norm is changed from {printable(old)} to {printable(threat.norm)}, but {' and '.join(kept)} would stay "
+            f"as in the recipe, in the other norm. Give both, for instance {example}."
+        )
+
+
+def _number(value: Any) -> Any:
+    """A radius or step as a number, as far as it is one."""
+    try:
+        return parse_fraction(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+# Keys that a section's name alone stands for most often, in this order: of text, and of numbers.
+_USUAL_TEXT = ("name", "shards", "real", "norm", "kind", "source", "action")
+_USUAL_NUMBERS = (
+    "eps", "rate", "size", "fraction", "lr", "lam", "epochs", "decay", "gamma", "every_epochs", "cutmix", "max_rewinds",
+)  # fmt: skip
+
+
+def meant_key(spec: type, prefix: str, value: Any, hidden: Collection[str] = ()) -> str:
+    """The override that someone meant who gave the section `prefix` a scalar: `objective.name=trades`; empty if none fits.
+
+    Args:
+        hidden: fields that are no keys.
+    """
+    number = isinstance(value, int | float) or isinstance(_number(value), float)
+    usual, wanted = (_USUAL_NUMBERS, (int, float)) if number else (_USUAL_TEXT, (str,))
+    if value is None or isinstance(value, bool | list):
+        return ""
+    hints = {key: hint for key, hint in typing.get_type_hints(spec).items() if key not in hidden}
+    for key in (*(name for name in usual if name in hints), *hints):
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            if key in usual and (found := meant_key(hint, f"{prefix}.{key}", value, hidden)):
+                return found
+        elif {hint, *typing.get_args(hint)} & set(wanted):
+            return f"{prefix}.{key}={printable(value)}"
+    return ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message without OmegaConf's trailer, on one line and printable (it may quote the file)."""
+    return printable(" ".join(str(error).split("\n    full_key")[0].split()))
