@@ -85,7 +85,8 @@ def read_galleries(results: Path) -> dict[str, Gallery]:
             arrays = {name: file[name] for name in file.files}
         for label in {name.rpartition("/")[0] for name in arrays}:
             parts: dict[str, Any] = {name: arrays[f"{label}/{name}"] for name in _ARRAYS}
-            gallery = Gallery(**parts, **{name: str(arrays[f"{label}/{name}"]) for name in _TEXTS})
+            parts |= {name: str(arrays[f"{label}/{name}"]) for name in _TEXTS}
+            gallery = Gallery(**parts)
             if _is_whole(gallery):
                 found[label] = gallery
     return found

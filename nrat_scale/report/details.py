@@ -197,7 +197,7 @@ def timing_table(run: Run) -> Table | None:
     caption = (
         "Hardware and time of each start of the training. Throughput is the median over epochs, without validations."
     )
-    head = (
+    head: tuple[str, ...] = (
         "started (UTC)",
         "hardware",
         "precision",
