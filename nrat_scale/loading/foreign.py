@@ -15,9 +15,15 @@ from torch import Tensor, nn
 
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, first_line, quoted
-from nrat_scale.loading.checks import check_tensors, expected_tensors, is_ours, require_known, type_name
+from nrat_scale.loading.checks import check_tensors, expected_tensors, require_known, type_name
 from nrat_scale.loading.file_kind import TRUNCATED, is_cut_pickle, is_safetensors, pickled_object, recognise
 from nrat_scale.loading.weight_sets import UNUSED_BATCH_COUNT, Constants, choose, find_sets, flatten, left_over
+
+# architecture -> a tensor that only some of its files have -> the argument for them
+_OPTIONAL = {
+    "wrn34_10": {"sub_block1.layer.0.conv1.weight": "sub_block1"},
+    "preact_resnet18": {"bn.weight": "bn_before_fc"},
+}
 
 
 def load_weight_file(
@@ -31,7 +37,8 @@ def load_weight_file(
     """The model `arch` with the weights in `path`; arguments as for `load`."""
     if not path.is_file():
         raise UserError(f"There is no weight file {path}. (A release folder is loaded without arch=.)")
-    require_known(arch)
+    if not models.is_own(arch):
+        require_known(arch)
     state, saved = _state_dict(_read(path), path, arch, model_args, weights_key)
     constants = {}
     for name, given in (("mean", mean), ("std", std)):
@@ -41,17 +48,15 @@ def load_weight_file(
             raise UserError(f"{path} holds more than one {name} of a normalisation: {shown}. Choose one with {name}=.")
         if values:
             constants[name] = values[0]
-    arguments = {**_inferred(arch, state), **model_args}
-    if is_ours(arch):
-        arguments |= constants
+    arguments = {**_inferred(arch, state), **model_args, **constants}
     described = {
         key: (None if key.endswith(UNUSED_BATCH_COUNT) else type_name(value.dtype), tuple(value.shape))
         for key, value in state.items()
     }
-    check_tensors(arch, arguments, described, str(path))
-    model = models.create(arch, arguments)
+    check_tensors(arch, arguments, described, str(path), trust_code=True)
+    model = models.create(arch, arguments, trust_code=True)  # the caller has named the code
     model.load_state_dict(state)
-    return model if is_ours(arch) else NormalisedTimm(model, arch, arguments, **constants)
+    return model
 
 
 def _read(path: Path) -> Any:
@@ -99,7 +104,7 @@ def _state_dict(
 ) -> tuple[dict[str, Tensor], Constants]:
     """(state dict under the architecture's own names, normalisation constants) of the one set of weights that is meant."""
     try:
-        expected, parameters = expected_tensors(arch, model_args, len(flatten(content)))
+        expected, parameters = expected_tensors(arch, model_args, len(flatten(content)), trust_code=True)
         saved = flatten(content, (parameters, expected))
         sets = find_sets(saved, expected)
     except UserError as error:
@@ -126,59 +131,15 @@ def _state_dict(
 
 
 def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """num_classes and in_chans, from the shapes of the first and the last layer."""
-    known = timm.get_pretrained_cfg(arch)
-    inferred = {}
+    """num_classes and in_chans, from the shapes of the first and the last layer; parts that only some files have."""
+    known = None if models.is_own(arch) else timm.get_pretrained_cfg(arch)
+    inferred: dict[str, Any] = {key: True for tensor, key in _OPTIONAL.get(arch, {}).items() if tensor in state}
     for attribute, argument, axis in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
         layer = getattr(known, attribute, None)
         weight = state.get(f"{layer}.weight") if isinstance(layer, str) else None
         if weight is not None and weight.ndim > axis:
             inferred[argument] = int(weight.shape[axis])
     return inferred
-
-
-class NormalisedTimm(models.Normalised):
-    """timm's `model` for [0, 1] images; `mean` and `std` are by default those that timm lists for the architecture."""
-
-    def __init__(
-        self, model: nn.Module, arch: str, arguments: dict[str, Any], mean: Any = None, std: Any = None
-    ) -> None:
-        known = timm.get_pretrained_cfg(arch)
-        constants = {name: getattr(known, name, None) if v is None else v for name, v in (("mean", mean), ("std", std))}
-        if None in constants.values():
-            raise UserError(f"timm knows no normalisation for {arch}. Give mean= and std=.")
-        for name, values in constants.items():
-            if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
-                raise UserError(f"The {name} of the normalisation must be a list of numbers, not {quoted(values)}.")
-        in_chans = arguments.get("in_chans", 3 if known is None else known.input_size[0])
-        super().__init__(int(model.num_classes), int(in_chans), **constants)  # type: ignore[arg-type]
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(self.normalise(x))
-
-    # timm's interface is that of the model inside.
-
-    @property
-    def num_features(self) -> int:
-        return int(self.model.num_features)  # type: ignore[arg-type]
-
-    @property
-    def head_hidden_size(self) -> int:
-        return int(getattr(self.model, "head_hidden_size", self.num_features))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(self.normalise(x))  # type: ignore[operator]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
-
-    def get_classifier(self) -> nn.Module:
-        return self.model.get_classifier()  # type: ignore[operator]
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))  # type: ignore[operator]
-        self.num_classes = num_classes
 
 
 def pretrained(name: str) -> nn.Module:
@@ -194,4 +155,4 @@ def pretrained(name: str) -> nn.Module:
         model = timm.create_model(name, pretrained=True)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise UserError(f"timm's weights of '{name}' cannot be fetched: {first_line(error)}") from error
-    return NormalisedTimm(model, name, {}).eval()
+    return models.around_timm(model, name, {}, None, None).eval()
