@@ -5,7 +5,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nrat_scale.core.errors import UserError, run_cli
+from nrat_scale.core.errors import UserError, printable, run_cli
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.models import is_own
 from nrat_scale.release.bundle import EXPORTED, ONNX, release
 from nrat_scale.release.publish import push, push_queued
 from nrat_scale.remote.hub import check_repository
@@ -24,6 +26,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unevaluated", action="store_true", help="release without results; the card says so")
     add("--onnx", action="store_true", help=f"also write {ONNX}, compared with the model")
     add("--torch-export", action="store_true", help=f"also write {EXPORTED} (torch.export), compared with the model")
+    add("--trust-code", action="store_true", help="import the model's code of a run outside the working directory")
     add("--push", metavar="USER/REPO", help="send it to the Hub (HF_ENDPOINT, HF_TOKEN or `hf auth login`)")
     add("--private", action="store_true", help="make a new repository private")
     add("--revision", help="branch of the repository (default: main)")
@@ -45,14 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     run, to, repo, revision = arguments.run, arguments.to, arguments.push, arguments.revision
     if arguments.queued:
-        print("\n".join(push_queued(run, repo, private=arguments.private)))
+        print("\n".join(push_queued(run, repo, private=arguments.private, trust_code=arguments.trust_code)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = to or Path(temporary) / repo.partition("/")[2]
         exports = [ONNX] * arguments.onnx + [EXPORTED] * arguments.torch_export
-        release(run, folder, arguments.checkpoint, unevaluated=arguments.unevaluated, exports=exports)
+        options = {"unevaluated": arguments.unevaluated, "trust_code": arguments.trust_code}
+        release(run, folder, arguments.checkpoint, exports=exports, **options)
         if to is not None:
-            print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}")')
+            name = str(RunFolder(run).read_model()["architecture"])
+            own = f", model={name.rpartition(':')[2]}" if is_own(name) else ""
+            print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}"{own})')
+            if own:
+                print(f"The release needs the code of {printable(name)}, which it does not contain.")
         if repo is not None:
             sent = push(folder, repo, private=arguments.private, revision=revision)
             address = f"{repo}@{revision}" if revision else repo

@@ -30,8 +30,8 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     return missing
 
 
-def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
-    """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`.
+def push_queued(run: Path, repo: str, *, private: bool = False, trust_code: bool = False) -> list[str]:
+    """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`; `trust_code` as `release`.
 
     Returns:
         A sentence about each revision.
@@ -44,7 +44,7 @@ def push_queued(run: Path, repo: str, *, private: bool = False) -> list[str]:
     for weights in queued_weights(run):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo.partition("/")[2]
-            release(run, folder, weights, unevaluated=True)
+            release(run, folder, weights, unevaluated=True, trust_code=trust_code)
             sent = push(folder, repo, private=private, revision=weights.label)
         sentences.append(f"{repo}@{weights.label}: {f'{len(sent)} files sent' if sent else 'already there'}")
     return sentences

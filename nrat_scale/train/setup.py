@@ -57,14 +57,15 @@ def start(recipe: RecipeSpec) -> TrainState:
     shards = data.shards
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
-    base = models.create(recipe.model.name, arguments)
+    base = models.create(recipe.model.name, arguments, trust_code=True)  # the user has named the recipe
+    draws = models.try_out(base, recipe.model.name, shards.image_shape, shards.num_classes)
     run = RunFolder(Path(recipe.run_dir))
     on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     on_main(accelerator, lambda: data.skips.attach(run))
     data.skips.attach(run)
     keep_stored_noise(run, data)
     data.place_images(accelerator.device)
-    state = _build(recipe, data, accelerator, base)
+    state = _build(recipe, data, accelerator, base, draws)
     on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
         _describe(state, arguments)
@@ -117,8 +118,10 @@ def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
         make_folder(run.checkpoints)
 
 
-def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module) -> TrainState:
-    """The state before the first step; `base` has its initial weights."""
+def _build(
+    recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module, draws: bool
+) -> TrainState:
+    """The state before the first step; `base` has its initial weights, and draws random numbers in training mode or not."""
     device, num_classes = accelerator.device, data.shards.num_classes
     if recipe.model.bn_momentum is not None:
         for layer in batchnorms(base):
@@ -143,7 +146,7 @@ def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, bas
     mean = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
     state = TrainState(
         recipe, RunFolder(Path(recipe.run_dir)), data, accelerator, base, model, attack_model, optimizer, objective, ema,
-        data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), sums,
+        data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), draws, sums,
     )  # fmt: skip
     if recipe.precision == "fp16":
         prepare_for_skipped_steps(state)

@@ -41,8 +41,9 @@ def train_step(state: TrainState, batch: Batch) -> None:
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
     before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
-    # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too.
-    reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
+    # DM_AT attacks with batch statistics, so its natural training forward gives the natural logits for the attack too, unless
+    # dropout changes them.
+    reuse = not state.draws and state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
     reuse = reuse and not perturbed and not _starts_precisely(state)
     if state.objective.attacks and not reuse:
         parts = [attacked(state, part) for part in parts]
