@@ -41,6 +41,8 @@ _NOT_IDENTITY = (
 _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
+    "model.init": None,
+    "model.init_key": None,
 }
 # Keys of `objective` in every resolved recipe from before `objective.loss` and `objective.divergence` were keys.
 _FORMER_OBJECTIVE = {"name", "lam", "inner", "smoothing", "smoothing_mode", "a", "b"}

@@ -39,7 +39,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=names, default=",".join(CHECKPOINTS), help="of a run (default: %(default)s)")
     weights = "of a run: evaluated (the EMA if there is one), ema, raw (default: %(default)s)"
     add("--weights", type=names, default=WEIGHT_CHOICES[0], help=weights)
-    add("--arch", help="of a weight file: a model that timm knows, or MODULE:FACTORY, which is imported (also of a release)")
+    add(
+        "--arch",
+        help="of a weight file: a model that timm knows, or MODULE:FACTORY, which is imported (also of a release)",
+    )
     add("--mean", type=numbers, help="normalisation of a weight file, comma-separated (default: the model's)")
     add("--std", type=numbers, help="the same")
     key = "of a weight file with several sets of weights (raw and averaged): that to load, such as ema"
@@ -101,13 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_float32(given.float32)
     shards = open_shards(given.data, "--data")
     trust = given.trust_code
-    options = TargetOptions(given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key, trust)
+    options = TargetOptions(
+        given.checkpoint, given.weights, given.arch, given.mean, given.std, given.weights_key, trust
+    )
     found = find_targets(given.what, options)
     if found.run is not None:
         check_unseen(found.run, shards)
     source = None
     if given.transfer_from is not None:
-        options = TargetOptions(("best",), arch=given.source_arch, weights_key=given.source_weights_key, trust_code=trust)
+        options = TargetOptions(
+            ("best",), arch=given.source_arch, weights_key=given.source_weights_key, trust_code=trust
+        )
         (source,) = find_targets(given.transfer_from, options).targets
         source = replace(source, label=Path(given.transfer_from).name)
     threat = request_threat(given.what, found.threat, given.norm, given.eps, given.step)

@@ -39,7 +39,7 @@ def load_weight_file(
         raise UserError(f"There is no weight file {path}. (A release folder is loaded without arch=.)")
     if not models.is_own(arch):
         require_known(arch)
-    state, saved = _state_dict(_read(path), path, arch, model_args, weights_key)
+    state, saved = select_weights(read_weights(path), path, arch, model_args, weights_key)
     constants = {}
     for name, given in (("mean", mean), ("std", std)):
         values = saved[name] if given is None else [[float(value) for value in given]]
@@ -59,7 +59,7 @@ def load_weight_file(
     return model
 
 
-def _read(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
     """The content of the file, whose format its first bytes tell: tensors and plain containers only."""
     try:
         if what := recognise(path):
@@ -99,7 +99,7 @@ def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> str:
     return f"{path} is not opened: {problem}. Save model.state_dict() alone."
 
 
-def _state_dict(
+def select_weights(
     content: Any, path: Path, arch: str, model_args: dict[str, Any], weights_key: str | None
 ) -> tuple[dict[str, Tensor], Constants]:
     """(state dict under the architecture's own names, normalisation constants) of the one set of weights that is meant."""
@@ -142,8 +142,10 @@ def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
     return inferred
 
 
-def pretrained(name: str) -> nn.Module:
+def pretrained(name: str, **arguments: Any) -> nn.Module:
     """A timm model with its pretrained weights, in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
+
+    timm adapts the weights to `arguments` such as in_chans and img_size.
 
     Raises:
         UserError: timm has no weights of that name, or they cannot be downloaded.
@@ -152,7 +154,13 @@ def pretrained(name: str) -> nn.Module:
     if known is None or not known.has_weights:
         raise UserError(f"timm has no weights of '{name}'. Give a weight file with --arch {name}, or a release.")
     try:
-        model = timm.create_model(name, pretrained=True)
+        model = timm.create_model(name, pretrained=True, **arguments)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise UserError(f"timm's weights of '{name}' cannot be fetched: {first_line(error)}") from error
-    return models.around_timm(model, name, {}, None, None).eval()
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
+        raise UserError(f"timm's weights of '{name}' do not take {quoted(arguments)}: {first_line(error)}") from error
+    # The constants are those of the weights, for their channels.
+    known = timm.get_pretrained_cfg(name)
+    in_chans = int(arguments.get("in_chans", known.input_size[0]))
+    constants = (known.mean, known.std) if len(known.mean) in (1, in_chans) else ((0.5,), (0.5,))
+    return models.around_timm(model, name, arguments, *constants).eval()

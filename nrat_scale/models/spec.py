@@ -25,10 +25,16 @@ class ModelSpec:
         UserError: a value is unknown or out of range.
     """
 
-    name: str = "resnet18_cifar"  # a timm name; ours are `wrn28_10_silu`, `wrn28_10`, `resnet18_cifar`, `cnn4`
+    # A name of timm; ours are `resnet18_cifar`, `preact_resnet18`, `wrn28_10`, `wrn28_10_silu`, `wrn34_10` (TRADES' and AWP's),
+    # `wrn34_10_silu`, `wrn70_16_silu`, `wrn82_8_silu`, `wrn94_16_silu`, `cnn4`. Or `package.module:factory`, your own code.
+    name: str = "resnet18_cifar"
     mean: list[float] | None = None  # per channel, of [0, 1] pixels; by default that of the data set
     std: list[float] | None = None  # as `mean`
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments, for instance {width: 64} for `cnn4`
+    # Weights to start from: a release (folder or `user/repo`), a weight file, `timm` (the model's own pretrained weights) or
+    # `timm:resnet18.a1_in1k`. Tensors are taken by name and shape; a resumed run does not read them again.
+    init: str | None = None
+    init_key: str | None = None  # of a weight file with several sets of weights: which, such as `ema`
     bn_momentum: float | None = None  # weight of the new batch in the running statistics; None keeps the model's own
     bn_first_step: bool = False  # after the first step the running statistics are those of its batch, as in DM_AT
     # Training statistics on several processes. `local`: of the images that each process holds at a time, as in the
@@ -39,6 +45,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         check_choice("model.bn", self.bn, BN_STATISTICS)
+        if self.init_key is not None and self.init is None:
+            raise UserError("model.init_key needs model.init, the file whose set of weights it chooses.")
         if (self.bn == "groups") != (self.bn_group_size is not None):
             raise UserError("model.bn groups and model.bn_group_size go together: set both or neither.")
         size, momentum = self.bn_group_size, self.bn_momentum
@@ -118,10 +126,10 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
             try:
                 logits = model.train(training)(x)
             except Exception as error:  # models raise anything on images of another size
-                hint = "Set the image size that it is built for, for instance model.kwargs.img_size"
+                hint = f"Some models need model.kwargs.img_size={height}, others larger images"
                 reason = f"{first_line(error).rstrip('.')}{location(error) if is_own(name) else ''}"
                 raise UserError(
-                    f"The model '{name}' cannot take images of {channels} x {height} x {width}: {reason}. {hint}={height}."
+                    f"The model '{name}' cannot take images of {channels} x {height} x {width}: {reason}. {hint}."
                 ) from error
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             if shape != [2, num_classes]:

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 
 from nrat_scale import models
-from nrat_scale.checkpoint.folder import recover
+from nrat_scale.checkpoint.folder import checkpoint_folders, recover
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
@@ -22,6 +22,12 @@ from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
+from nrat_scale.loading.initial_weights import (
+    InitialWeights,
+    described,
+    find_initial_weights,
+    load_initial_weights,
+)
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
@@ -56,10 +62,15 @@ def start(recipe: RecipeSpec) -> TrainState:
         data = open_training_data(recipe.data, recipe.seed, verify=recipe.data.on_bad_shard == "skip")
     shards = data.shards
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
+    run = RunFolder(Path(recipe.run_dir))
+    initial, record = _initial_weights(recipe, run, accelerator, arguments)
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
     base = models.create(recipe.model.name, arguments, trust_code=True)  # the user has named the recipe
     draws = models.try_out(base, recipe.model.name, shards.image_shape, shards.num_classes)
-    run = RunFolder(Path(recipe.run_dir))
+    if initial is not None:
+        record = load_initial_weights(base, recipe.model.name, initial)
+        _check_same_weights(run, record)
+        accelerator.print(described(record))
     on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     on_main(accelerator, lambda: data.skips.attach(run))
     data.skips.attach(run)
@@ -68,7 +79,7 @@ def start(recipe: RecipeSpec) -> TrainState:
     state = _build(recipe, data, accelerator, base, draws)
     on_main(accelerator, lambda: recover(run.path))
     if accelerator.is_main_process:
-        _describe(state, arguments)
+        _describe(state, arguments, record)
         state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
     resume(state)
     return state
@@ -92,6 +103,43 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
         # A collapsing model fills with denormal numbers, which make a CPU twenty times slower.
         torch.set_flush_denormal(True)
     return accelerator
+
+
+def _initial_weights(
+    recipe: RecipeSpec, run: RunFolder, accelerator: Accelerator, arguments: dict[str, Any]
+) -> tuple[InitialWeights | None, dict[str, Any] | None]:
+    """(weights of `model.init`, None), or for a run with checkpoints (None, their record); both None without the key.
+
+    Unless the recipe sets them, mean and std in `arguments` become those that the weights were trained with.
+    """
+    if recipe.model.init is None:
+        return None, None
+    initial, record = None, None
+    if checkpoint_folders(run.path):  # the checkpoint has the weights; the source may be gone
+        description = run.read_model()
+        record = description.get("init")
+        constants = {key: description["model_args"].get(key, arguments[key]) for key in ("mean", "std")}
+    else:
+        initial = on_main(accelerator, lambda: find_initial_weights(recipe.model, arguments))  # may download
+        initial = initial or find_initial_weights(recipe.model, arguments)
+        fit = all(len(values) in (1, arguments["in_chans"]) for values in initial.constants.values())
+        constants = initial.constants if fit else {}
+    if recipe.model.mean is None and recipe.model.std is None and constants:
+        if initial is not None and any(constants[key] != arguments[key] for key in constants):
+            shown = ", ".join(f"{key} {[round(value, 4) for value in constants[key]]}" for key in ("mean", "std"))
+            accelerator.print(f"normalisation of the initial weights: {shown} (model.mean, model.std)")
+        arguments |= constants
+    return initial, record
+
+
+def _check_same_weights(run: RunFolder, record: dict[str, Any]) -> None:
+    """Raise `UserError` if a run that was interrupted before its first checkpoint began with other weights."""
+    before = run.read_model().get("init") if run.model.is_file() else None
+    if before is not None and before["source"] == record["source"] and before["sha256"] != record["sha256"]:
+        raise UserError(
+            f"model.init {record['source']} has changed since the run in {run.path} began. Choose another run folder with "
+            "run_dir=PATH."
+        )
 
 
 def _claim(run: RunFolder, recipe: RecipeSpec) -> None:
@@ -160,7 +208,7 @@ def prepare_for_skipped_steps(state: TrainState) -> None:
     state.restored = [*statistics, *state.objective.buffers(), state.sums, state.guard.sums]
 
 
-def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
+def _describe(state: TrainState, arguments: dict[str, Any], init: dict[str, Any] | None) -> None:
     """Write model.json, data.json and the files of the label noise."""
     shards = state.data.shards
     description = {
@@ -169,6 +217,7 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
         "image_shape": list(shards.image_shape),
         "class_names": list(shards.class_names),
         "dataset": shards.dataset,
+        **({} if init is None else {"init": init}),
     }
     write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())
