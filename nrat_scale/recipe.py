@@ -217,7 +217,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeSpec:
             that its spec refuses.
     """
     path = Path(path)
-    given = OmegaConf.merge(_read_yaml(path), _read_overrides(overrides))
+    given = _with_overrides(_read_yaml(path), overrides, path)
     try:
         container = OmegaConf.to_container(given, resolve=True)
         assert isinstance(container, dict)
@@ -250,14 +250,40 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+def _with_overrides(file: DictConfig, overrides: Sequence[str], path: Path) -> DictConfig:
+    """The file's values under the overrides, later ones over earlier ones; `key={}` empties a mapping.
+
+    The arguments of a model are not those of another one: an override of `model.name` drops the file's `model.kwargs`.
+    """
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise UserError(f"'{override}' is not an override. Write key=value, for instance objective.name=trades.")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        layers = [OmegaConf.from_dotlist([override]) for override in overrides]
+        before, after = (_model_section(conf) for conf in (file, OmegaConf.merge(file, *layers)))
+        if before.get("name", ModelSpec.name) != after.get("name", ModelSpec.name) and before.get("kwargs"):
+            emptied = any(override.replace(" ", "") == "model.kwargs={}" for override in overrides)
+            file = OmegaConf.merge(file)  # a copy
+            kwargs = OmegaConf.to_container(file["model"]["kwargs"])
+            file["model"]["kwargs"] = {}
+            if not emptied:
+                was = before.get("name", ModelSpec.name)
+                warn(f"{path}: model.kwargs {quoted(kwargs)} are those of {quoted(was)} and are not used for model.name.")
+        for override, layer in zip(overrides, layers, strict=True):
+            file = OmegaConf.merge(file, layer)
+            key = override.partition("=")[0]
+            value = OmegaConf.select(layer, key)
+            if OmegaConf.is_dict(value) and not value:  # merging an empty mapping would change nothing
+                OmegaConf.update(file, key, {}, merge=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"The overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+    return file
+
+
+def _model_section(conf: DictConfig) -> dict[str, Any]:
+    """The raw `model` of a recipe; empty if there is none, or something else in its place."""
+    section = OmegaConf.to_container(conf).get("model")
+    return section if isinstance(section, dict) else {}
 
 
 def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def load_weight_file(
         raise UserError(f"There is no weight file {path}. (A release folder is loaded without arch=.)")
     if not models.is_own(arch):
         require_known(arch)
-    state, saved = select_weights(read_weights(path), path, arch, model_args, weights_key)
+    content = read_weights(path)
+    model_args = {**_optional(arch, content), **model_args}
+    state, saved = select_weights(content, path, arch, model_args, weights_key)
     constants = {}
     for name, given in (("mean", mean), ("std", std)):
         values = saved[name] if given is None else [[float(value) for value in given]]
@@ -130,10 +133,19 @@ def select_weights(
     return state, constants
 
 
+def _optional(arch: str, content: Any) -> dict[str, bool]:
+    """The arguments for parts of the architecture that only some files have."""
+    optional = _OPTIONAL.get(arch, {})
+    names: list[str] = []
+    with suppress(UserError):  # raised again, with the file's name, when the weights are looked for
+        names = [f".{name}" for name in flatten(content)] if optional else []
+    return {key: True for end, key in optional.items() if any(name.endswith(f".{end}") for name in names)}
+
+
 def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
-    """num_classes and in_chans, from the shapes of the first and the last layer; parts that only some files have."""
+    """num_classes and in_chans, from the shapes of the first and the last layer."""
     known = None if models.is_own(arch) else timm.get_pretrained_cfg(arch)
-    inferred: dict[str, Any] = {key: True for tensor, key in _OPTIONAL.get(arch, {}).items() if tensor in state}
+    inferred: dict[str, Any] = {}
     for attribute, argument, axis in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
         layer = getattr(known, attribute, None)
         weight = state.get(f"{layer}.weight") if isinstance(layer, str) else None
