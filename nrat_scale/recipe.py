@@ -268,7 +268,9 @@ def _with_overrides(file: DictConfig, overrides: Sequence[str], path: Path) -> D
             file["model"]["kwargs"] = {}
             if not emptied:
                 was = before.get("name", ModelSpec.name)
-                warn(f"{path}: model.kwargs {quoted(kwargs)} are those of {quoted(was)} and are not used for model.name.")
+                warn(
+                    f"{path}: model.kwargs {quoted(kwargs)} are those of {quoted(was)} and are not used for model.name."
+                )
         for override, layer in zip(overrides, layers, strict=True):
             file = OmegaConf.merge(file, layer)
             key = override.partition("=")[0]

@@ -175,7 +175,9 @@ def test_features_of_every_stage(timm_model, name):
         for channels, stride in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
     ]
     assert not [
-        key for key in model.state_dict() if key.endswith(("linear.weight", "logits.weight", "classifier.weight", "fc.weight"))
+        key
+        for key in model.state_dict()
+        if key.endswith(("linear.weight", "logits.weight", "classifier.weight", "fc.weight"))
     ]
     chosen = timm_model(name, features_only=True, out_indices=(1, -1))
     assert chosen.feature_info.out_indices == (1, last) and len(chosen(x)) == 2

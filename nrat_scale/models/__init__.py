@@ -13,7 +13,7 @@ spec           the recipe's `model`, and the construction of a model from its ar
 
 from nrat_scale.models.architectures import Cnn4, ResNet18, WideResNet, timm_cfg
 from nrat_scale.models.classifier import Channels, Classifier, Normalised
-from nrat_scale.models.own import REGISTERED, build_own, find_factory, is_import, is_own, register
+from nrat_scale.models.own import REGISTERED, build_own, find_factory, is_import, is_own, origin, register
 from nrat_scale.models.published import PreActResNet18, TradesWideResNet
 from nrat_scale.models.spec import BN_STATISTICS, ModelSpec, create, default_cfgs, is_ours, model_arguments, try_out
 from nrat_scale.models.wrapped import NormalisedModel, around_timm, bare
@@ -41,6 +41,7 @@ __all__ = [
     "is_ours",
     "is_own",
     "model_arguments",
+    "origin",
     "register",
     "timm_cfg",
     "try_out",

@@ -97,6 +97,14 @@ def find_factory(name: str, *, trust_code: bool) -> Factory:
     return found
 
 
+def origin(name: str) -> tuple[str, str]:
+    """(module, factory) of a user's own model."""
+    if name in REGISTERED:
+        return str(REGISTERED[name].__module__), str(getattr(REGISTERED[name], "__qualname__", name))
+    module, _, factory = name.partition(":")
+    return module, factory
+
+
 def build_own(name: str, factory: Factory, arguments: Mapping[str, Any]) -> nn.Module:
     """The model that `factory` makes, with the normalisation inside.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nrat_scale.core.errors import UserError, printable, run_cli
 from nrat_scale.core.run_folder import RunFolder
-from nrat_scale.models import is_own
+from nrat_scale.models import is_own, origin
 from nrat_scale.release.bundle import EXPORTED, ONNX, release
 from nrat_scale.release.publish import push, push_queued
 from nrat_scale.remote.hub import check_repository
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         release(run, folder, arguments.checkpoint, exports=exports, **options)
         if to is not None:
             name = str(RunFolder(run).read_model()["architecture"])
-            own = f", model={name.rpartition(':')[2]}" if is_own(name) else ""
+            own = f", model={origin(name)[1]}" if is_own(name) else ""
             print(f'released to {folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{folder}"{own})')
             if own:
                 print(f"The release needs the code of {printable(name)}, which it does not contain.")

@@ -9,7 +9,7 @@ import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
-from nrat_scale.models import REGISTERED, is_import, is_ours, is_own
+from nrat_scale.models import is_ours, is_own, origin
 from nrat_scale.publications import ORIGINS, PAPERS
 from nrat_scale.release.contents import Contents, init_text
 from nrat_scale.report.page import environment
@@ -45,7 +45,7 @@ def model_card(contents: Contents) -> str:
         selection_attack=attack_title(recipe.train.validation_attack),
         origin=_origin(contents),
         papers=_papers(contents),
-        own=_own_code(architecture),
+        own=origin(architecture) if is_own(architecture) else None,
         constants=""
         if is_own(architecture) or is_ours(architecture)
         else _constants(contents.description["model_args"]),
@@ -94,17 +94,6 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
         + (f" --images {most}" if most < total else "")
         + (f" --aa-images {autoattack}" if autoattack < most else "")
     )
-
-
-def _own_code(architecture: str) -> tuple[str, str] | None:
-    """(module, factory) of a model that is the user's own code; None for a model of timm's registry."""
-    if not is_own(architecture):
-        return None
-    if not is_import(architecture):
-        factory = REGISTERED[architecture]
-        return factory.__module__, factory.__qualname__
-    module, _, factory_name = architecture.partition(":")
-    return module, factory_name
 
 
 def _constants(arguments: dict[str, Any]) -> str:

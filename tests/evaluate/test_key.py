@@ -48,7 +48,9 @@ def cnn4_negated(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def weights(model: nn.Module, run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[Path]]:
     """Evaluate a weight file of `model` by the command line from the folder of `run`: the default results files afterwards."""
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32, 0.0, "avg"))  # the size of `model`
+    monkeypatch.setattr(
+        Cnn4.__init__, "__defaults__", (10, 1, (0.5,), (0.5,), 8, 32, 0.0, "avg")
+    )  # the size of `model`
     monkeypatch.setitem(models.default_cfgs, "cnn4_negated", models.default_cfgs["cnn4"])  # it normalises itself
 
     def measure(*options: str, file: str = "w.pt", scale: float = 1.0) -> set[Path]:
