@@ -167,10 +167,11 @@ def pretrained(name: str, **arguments: Any) -> nn.Module:
         raise UserError(f"timm has no weights of '{name}'. Give a weight file with --arch {name}, or a release.")
     try:
         model = timm.create_model(name, pretrained=True, **arguments)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"timm's weights of '{name}' cannot be fetched: {first_line(error)}") from error
-    except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
-        raise UserError(f"timm's weights of '{name}' do not take {quoted(arguments)}: {first_line(error)}") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+        given = f" with {quoted(arguments)}" if arguments else ""
+        raise UserError(f"timm's weights of '{name}' cannot be used{given}: {first_line(error)}") from error
     # The constants are those of the weights, for their channels.
     known = timm.get_pretrained_cfg(name)
     in_chans = int(arguments.get("in_chans", known.input_size[0]))

@@ -1,8 +1,8 @@
 """The attack model: a second module over the weights of the model in training, on which its attacks run.
 
 It shares parameters and buffers, needs no gradient for any of them, and keeps the mode of the attack (no dropout, no stochastic
-depth), so no mode is switched during a step and torch.compile sees one graph. In evaluation mode BatchNorm is a constant affine map: behind a convolution it is
-folded into the convolution's weights by `refresh`, before the attack of every step.
+depth), so no mode is switched during a step and torch.compile sees one graph. In evaluation mode BatchNorm is a constant affine
+map: behind a convolution it is folded into the convolution's weights by `refresh`, before the attack of every step.
 
 Under autocast every forward would cast all weights anew, because autocast caches only casts of parameters that need gradients.
 So `refresh` also writes the weights in the compute type, once a step; the results have the same bits.
@@ -152,5 +152,5 @@ def _fold(model: nn.Module, module: nn.Module, names: tuple[str, str]) -> tuple[
     assert isinstance(own, nn.Conv2d) and isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm)
     weight = torch.empty_like(convolution.weight)  # in the same memory format
     own.weight, own.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, weight.new_empty(len(weight))))
-    module.set_submodule(names[1], nn.Identity())
+    module.set_submodule(names[1], nn.Identity().eval())
     return own, convolution, norm
