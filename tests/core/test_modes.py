@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nrat_scale.attacks import ThreatSpec, pgd
 from nrat_scale.core.modes import attack_mode
 from nrat_scale.train.attack_model import AttackModel
+from nrat_scale.train.batchnorm import convert
 from nrat_scale.weights import awp
 
 
@@ -73,3 +74,13 @@ def test_the_attacks_of_images_and_of_weights_draw_no_random_numbers() -> None:
             weights.append(model.head.weight.detach().clone())
     assert torch.equal(*images) and torch.equal(*weights)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_synchronised_batchnorm_keeps_timms_activations() -> None:
+    """timm's BatchNorm layers contain the activation, which torch's own conversion would drop."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=4).eval()
+    expected = model(X)
+    converted = convert(model, "sync", None)
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules())
+    torch.testing.assert_close(converted(X), expected)

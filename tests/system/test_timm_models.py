@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[int, dict[str, Any], type[nn.Module] | None]] = {
     "test_efficientnet_gn": (32, {}, GROUP),
     "test_nfnet": (32, {}, NONE),
 }
+SLOW = ("resnet18", "efficientnet_b0", "regnetx_002", "mixer_s32_224", "test_nfnet")  # on busy cores
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def _unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_unseen")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])
 def test_a_timm_model_from_training_to_timm(recipe: Any, tmp_path: Path, name: str) -> None:
     """Two steps, an evaluation and a release; timm's own model gives its logits on normalised images."""
     side, kwargs, norm = MODELS[name]
