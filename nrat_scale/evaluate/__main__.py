@@ -49,7 +49,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--aa-images", type=int, help="the same for AutoAttack alone")
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
     add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
-    add("--step", type=number, help="step of PGD and CW, such as 2/255 (default: the recipe's, else eps / 4)")
+    add(
+        "--step",
+        type=number,
+        help="step of PGD and CW, such as 2/255 (default: the recipe's, of another radius eps / 4)",
+    )
     add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")
