@@ -126,9 +126,15 @@ class Guard:
         """Restore `state`.
 
         Raises:
-            UserError: an entry is missing, unknown or of another type.
+            UserError: an entry is missing, unknown, of another type or out of range.
         """
         if saved.keys() != set(_SAVED) or any(type(saved[name]) is not type(getattr(self, name)) for name in _SAVED):
             raise UserError(f"the state of the collapse guard is {quoted(saved)}, expected {', '.join(_SAVED)}")
+        counts_fit = all(saved[name] >= 0 for name in ("bad_windows", "healthy_step", "rewinds"))
+        if not counts_fit or not 0.0 < saved["lr_scale"] <= 1.0:
+            impossible = (
+                f"the collapse guard has counts below 0 or a factor of the rate outside (0, 1]: {quoted(saved)}"
+            )
+            raise UserError(impossible)
         for name in _SAVED:
             setattr(self, name, saved[name])

@@ -84,6 +84,14 @@ class ObjectiveSpec:
         self._check_ikl()
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
             check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
+        if self.lam and self.family in ("natural", "at"):
+            unused = f"objective.lam is {self.lam}, but {self.name} has no second term that it would weight"
+            raise UserError(f"{unused}. Remove it, or choose another objective.name, such as trades.")
+        if (self.a, self.b) != (1.0, 1.0) and "nce_rce" not in (self.loss, self.inner):
+            unused = (
+                f"objective.a is {self.a} and objective.b {self.b}, but they weight NCE+RCE and the loss is {self.loss}"
+            )
+            raise UserError(f"{unused}. Remove them, or choose objective.loss=nce_rce.")
         check_value("objective.warm_start", self.warm_start, 0.0 <= self.warm_start <= 1.0, "in [0, 1]")
 
     @property

@@ -11,7 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import parse_fraction
-from nrat_scale.core.errors import UserError, printable, quoted
+from nrat_scale.core.errors import UserError, printable, quoted, warn
+from nrat_scale.models import ModelSpec
+from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES
+
+_CONSTANTS = ("lam", "inner", "smoothing", "smoothing_mode", "a", "b")
 
 
 def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> DictConfig:
@@ -32,6 +36,63 @@ def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> DictConfig:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"The overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
+
+
+def with_overrides(
+    stored: DictConfig, overrides: Sequence[str] | Mapping[str, Any], path: Path
+) -> tuple[DictConfig, DictConfig]:
+    """(the file's values under the overrides, the overrides alone); later ones win, and `key={}` empties a mapping.
+
+    What belongs to another model or objective is dropped: an override of `model.name` drops the file's `model.kwargs`, one of
+    `objective.name` its losses, IKL's constants, and what the file's objective has by default, as a resolved recipe states
+    it. A warning says so of all but defaults.
+
+    Args:
+        path: of the file, for the warning.
+    """
+    changes, words = read_overrides(overrides), () if isinstance(overrides, Mapping) else overrides
+    merged: Any = OmegaConf.merge(stored)  # a copy
+    before, after = (OmegaConf.merge(stored), OmegaConf.merge(stored, changes))
+    was, now = (_section(conf, "model").get("name", ModelSpec.name) for conf in (before, after))
+    kwargs = _section(stored, "model").get("kwargs")
+    if was != now and kwargs:
+        del merged["model"]["kwargs"]
+        if _section(changes, "model").get("kwargs") != {}:
+            warn(f"{path}: model.kwargs {quoted(kwargs)} is that of {quoted(was)} and is not used for model.name.")
+    was, now = (str(_section(conf, "objective").get("name", "nrat")) for conf in (before, after))
+    if was != now and was in OBJECTIVES:
+        _drop_objective(merged, was, path)
+    for word in [words] if isinstance(words, str) else words:
+        layer, key = OmegaConf.from_dotlist([word]), word.partition("=")[0]
+        merged = OmegaConf.merge(merged, layer)
+        if word.partition("=")[2].replace(" ", "") == "{}":  # merging an empty mapping would change nothing
+            OmegaConf.update(merged, key, {}, merge=False)
+    if isinstance(overrides, Mapping):
+        merged = OmegaConf.merge(merged, changes)
+        for key, value in overrides.items():
+            if isinstance(value, Mapping) and not value:
+                OmegaConf.update(merged, key, {}, merge=False)
+    assert isinstance(merged, DictConfig)
+    return merged, changes
+
+
+def _drop_objective(merged: Any, was: str, path: Path) -> None:
+    """Drop what is the objective `was`'s own: its losses and IKL's constants, and whatever it has by default."""
+    usual = OBJECTIVES[was]
+    own = ("loss", "divergence", *IKL_DEFAULTS)
+    for section, keys in (("objective", (*own, *_CONSTANTS)), ("threat", ("init", "bn"))):
+        for key, value in _section(merged, section).items():
+            if key in keys and (key in own or value == getattr(usual, key)):
+                del merged[section][key]
+                if value != getattr(usual, key):
+                    warn(f"{path}: {section}.{key} {quoted(value)} is that of {quoted(was)} and is not used.")
+
+
+def _section(conf: Any, name: str) -> dict[str, Any]:
+    """The raw section of a recipe; empty if there is none, or something else in its place."""
+    tree = OmegaConf.to_container(conf)
+    section = tree.get(name) if isinstance(tree, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:

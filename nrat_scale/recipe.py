@@ -28,7 +28,7 @@ from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
-from nrat_scale.overrides import check_norm_change, meant_key, one_line, read_overrides
+from nrat_scale.overrides import check_norm_change, meant_key, one_line, with_overrides
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
@@ -51,6 +51,8 @@ _ADDED: dict[str, Any] = {
     "objective.warm_start": 0.0,
     "imports": [],
     "train.tf32": True,
+    "model.init": None,
+    "model.init_key": None,
 }
 # Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
 _EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
@@ -275,8 +277,8 @@ def load_recipe(
             that its spec refuses.
     """
     path = Path(path)
-    stored, changes = _read_yaml(path), read_overrides(overrides)
-    given = OmegaConf.merge(stored, changes)
+    stored = _read_yaml(path)
+    given, changes = with_overrides(stored, overrides, path)
     try:
         container = OmegaConf.to_container(given, resolve=True)
         assert isinstance(container, dict)

@@ -205,7 +205,7 @@ def test_model_is_left_as_it_was(make_net, bn, space, fails):
 
     def inner(logits: Tensor) -> Tensor:
         assert not any(parameter.requires_grad for parameter in net.parameters())
-        assert net.training == (bn == "batch") == net.bn.training
+        assert not net.training and net.bn.training == (bn == "batch")
         if fails:
             raise RuntimeError("interrupted")
         return LOSSES["ce"](logits, _labels(4))

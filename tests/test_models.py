@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nrat_scale.core.errors import UserError
 from nrat_scale.models import Cnn4, ModelSpec, ResNet18, WideResNet, create, model_arguments, timm_cfg
 
-OURS = ("wrn28_10_silu", "wrn28_10", "resnet18_cifar", "cnn4")
+OURS = ("wrn28_10_silu", "wrn28_10", "wrn34_10", "preact_resnet18", "resnet18_cifar", "cnn4")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
@@ -127,6 +127,8 @@ def test_registered_with_timm(name):
 TIMM_ARGUMENTS = {
     "wrn28_10_silu": {"depth": 10, "width": 1},
     "wrn28_10": {"depth": 10, "width": 1},
+    "wrn34_10": {"depth": 10, "width": 1},
+    "preact_resnet18": {},
     "resnet18_cifar": {},
     "cnn4": {"width": 4, "in_chans": 3},
 }
@@ -197,14 +199,16 @@ def test_a_release_without_classes_keeps_its_other_weights(timm_model):
 @pytest.mark.parametrize("name", OURS)
 def test_features_of_every_stage(timm_model, name):
     """`features_only=True`: maps of normalised images with the channels and strides that `feature_info` states."""
-    x, last = _images(2, 3, 16), 4 if name == "resnet18_cifar" else 3
+    x, last = _images(2, 3, 16), 4 if "resnet18" in name else 3
     model = timm_model(name, features_only=True)
     assert [tuple(found.shape) for found in model(x)] == [
         (2, channels, 16 // stride, 16 // stride)
         for channels, stride in zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
     ]
     assert not [
-        key for key in model.state_dict() if key.endswith(("linear.weight", "logits.weight", "classifier.weight"))
+        key
+        for key in model.state_dict()
+        if key.endswith(("linear.weight", "logits.weight", "classifier.weight", "fc.weight"))
     ]
     chosen = timm_model(name, features_only=True, out_indices=(1, -1))
     assert chosen.feature_info.out_indices == (1, last) and len(chosen(x)) == 2

@@ -323,6 +323,10 @@ def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
         ({"name": "trades_ikl", "ikl_beta": math.inf}, "0 or more"),
         ({"name": "trades_ikl", "ikl_temperature": 0.0}, "greater than 0"),
         ({"name": "trades_ikl", "ikl_gamma": 1.5}, r"in \[0, 1\]"),
+        ({"name": "pgd_at", "lam": 3.0}, "no second term that it would weight. Remove it"),
+        ({"name": "natural", "lam": 6.0}, "no second term that it would weight. Remove it"),
+        ({"name": "nrat", "loss": "nfl_rce", "b": 10.0}, "weight NCE\\+RCE and the loss is nfl_rce"),
+        ({"name": "trades", "a": 2.0}, "weight NCE\\+RCE and the loss is ce"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -27,21 +27,26 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
-    """Put `model` into the mode in which it is attacked.
+def set_attack_mode(model: nn.Module, bn: str) -> None:
+    """Put `model` into the mode in which it is attacked: evaluation mode, without dropout and stochastic depth.
 
-    `bn="eval"`: evaluation mode (TRADES, MART, NRAT). `bn="batch"`: training mode with batch statistics, running
-    statistics unchanged (DM_AT, and the weight perturbation of AWP).
+    `bn="eval"`: BatchNorm too (TRADES, MART, NRAT). `bn="batch"`: BatchNorm with batch statistics, running statistics
+    unchanged (DM_AT, and the weight perturbation of AWP).
     """
     assert bn in BN_MODES, bn
+    model.eval()
+    if bn == "batch":
+        for layer in batchnorms(model):
+            # In training mode, a layer that does not track uses batch statistics and does not update its buffers.
+            layer.training, layer.track_running_stats = True, False
+
+
+@contextmanager
+def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """`set_attack_mode` inside the block; then every module is as before."""
     modes = {module: module.training for module in model.modules()}
     tracking = {layer: layer.track_running_stats for layer in batchnorms(model)}
-    model.train(bn == "batch")
-    if bn == "batch":
-        for layer in tracking:
-            # In training mode, a layer that does not track uses batch statistics and does not update its buffers.
-            layer.track_running_stats = False
+    set_attack_mode(model, bn)
     try:
         yield
     finally:

@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / f"bad-step-{step:08d}-rank{rank}.safetensors"
 
     @property
+    def is_below_working_directory(self) -> bool:
+        """Whether the run is the user's own, whose code may be imported: it lies under the working directory."""
+        return self.path.resolve().is_relative_to(Path.cwd().resolve())
+
+    @property
     def is_run(self) -> bool:
         """Whether this is a run directory (a release has a recipe, but no checkpoints)."""
         return self.recipe.is_file() and self.checkpoints.is_dir()

@@ -34,11 +34,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=names, default=",".join(CHECKPOINTS), help="of a run (default: %(default)s)")
     weights = "of a run: evaluated (the EMA if there is one), ema, raw (default: %(default)s)"
     add("--weights", type=names, default=WEIGHT_CHOICES[0], help=weights)
-    add("--arch", help="of a weight file: a model that timm knows, such as wrn28_10_silu")
+    add(
+        "--arch",
+        help="of a weight file: a model that timm knows, or MODULE:FACTORY, which is imported (also of a release)",
+    )
     add("--mean", type=numbers, help="normalisation of a weight file, comma-separated (default: the model's)")
     add("--std", type=numbers, help="the same")
     key = "of a weight file with several sets of weights (raw and averaged): that to load, such as ema"
     add("--weights-key", metavar="KEY", help=key)
+    add("--trust-code", action="store_true", help="import the model's code of a run outside the working directory")
     add("--transfer-from", metavar="WHAT", help="make the adversarial images on this model instead")
     add("--source-arch", metavar="ARCH", help="--arch of --transfer-from")
     add("--source-weights-key", metavar="KEY", help="--weights-key of --transfer-from")
@@ -48,7 +52,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--aa-images", type=int, help="the same for AutoAttack alone")
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
     add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
-    add("--step", type=number, help="step of PGD and CW, such as 2/255 (default: the recipe's, else eps / 4)")
+    add(
+        "--step",
+        type=number,
+        help="step of PGD and CW, such as 2/255 (default: the recipe's, of another radius eps / 4)",
+    )
     add("--batch-size", type=int, default=256, help="images per evaluation block (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--device", help="default: one GPU per process if available")

@@ -60,6 +60,7 @@ def evaluate(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights_key: str | None = None,
+    trust_code: bool = False,
     transfer_from: str | None = None,
     source_arch: str | None = None,
     source_weights_key: str | None = None,
@@ -102,13 +103,13 @@ def evaluate(
     state, chosen = _join(device)
     use_float32("tf32" if tf32 else "ieee")
     shards = open_shards(data, "--data")
-    options = TargetOptions(_names(checkpoint), _names(weights), arch, mean, std, weights_key)
+    options = TargetOptions(_names(checkpoint), _names(weights), arch, mean, std, weights_key, trust_code)
     found = find_targets(what, options)
     if found.run is not None:
         check_unseen(found.run, shards)
     source = None
     if transfer_from is not None:
-        options = TargetOptions(("best",), arch=source_arch, weights_key=source_weights_key)
+        options = TargetOptions(("best",), arch=source_arch, weights_key=source_weights_key, trust_code=trust_code)
         (source,) = find_targets(transfer_from, options).targets
         source = replace(source, label=Path(transfer_from).name)
     threat = request_threat(what, found.threat, norm, eps, step)

@@ -125,15 +125,32 @@ def request_threat(
     Args:
         what: names the target in the error.
         trained: the threat that the target was trained for, if known.
+
+    Raises:
+        UserError: no radius is known, or the step is no step within the ball: 0, or longer than its diameter.
     """
+    if step is not None and not step > 0:
+        raise UserError(f"--step is {step:g}; PGD and CW would stay at their start. Give a length above 0, or omit it.")
     if trained is not None and norm in (None, trained.norm):  # a trained radius does not transfer to another norm
-        return replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
+        if eps not in (None, trained.eps) and step is None:  # nor does the step to another radius
+            return _within(replace(trained, eps=eps, step=eps / 4))
+        return _within(
+            replace(trained, eps=trained.eps if eps is None else eps, step=trained.step if step is None else step)
+        )
     norm = norm or "linf"
     if eps is None:
         raise UserError(
             f"{what} names no {NORMS[norm]} radius that it was trained for. Give --eps, such as --eps 8/255."
         )
-    return ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm)
+    return _within(ThreatSpec(eps, eps / 4 if step is None else step, num_steps=1, norm=norm))
+
+
+def _within(threat: ThreatSpec) -> ThreatSpec:
+    """`threat`; raises `UserError` if each step would cross its whole ball, which makes PGD and CW weak."""
+    if threat.step > 2 * threat.eps > 0:
+        longer = f"The step {threat.step:g} is longer than the diameter of the ball, whose radius is {threat.eps:g}"
+        raise UserError(f"{longer}: PGD and CW would be weak. Give a smaller --step, such as {threat.eps / 4:g}.")
+    return threat
 
 
 def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:

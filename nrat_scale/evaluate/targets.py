@@ -59,10 +59,11 @@ class TargetOptions:
     checkpoints: Sequence[str] = CHECKPOINTS  # of a run
     # Of a run, from WEIGHT_CHOICES; `evaluated`: the EMA if there is one, else raw.
     weights: Sequence[str] = ("evaluated",)
-    arch: str | None = None  # of a weight file: a name known to timm
+    arch: str | None = None  # of a weight file: a name known to timm; or package.module:factory, also of a release
     mean: Sequence[float] | None = None  # normalisation of a weight file
     std: Sequence[float] | None = None
     weights_key: str | None = None  # of a weight file with several sets of weights
+    trust_code: bool = False  # import the code of a run that is not under the working directory
 
     def __post_init__(self) -> None:
         checkpoint, weights = (self.checkpoints, CHECKPOINTS), (self.weights, WEIGHT_CHOICES)
@@ -84,16 +85,16 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
     run = RunFolder(path)
     if path.is_file():
         return _weight_file(path, options)
-    if options.arch is not None:
+    if options.arch is not None and (run.is_run or not models.is_own(options.arch)):
         raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
         recipe = load_recipe(run.recipe, run_code=False)
         return FoundTargets(_run_targets(run, options, recipe.objective.title), recipe.threat, run.results, run)
     if path.is_dir() or ("/" in what and path.suffix not in WEIGHT_FILES):
-        return _release(what)
+        return _release(what, options.arch)
     if path.suffix in WEIGHT_FILES:
         raise UserError(f"There is no file {what}.")
-    if timm.is_model(what):
+    if options.arch is None and timm.is_model(what):
         return _timm_model(what)
     choices = "a run directory, a release folder, user/repo on the Hub, a weight file with --arch, or a timm model"
     raise UserError(f"There is no {what} here, and timm has no model of that name. Give {choices}.")
@@ -120,7 +121,8 @@ def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list
                     "skipped_shards": skipped,
                 }
                 architecture, arguments = str(description["architecture"]), dict(description["model_args"])
-                model = models.create(architecture, arguments).eval()
+                trust = options.trust_code or run.is_below_working_directory
+                model = models.create(architecture, arguments, trust_code=trust).eval()
                 try:
                     model.load_state_dict(checkpoint.tensors(kind))
                 except (RuntimeError, SafetensorError) as error:
@@ -132,7 +134,8 @@ def _run_targets(run: RunFolder, options: TargetOptions, objective: str) -> list
     return targets
 
 
-def _release(source: str) -> FoundTargets:
+def _release(source: str, arch: str | None) -> FoundTargets:
+    factory = None if arch is None else models.find_factory(arch, trust_code=True)  # the user has named the code
     folder = resolve(source)
     recipe = folder / RECIPE
     trained = load_recipe(recipe, run_code=False) if recipe.is_file() else None
@@ -140,7 +143,7 @@ def _release(source: str) -> FoundTargets:
     identity |= {"objective": trained.objective.title} if trained else {}
     if not Path(source).is_dir():
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
-    model = load(folder)
+    model = load(folder, model=factory)
     target = Target("release", model, identity, model_key(model, *read_configuration(folder / CONFIG)[:2]))
     return _found(source, trained.threat if trained else None, target)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nrat_scale import models
-from nrat_scale.core.errors import UserError, did_you_mean, quoted
+from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted
 from nrat_scale.core.files import parse_json
 from nrat_scale.loading.file_kind import recognise
 from nrat_scale.loading.release_folder import CONFIG
@@ -28,35 +28,52 @@ _BUFFER_BYTES = 1 << 28  # of buffers that are not in the state dict (masks, pos
 Described = Mapping[str, tuple[str | None, tuple[int, ...]]]  # name -> safetensors type (None: any), shape
 
 
-def is_ours(arch: str) -> bool:
-    """Whether the model normalises its input itself; timm's models do not."""
-    return arch.split(".")[0] in models.default_cfgs
-
-
 def require_known(arch: str) -> None:
-    """Raise `UserError` if timm does not know the architecture."""
-    if not timm.is_model(arch):
-        known = did_you_mean(arch, models.default_cfgs)
+    """Raise `UserError` if timm does not know the architecture and this process has not registered it."""
+    if not timm.is_model(arch) and arch not in models.REGISTERED:
+        known = did_you_mean(arch, [*models.default_cfgs, *models.REGISTERED])
         raise UserError(
             f"The architecture {quoted(arch)} is unknown. {known} Any timm model can be used; code in a release is not."
         )
 
 
-def read_configuration(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(architecture, its arguments, `pretrained_cfg`) of a config.json in timm's format."""
+def require_buildable(arch: str) -> None:
+    """Raise `UserError` if a release's architecture is neither timm's nor registered in this process."""
+    if models.is_import(arch):
+        factory = printable(arch.rpartition(":")[2])
+        raise UserError(
+            f"its model {quoted(arch)} is code, which a release never contains. With the code at hand: "
+            f"nrat_scale.load(..., model={factory}), on the command line --arch MODULE:FACTORY."
+        )
+    try:
+        require_known(arch)
+    except UserError as error:
+        raise UserError(f"{error} If it is a class of yours: nrat_scale.load(..., model=CLASS).") from error
+
+
+def read_configuration(path: Path) -> tuple[str, dict[str, Any]]:
+    """(architecture, its arguments) of a config.json in timm's format.
+
+    A model of timm gets its normalisation from `pretrained_cfg`, one of ours, or of a user's code, from its arguments.
+    """
     if path.stat().st_size > _CONFIG_BYTES:
         raise UserError(f"{CONFIG} has {path.stat().st_size} bytes; no configuration is that large.")
     config = parse_json(path.read_bytes(), "configuration", CONFIG)
     name, arguments = config.get("architecture"), config.get("model_args", {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise UserError(f"{CONFIG} describes no model: it needs 'architecture' and 'model_args'.")
-    require_known(name)
     if isinstance(config.get("num_classes"), int):
         arguments = {"num_classes": config["num_classes"], **arguments}
     for key, value in arguments.items():
         _check_argument(key, value)
     known = config.get("pretrained_cfg")
-    return name, arguments, known if isinstance(known, dict) else {}
+    known = known if isinstance(known, dict) else {}
+    if not models.is_ours(name):
+        arguments = {
+            **arguments,
+            **{key: known[key] for key in ("mean", "std") if key in known and key not in arguments},
+        }
+    return name, arguments
 
 
 def _check_argument(key: str, value: Any) -> None:
@@ -94,13 +111,20 @@ def type_name(dtype: torch.dtype) -> str:
     return _KINDS.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def check_tensors(name: str, arguments: dict[str, Any], found: Described, where: str) -> None:
+def check_tensors(
+    name: str, arguments: dict[str, Any], found: Described, where: str, *, trust_code: bool = False
+) -> None:
     """Compare the tensors `found` in the file `where` with those of the architecture.
 
     Raises:
         UserError: missing, additional or different tensors, or an architecture far larger than the file.
     """
-    expected, _ = expected_tensors(name, arguments, len(found))
+    expected, _ = expected_tensors(name, arguments, len(found), trust_code=trust_code)
+    compare_tensors(expected, found, where, name)
+
+
+def compare_tensors(expected: Mapping[str, Tensor], found: Described, where: str, name: str) -> None:
+    """Compare the tensors `found` in the file `where` with those `expected` of the architecture `name`; as `check_tensors`."""
     words = [f"{quoted(key)} is missing" for key in expected if key not in found]
     words += [f"{quoted(key)} is not part of it" for key in found if key not in expected]
     for key in expected.keys() & found.keys():
@@ -115,16 +139,19 @@ def check_tensors(name: str, arguments: dict[str, Any], found: Described, where:
 
 
 def expected_tensors(
-    name: str, arguments: dict[str, Any], num_tensors: int
+    name: str, arguments: dict[str, Any], num_tensors: int, *, trust_code: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The architecture's (state dict, parameters) on the meta device.
+    """The architecture's (state dict, parameters) on the meta device; `trust_code` as for `models.create`.
 
     Raises:
         UserError: it has far more parameters than `num_tensors`, or huge buffers, or does not take the arguments.
     """
+    if models.is_own(name):  # the user has named this code, which may not work on the meta device
+        model = models.bare(models.create(name, arguments, trust_code=trust_code))
+        return model.state_dict(), dict(model.named_parameters())
     # Some constructors register a parameter twice (a head that is replaced), hence the factor of 2.
     with torch.device("meta"), _at_most(min(2 * num_tensors + 100, _MOST_PARAMETERS)):
-        model = models.create(name, arguments)
+        model = models.bare(models.create(name, arguments))
     state = model.state_dict()
     unsaved = sum(buffer.nbytes for key, buffer in model.named_buffers() if key not in state)
     if unsaved > _BUFFER_BYTES:

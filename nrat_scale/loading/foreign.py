@@ -4,6 +4,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ from torch import Tensor, nn
 from nrat_scale import models
 from nrat_scale.core.errors import UserError, first_line, quoted, warn
 from nrat_scale.datasets import DATASETS
-from nrat_scale.loading.checks import check_tensors, expected_tensors, is_ours, require_known, type_name
+from nrat_scale.loading.checks import check_tensors, expected_tensors, require_known, type_name
 from nrat_scale.loading.file_kind import TRUNCATED, is_cut_pickle, is_safetensors, pickled_object, recognise
 from nrat_scale.loading.weight_sets import UNUSED_BATCH_COUNT, Constants, choose, find_sets, flatten, left_over
 
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "mnist": "MNIST"}
+
+# architecture -> a tensor that only some of its files have -> the argument for them
+_OPTIONAL = {
+    "wrn34_10": {"sub_block1.layer.0.conv1.weight": "sub_block1"},
+    "preact_resnet18": {"bn.weight": "bn_before_fc"},
+}
 
 
 def load_weight_file(
@@ -35,8 +42,11 @@ def load_weight_file(
     """The model `arch` with the weights in `path`; arguments as for `load`."""
     if not path.is_file():
         raise UserError(f"There is no weight file {path}. (A release folder is loaded without arch=.)")
-    require_known(arch)
-    state, saved = _state_dict(_read(path), path, arch, model_args, weights_key)
+    if not models.is_own(arch):
+        require_known(arch)
+    content = read_weights(path)
+    model_args = {**_optional(arch, content), **model_args}
+    state, saved = select_weights(content, path, arch, model_args, weights_key)
     constants = {}
     for name, given in (("mean", mean), ("std", std)):
         values = saved[name] if given is None else [[float(value) for value in given]]
@@ -45,17 +55,15 @@ def load_weight_file(
             raise UserError(f"{path} holds more than one {name} of a normalisation: {shown}. Choose one with {name}=.")
         if values:
             constants[name] = values[0]
-    arguments = {**_inferred(arch, state), **model_args}
-    if is_ours(arch):
-        arguments |= constants
+    arguments = {**_inferred(arch, state), **model_args, **constants}
     described = {
         key: (None if key.endswith(UNUSED_BATCH_COUNT) else type_name(value.dtype), tuple(value.shape))
         for key, value in state.items()
     }
-    check_tensors(arch, arguments, described, str(path))
-    model = models.create(arch, arguments)
+    check_tensors(arch, arguments, described, str(path), trust_code=True)
+    model = models.create(arch, arguments, trust_code=True)  # the caller has named the code
     model.load_state_dict(state)
-    whole = model if is_ours(arch) else NormalisedTimm(model, arch, arguments, **constants)
+    whole = model
     missing = [
         name for name in ("mean", "std") if name not in constants and isinstance(getattr(whole, name, None), Tensor)
     ]
@@ -81,7 +89,7 @@ def normalisation_text(model: nn.Module) -> str:
     return "mean {}, std {}".format(*texts)
 
 
-def _read(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
     """The content of the file, whose format its first bytes tell: tensors and plain containers only."""
     try:
         if what := recognise(path):
@@ -121,12 +129,12 @@ def _refused_pickle(path: Path, error: pickle.UnpicklingError) -> str:
     return f"{path} is not opened: {problem}. Save model.state_dict() alone."
 
 
-def _state_dict(
+def select_weights(
     content: Any, path: Path, arch: str, model_args: dict[str, Any], weights_key: str | None
 ) -> tuple[dict[str, Tensor], Constants]:
     """(state dict under the architecture's own names, normalisation constants) of the one set of weights that is meant."""
     try:
-        expected, parameters = expected_tensors(arch, model_args, len(flatten(content)))
+        expected, parameters = expected_tensors(arch, model_args, len(flatten(content)), trust_code=True)
         saved = flatten(content, (parameters, expected))
         sets = find_sets(saved, expected)
     except UserError as error:
@@ -152,10 +160,19 @@ def _state_dict(
     return state, constants
 
 
+def _optional(arch: str, content: Any) -> dict[str, bool]:
+    """The arguments for parts of the architecture that only some files have."""
+    optional = _OPTIONAL.get(arch, {})
+    names: list[str] = []
+    with suppress(UserError):  # raised again, with the file's name, when the weights are looked for
+        names = [f".{name}" for name in flatten(content)] if optional else []
+    return {key: True for end, key in optional.items() if any(name.endswith(f".{end}") for name in names)}
+
+
 def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
     """num_classes and in_chans, from the shapes of the first and the last layer."""
-    known = timm.get_pretrained_cfg(arch)
-    inferred = {}
+    known = None if models.is_own(arch) else timm.get_pretrained_cfg(arch)
+    inferred: dict[str, Any] = {}
     for attribute, argument, axis in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
         layer = getattr(known, attribute, None)
         weight = state.get(f"{layer}.weight") if isinstance(layer, str) else None
@@ -164,52 +181,10 @@ def _inferred(arch: str, state: dict[str, Tensor]) -> dict[str, Any]:
     return inferred
 
 
-class NormalisedTimm(models.Normalised):
-    """timm's `model` for [0, 1] images; `mean` and `std` are by default those that timm lists for the architecture."""
-
-    def __init__(
-        self, model: nn.Module, arch: str, arguments: dict[str, Any], mean: Any = None, std: Any = None
-    ) -> None:
-        known = timm.get_pretrained_cfg(arch)
-        constants = {name: getattr(known, name, None) if v is None else v for name, v in (("mean", mean), ("std", std))}
-        if None in constants.values():
-            raise UserError(f"timm knows no normalisation for {arch}. Give mean= and std=.")
-        for name, values in constants.items():
-            if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
-                raise UserError(f"The {name} of the normalisation must be a list of numbers, not {quoted(values)}.")
-        in_chans = arguments.get("in_chans", 3 if known is None else known.input_size[0])
-        super().__init__(int(model.num_classes), int(in_chans), **constants)  # type: ignore[arg-type]
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(self.normalise(x))
-
-    # timm's interface is that of the model inside.
-
-    @property
-    def num_features(self) -> int:
-        return int(self.model.num_features)  # type: ignore[arg-type]
-
-    @property
-    def head_hidden_size(self) -> int:
-        return int(getattr(self.model, "head_hidden_size", self.num_features))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(self.normalise(x))  # type: ignore[operator]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(x, pre_logits=pre_logits)  # type: ignore[operator]
-
-    def get_classifier(self) -> nn.Module:
-        return self.model.get_classifier()  # type: ignore[operator]
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.model.reset_classifier(num_classes, *([] if global_pool is None else [global_pool]))  # type: ignore[operator]
-        self.num_classes = num_classes
-
-
-def pretrained(name: str) -> nn.Module:
+def pretrained(name: str, **arguments: Any) -> nn.Module:
     """A timm model with its pretrained weights, in evaluation mode: [0, 1] images [B, C, H, W] -> logits [B, K].
+
+    timm adapts the weights to `arguments` such as in_chans and img_size.
 
     Raises:
         UserError: timm has no weights of that name, or they cannot be downloaded.
@@ -218,7 +193,15 @@ def pretrained(name: str) -> nn.Module:
     if known is None or not known.has_weights:
         raise UserError(f"timm has no weights of '{name}'. Give a weight file with --arch {name}, or a release.")
     try:
-        model = timm.create_model(name, pretrained=True)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        model = timm.create_model(name, pretrained=True, **arguments)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"timm's weights of '{name}' cannot be fetched: {first_line(error)}") from error
-    return NormalisedTimm(model, name, {}).eval()
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+        given = f" with {quoted(arguments)}" if arguments else ""
+        raise UserError(f"timm's weights of '{name}' cannot be used{given}: {first_line(error)}") from error
+    # The constants are those of the weights, for their channels.
+    known = timm.get_pretrained_cfg(name)
+    assert known is not None, "its weights were found"
+    in_chans = int(arguments.get("in_chans", known.input_size[0]))
+    constants = (known.mean, known.std) if len(known.mean) in (1, in_chans) else ((0.5,), (0.5,))
+    return models.around_timm(model, name, arguments, *constants).eval()

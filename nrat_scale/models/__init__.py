@@ -5,25 +5,45 @@ dicts have exactly the names of RobustBench and of the usual CIFAR repositories 
 
 classifier     the normalisation, and timm's interface of a classifier
 architectures  WideResNet, ResNet-18, the small CNN, and their names in timm's registry
+published      the layouts of other projects: TRADES' and AWP's WideResNet, RobustBench's PreActResNet
+wrapped        the normalisation around models that have none: timm's and users' classes
+own            users' classes: `register`, and the import of `package.module:factory`
 spec           the recipe's `model`, and the construction of a model from its arguments
 """
 
-from nrat_scale.models.architectures import Cnn4, ResNet18, WideBlock, WideResNet, default_cfgs, timm_cfg
+from nrat_scale.models.architectures import Cnn4, ResNet18, WideBlock, WideResNet, timm_cfg
 from nrat_scale.models.classifier import Channels, Classifier, Normalised
-from nrat_scale.models.spec import BN_STATISTICS, ModelSpec, create, model_arguments
+from nrat_scale.models.own import REGISTERED, build_own, find_factory, is_import, is_own, origin, register
+from nrat_scale.models.published import PreActResNet18, TradesWideResNet
+from nrat_scale.models.spec import BN_STATISTICS, ModelSpec, create, default_cfgs, is_ours, model_arguments, try_out
+from nrat_scale.models.wrapped import NormalisedModel, around_timm, bare
 
 __all__ = [
     "BN_STATISTICS",
+    "REGISTERED",
     "Channels",
     "Classifier",
     "Cnn4",
     "ModelSpec",
     "Normalised",
+    "NormalisedModel",
+    "PreActResNet18",
     "ResNet18",
+    "TradesWideResNet",
     "WideBlock",
     "WideResNet",
+    "around_timm",
+    "bare",
+    "build_own",
     "create",
     "default_cfgs",
+    "find_factory",
+    "is_import",
+    "is_ours",
+    "is_own",
     "model_arguments",
+    "origin",
+    "register",
     "timm_cfg",
+    "try_out",
 ]

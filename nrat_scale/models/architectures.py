@@ -262,15 +262,17 @@ def timm_cfg(
 
 
 _CFGS: dict[str, Any] = {
-    "wrn28_10_silu.untrained": timm_cfg("init_conv", "logits", (3, 32, 32), pool_size=(8, 8)),
-    "wrn28_10.untrained": timm_cfg("init_conv", "logits", (3, 32, 32), pool_size=(8, 8)),
+    **{
+        f"{name}.untrained": timm_cfg("init_conv", "logits", (3, 32, 32), pool_size=(8, 8))
+        for name in ("wrn28_10_silu", "wrn28_10", "wrn34_10_silu", "wrn70_16_silu", "wrn82_8_silu", "wrn94_16_silu")
+    },
     "resnet18_cifar.untrained": timm_cfg("conv1", "linear", (3, 32, 32), pool_size=(4, 4)),
     "cnn4.untrained": timm_cfg("features.0", "classifier", (1, 28, 28), pool_size=(1, 1)),
 }
 default_cfgs = generate_default_cfgs(_CFGS)
 
 
-def _build(architecture: type[Classifier], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build(architecture: type[Classifier], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """timm's construction, with the arguments that its users pass to every model."""
     for key in ("drop_path_rate", "drop_block_rate"):
         rate = kwargs.pop(key, 0.0)
@@ -288,22 +290,46 @@ def _build(architecture: type[Classifier], name: str, pretrained: bool, **kwargs
 @register_model
 def wrn28_10_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WideResNet-28-10 with SiLU, the model of the generated-data recipe."""
-    return _build(WideResNet, "wrn28_10_silu", pretrained, **{"depth": 28, "width": 10, "activation": "silu", **kwargs})
+    return build(WideResNet, "wrn28_10_silu", pretrained, **{"depth": 28, "width": 10, "activation": "silu", **kwargs})
 
 
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """WideResNet-28-10 with ReLU, otherwise as `wrn28_10_silu`."""
-    return _build(WideResNet, "wrn28_10", pretrained, **{"depth": 28, "width": 10, "activation": "relu", **kwargs})
+    return build(WideResNet, "wrn28_10", pretrained, **{"depth": 28, "width": 10, "activation": "relu", **kwargs})
+
+
+@register_model
+def wrn34_10_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-34-10 with SiLU, otherwise as `wrn28_10_silu`."""
+    return build(WideResNet, "wrn34_10_silu", pretrained, **{"depth": 34, "width": 10, "activation": "silu", **kwargs})
+
+
+@register_model
+def wrn70_16_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-70-16 with SiLU, otherwise as `wrn28_10_silu`."""
+    return build(WideResNet, "wrn70_16_silu", pretrained, **{"depth": 70, "width": 16, "activation": "silu", **kwargs})
+
+
+@register_model
+def wrn82_8_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-82-8 with SiLU, otherwise as `wrn28_10_silu`."""
+    return build(WideResNet, "wrn82_8_silu", pretrained, **{"depth": 82, "width": 8, "activation": "silu", **kwargs})
+
+
+@register_model
+def wrn94_16_silu(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """WideResNet-94-16 with SiLU, otherwise as `wrn28_10_silu`."""
+    return build(WideResNet, "wrn94_16_silu", pretrained, **{"depth": 94, "width": 16, "activation": "silu", **kwargs})
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 for 32 x 32 images."""
-    return _build(ResNet18, "resnet18_cifar", pretrained, **kwargs)
+    return build(ResNet18, "resnet18_cifar", pretrained, **kwargs)
 
 
 @register_model
 def cnn4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Four convolutions for 16 x 16 or 28 x 28 grey images; `width=32`."""
-    return _build(Cnn4, "cnn4", pretrained, **kwargs)
+    return build(Cnn4, "cnn4", pretrained, **kwargs)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nrat_scale.core.errors import run_cli
+from nrat_scale.core.errors import printable, run_cli
 from nrat_scale.release.api import release
 from nrat_scale.release.bundle import EXPORTED, ONNX
 
@@ -22,6 +22,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unevaluated", action="store_true", help="release without results; the card says so")
     add("--onnx", action="store_true", help=f"also write {ONNX}, compared with the model")
     add("--torch-export", action="store_true", help=f"also write {EXPORTED} (torch.export), compared with the model")
+    add("--trust-code", action="store_true", help="import the model's code of a run outside the working directory")
     add(
         "--push",
         metavar="USER/REPO",
@@ -49,9 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the release, push it, or both; see `--help`."""
     made = release(**vars(_arguments(argv)))
     if made.folder is not None:
-        print(
-            f'released to {made.folder}; load it with:\n  import nrat_scale; model = nrat_scale.load("{made.folder}")'
-        )
+        own = f", model={made.own_code[1]}" if made.own_code else ""
+        load = f'nrat_scale.load("{made.folder}"{own})'
+        print(f"released to {made.folder}; load it with:\n  import nrat_scale; model = {load}")
+    if made.own_code:
+        print(f"The release needs the code of {printable(':'.join(made.own_code))}, which it does not contain.")
     if made.queued:
         print("\n".join(made.queued))
     elif made.address is not None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nrat_scale.core.errors import UserError, warn
+from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.models import is_own, origin
 from nrat_scale.release import bundle
 from nrat_scale.release.contents import Publication
 from nrat_scale.release.publish import name_at, push_queued
@@ -21,6 +23,7 @@ class Release:
     address: str | None  # on the Hub, `user/repo` or `user/repo@revision`; None if it was not pushed
     sent: tuple[str, ...] = ()  # files sent to the Hub, which lacked them
     queued: tuple[str, ...] = ()  # with `queued`, a sentence about each revision
+    own_code: tuple[str, str] | None = None  # module and name of the user's model, which the release does not contain
 
 
 def release(
@@ -39,6 +42,7 @@ def release(
     license_name: str | None = None,
     license_link: str | None = None,
     benchmark: str | None = None,
+    trust_code: bool = False,
 ) -> Release:
     """Export a checkpoint of a run as a folder that `nrat_scale.load` and timm load, push it to the Hub, or both.
 
@@ -54,6 +58,7 @@ def release(
         queued: push each checkpoint queued by `release.every_epochs` to its own revision.
         license, license_name, license_link: of the weights: the Hub's identifier, and name and address of `other`.
         benchmark: the Hub data set whose leaderboard the results are for.
+        trust_code: import the model's code of a run outside the working directory.
 
     Raises:
         UserError: no destination, no such checkpoint, no results, `to` is not empty, or the Hub refuses.
@@ -74,11 +79,14 @@ def release(
                 "such as cc-by-4.0."
             )
         if queued:
-            return Release(None, push, queued=tuple(push_queued(Path(run), push, publication, private=private)))
+            options: dict[str, Any] = {"private": private, "trust_code": trust_code}
+            return Release(None, push, queued=tuple(push_queued(Path(run), push, publication, **options)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name_at(str(push)) if to is None else Path(to)
         exports = [bundle.ONNX] * onnx + [bundle.EXPORTED] * torch_export
-        options: dict[str, Any] = {"unevaluated": unevaluated, "exports": exports, "publication": publication}
+        options = {"unevaluated": unevaluated, "exports": exports, "publication": publication, "trust_code": trust_code}
         bundle.release(Path(run), folder, checkpoint, **options)
         sent = [] if push is None else push_folder(folder, push, private=private, revision=revision)
-    return Release(None if to is None else folder, address, tuple(sent))
+    name = str(RunFolder(Path(run)).read_model()["architecture"])
+    own = origin(name) if is_own(name) else None
+    return Release(None if to is None else folder, address, tuple(sent), own_code=own)

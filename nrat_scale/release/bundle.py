@@ -1,7 +1,7 @@
 """Build a release folder.
 
     model.safetensors   the evaluated weights (the EMA, if the run has one), byte for byte those of the checkpoint
-    config.json         timm's format: architecture, model_args (with mean and std of the normalisation), class names
+    config.json         timm's format: architecture, model_args, mean and std of the normalisation, class names
     recipe.yaml         the resolved recipe without local paths
     results.json, .npz  accuracies of exactly these weights; outcomes per image
     curves.png          learning curves
@@ -70,6 +70,7 @@ def release(
     unevaluated: bool = False,
     exports: Sequence[str] = (),
     publication: Publication = Publication(),  # noqa: B008 (frozen)
+    trust_code: bool = False,
 ) -> Path:
     """Write a release into the new folder `to`; a folder that already holds this release is kept.
 
@@ -78,6 +79,7 @@ def release(
         unevaluated: allow weights without results.
         exports: further files to write, from `EXPORTERS`.
         publication: address and licence for the card.
+        trust_code: import the code of the model, if it is the user's own, also for a run outside the working directory.
 
     Raises:
         UserError: there is no such checkpoint, its weights have no results (unless `unevaluated`), or `to` is not empty.
@@ -102,7 +104,7 @@ def release(
     staged = files.temporary_sibling(to)
     try:
         staged.mkdir()
-        _write(staged, run, contents, exports)
+        _write(staged, run, contents, exports, trust_code=trust_code or RunFolder(run).is_below_working_directory)
         if to.exists():
             to.rmdir()  # empty, as checked above
         os.replace(staged, to)
@@ -122,12 +124,14 @@ def _is_this(folder: Path, contents: Contents, exports: Sequence[str]) -> bool:
     return same_weights and RunFolder(folder).read_results() == contents.results
 
 
-def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) -> None:
+def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str], *, trust_code: bool) -> None:
     weights, description = contents.weights, contents.description
     shutil.copyfile(weights.path, folder / WEIGHTS)
     if files.sha256_of(folder / WEIGHTS) != weights.sha256:
         raise UserError(f"{weights.path} is damaged: it has another sha256. Choose another checkpoint.")
-    model = models.create(str(description["architecture"]), dict(description["model_args"])).eval()
+    name = str(description["architecture"])
+    factory = models.find_factory(name, trust_code=trust_code) if models.is_own(name) else None
+    model = models.create(name, dict(description["model_args"]), trust_code=trust_code).eval()
     files.write_json(folder / CONFIG, _timm_config(model, description))
     (folder / RECIPE).write_text(to_yaml(contents.recipe))
     if contents.results is not None:
@@ -150,7 +154,7 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str]) 
     height, width, channels = description["image_shape"]
     x = torch.rand(4, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(model(x), load(folder)(x)), "the release does not give the run's logits"
+        assert torch.equal(model(x), load(folder, model=factory)(x)), "the release does not give the run's logits"
     for name in exports:
         EXPORTERS[name](model, x, folder / name)
     entries = {name: files.manifest_entry(folder / name) for name in FILES if (folder / name).is_file()}
@@ -162,16 +166,25 @@ def _card(run: Path, contents: Contents) -> str:
 
 
 def _timm_config(model: nn.Module, description: dict[str, Any]) -> dict[str, Any]:
-    """timm's config.json for `model`, which a run's model.json describes."""
+    """timm's config.json for `model`, which a run's model.json describes.
+
+    `model_args` are the arguments of the architecture as timm builds it. mean and std are in `pretrained_cfg` if a wrapper
+    normalises, and timm's users normalise by them; a model that normalises by itself has them among its arguments.
+    """
     known = getattr(model, "pretrained_cfg", {})
     height, width, channels = description["image_shape"]
-    num_classes = description["model_args"]["num_classes"]
+    arguments = dict(description["model_args"])
+    num_classes = arguments["num_classes"]
     layers = known.get("first_conv"), known.get("classifier")
+    cfg = models.timm_cfg(*layers, (channels, height, width), num_classes)
+    if isinstance(model, models.NormalisedModel):
+        cfg |= {key: getattr(model, key).flatten().tolist() for key in ("mean", "std")}
+        cfg |= {key: arguments.pop(key) for key in ("mean", "std") if key in arguments}
     return {
         "architecture": description["architecture"],
         "num_classes": num_classes,
         "num_features": int(getattr(model, "num_features", 0)),
         "label_names": list(description["class_names"]),
-        "model_args": dict(description["model_args"]),
-        "pretrained_cfg": models.timm_cfg(*layers, (channels, height, width), num_classes),
+        "model_args": arguments,
+        "pretrained_cfg": cfg,
     }

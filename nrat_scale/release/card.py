@@ -12,8 +12,9 @@ from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
 from nrat_scale.datasets import DATASETS
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
+from nrat_scale.models import is_ours, is_own, origin
 from nrat_scale.publications import ORIGINS, PAPERS
-from nrat_scale.release.contents import Contents
+from nrat_scale.release.contents import Contents, init_text
 from nrat_scale.remote.address import is_bucket
 from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
@@ -30,6 +31,7 @@ def model_card(contents: Contents, curves: str | None = None) -> str:
     recipe, results = contents.recipe, contents.results
     height, width, channels = contents.description["image_shape"]
     dataset, threat = str(contents.description["dataset"]), ""
+    architecture = str(contents.description["architecture"])
     evaluation = {}
     if results is not None:
         tested = results["threat"]
@@ -54,6 +56,11 @@ def model_card(contents: Contents, curves: str | None = None) -> str:
         selection_attack=attack_title(recipe.train.validation_attack),
         origin=_origin(contents),
         papers=_papers(contents),
+        own=origin(architecture) if is_own(architecture) else None,
+        constants=""
+        if is_own(architecture) or is_ours(architecture)
+        else _constants(contents.description["model_args"]),
+        init=init_text(contents.description.get("init")),
         **evaluation,
     )
 
@@ -143,6 +150,12 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
         + (f" --images {most}" if most < total else "")
         + (f" --aa-images {autoattack}" if autoattack < most else "")
     )
+
+
+def _constants(arguments: dict[str, Any]) -> str:
+    """mean and std of a wrapped model, as Python."""
+    values = ([f"{value:.6g}" for value in arguments[key]] for key in ("mean", "std"))
+    return ", ".join(f"torch.tensor([{', '.join(numbers)}]).view(-1, 1, 1)" for numbers in values)
 
 
 def _origin(contents: Contents) -> str:

@@ -161,14 +161,26 @@ def _num_validation(folder: RunFolder) -> int | None:
     return facts.get(VALIDATION, {}).get("num_held_out")
 
 
+def init_text(init: dict[str, Any] | None) -> str:
+    """`model.init` of a run in words, from model.json: the source, its hash, and what was not loaded; empty without one."""
+    if init is None:
+        return ""
+    left = ", ".join(map(str, init["not_loaded"][:4])) + (", ..." if len(init["not_loaded"]) > 4 else "")
+    source = public(str(init["source"]))
+    text = f"`{source}` (sha256 `{init['sha256'][:16]}`), {init['num_loaded']} of {init['num_tensors']} tensors"
+    return text + (f"; not loaded: {left}" if left else "")
+
+
+def public(path: str | None) -> str | None:
+    """`path` without what is private: of an absolute one the last name, of an address no user, password and query."""
+    if path and "://" in path:
+        parts = urlsplit(path)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return PurePath(path).name if path and PurePath(path).is_absolute() else path
+
+
 def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     """The recipe with only the last name of absolute paths, and addresses without user, password and query."""
-
-    def public(path: str | None) -> str | None:
-        if path and "://" in path:
-            parts = urlsplit(path)
-            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        return PurePath(path).name if path and PurePath(path).is_absolute() else path
 
     def without(source: Any) -> Any:
         noise = replace(source.noise, human_labels=public(source.noise.human_labels))
@@ -181,4 +193,5 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
         validation=replace(recipe.data.validation, shards=public(recipe.data.validation.shards)),
         remote=replace(recipe.data.remote, cache=None),
     )
-    return replace(recipe, data=data, run_dir=f"runs/{recipe.name}")
+    model = replace(recipe.model, init=public(recipe.model.init))
+    return replace(recipe, data=data, model=model, run_dir=f"runs/{recipe.name}")

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nrat_scale.loading.release_folder import verify
 from nrat_scale.release.bundle import FILES, release
@@ -34,8 +35,12 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     return missing
 
 
-def push_queued(run: Path, repo: str, publication: Publication, *, private: bool = False) -> list[str]:
+def push_queued(
+    run: Path, repo: str, publication: Publication, *, private: bool = False, trust_code: bool = False
+) -> list[str]:
     """Send every queued checkpoint (`release.every_epochs`) to a revision of its own, `epoch-NNNN`; in a bucket, a folder.
+
+    `trust_code`: as for `release`.
 
     Returns:
         A sentence about each revision.
@@ -50,7 +55,8 @@ def push_queued(run: Path, repo: str, publication: Publication, *, private: bool
             folder = Path(temporary) / name_at(repo)
             into, revision = (f"{repo.rstrip('/')}/{weights.label}", None) if is_bucket(repo) else (repo, weights.label)
             address = into if revision is None else f"{repo}@{revision}"
-            release(run, folder, weights, unevaluated=True, publication=replace(publication, address=address))
+            options: dict[str, Any] = {"publication": replace(publication, address=address), "trust_code": trust_code}
+            release(run, folder, weights, unevaluated=True, **options)
             sent = push(folder, into, private=private, revision=revision)
         sentences.append(f"{address}: {f'{len(sent)} files sent' if sent else 'already there'}")
     return sentences

@@ -110,7 +110,7 @@ def _result_records(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of metrics.jsonl with `natural: {accuracy: ...}` as natural_accuracy."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in row.items():
         flat |= {f"{key}_{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
     return flat

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nrat_scale.core.distributed import own_accelerate_state
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.recipe import RecipeSpec, load_recipe
@@ -54,7 +55,12 @@ def train(
         UserError: see `load_recipe` and `nrat_scale.train.loop.train`.
         FloatingPointError: a step was not finite.
     """
-    spec = recipe if isinstance(recipe, RecipeSpec) and not overrides else load_recipe(recipe, overrides)
+    if isinstance(recipe, RecipeSpec):
+        if overrides:
+            raise UserError("Overrides are for a YAML file: give its path, or a recipe without overrides.")
+        spec = recipe
+    else:
+        spec = load_recipe(recipe, overrides)
     try:
         with _settings_of_torch(), own_accelerate_state():
             run = RunFolder(loop.train(spec, profile, StopSignals(exits=False)))

@@ -1,8 +1,8 @@
 """The attack model: a second module over the weights of the model in training, on which its attacks run.
 
-It shares parameters and buffers, needs no gradient for any of them, and keeps the mode of the attack, so no mode is switched
-during a step and torch.compile sees one graph. In evaluation mode BatchNorm is a constant affine map: behind a convolution it is
-folded into the convolution's weights by `refresh`, before the attack of every step.
+It shares parameters and buffers, needs no gradient for any of them, and keeps the mode of the attack (no dropout, no stochastic
+depth), so no mode is switched during a step and torch.compile sees one graph. In evaluation mode BatchNorm is a constant affine
+map: behind a convolution it is folded into the convolution's weights by `refresh`, before the attack of every step.
 
 Under autocast every forward would cast all weights anew, because autocast caches only casts of parameters that need gradients.
 So `refresh` also writes the weights in the compute type, once a step; the results have the same bits.
@@ -19,7 +19,7 @@ from torch.fx import Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nrat_scale.core.errors import first_line
-from nrat_scale.core.modes import BN_MODES, batchnorms
+from nrat_scale.core.modes import set_attack_mode
 from nrat_scale.train.batchnorm import GroupedBatchNorm
 
 _CAST_BY_AUTOCAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # subclasses may use their weights in other operations
@@ -44,18 +44,13 @@ class AttackModel:
     """
 
     def __init__(self, model: nn.Module, bn: str, *, fold: bool = True, compute: torch.dtype | None = None) -> None:
-        assert bn in BN_MODES, bn
         shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         self.module: nn.Module = copy.deepcopy(model, shared)
-        self.module.train(bn == "batch")
+        set_attack_mode(self.module, bn)
         self._folded: list[tuple[nn.Conv2d, nn.Conv2d, _BatchNorm]] = []  # our convolution, the two layers it replaces
         self.untraced: str | None = None
-        if bn == "batch":
-            for layer in batchnorms(self.module):
-                # In training mode a layer without tracking uses batch statistics and does not change its buffers.
-                layer.track_running_stats = False
-        elif fold:
+        if fold and bn == "eval":
             try:
                 pairs = _foldable(self.module)
             except Exception as error:  # torch.fx can fail in arbitrary ways on user models: attack the unfolded one
@@ -157,5 +152,5 @@ def _fold(model: nn.Module, module: nn.Module, names: tuple[str, str]) -> tuple[
     assert isinstance(own, nn.Conv2d) and isinstance(convolution, nn.Conv2d) and isinstance(norm, _BatchNorm)
     weight = torch.empty_like(convolution.weight)  # in the same memory format
     own.weight, own.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, weight.new_empty(len(weight))))
-    module.set_submodule(names[1], nn.Identity())
+    module.set_submodule(names[1], nn.Identity().eval())
     return own, convolution, norm

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -91,7 +92,7 @@ def convert(model: nn.Module, statistics: str, group_size: int | None) -> nn.Mod
     Raises `UserError` for `groups` if a layer does more than BatchNorm.
     """
     if statistics == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return convert_sync_batchnorm(model)  # timm's: torch's loses the activation in timm's BatchNormAct2d
     if statistics == "local":
         return model
     assert group_size is not None

@@ -17,7 +17,7 @@ from torch import nn
 from nrat_scale import models
 from nrat_scale.added_losses import check_added
 from nrat_scale.attacks import fraction_text, short_reach
-from nrat_scale.checkpoint.folder import recover
+from nrat_scale.checkpoint.folder import checkpoint_folders, recover
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.distributed import on_main, use_all_cores
@@ -31,6 +31,12 @@ from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
 from nrat_scale.evaluate.attacks import parse_attack
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
+from nrat_scale.loading.initial_weights import (
+    InitialWeights,
+    described,
+    find_initial_weights,
+    load_initial_weights,
+)
 from nrat_scale.objectives import Objective
 from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
@@ -73,8 +79,14 @@ def start(recipe: RecipeSpec) -> TrainState:
     shards = data.shards
     check_added(recipe.objective, shards.num_classes)
     arguments = models.model_arguments(recipe.model, shards.num_classes, shards.image_shape[2], *normalisation(shards))
+    initial, record = _initial_weights(recipe, run, accelerator, arguments)
     torch.manual_seed(derive(recipe.seed, "weights") % 2**32)  # of the initial weights
-    base = models.create(recipe.model.name, arguments)
+    base = models.create(recipe.model.name, arguments, trust_code=True)  # the user has named the recipe
+    draws = models.try_out(base, recipe.model.name, shards.image_shape, shards.num_classes)
+    if initial is not None:
+        record = load_initial_weights(base, recipe.model.name, initial)
+        _check_same_weights(run, record)
+        accelerator.print(described(record))
     owner: Ownership | None = on_main(accelerator, lambda: _claim(run, recipe))  # nothing is written before this line
     try:
         on_main(accelerator, lambda: _check_data(run, data))
@@ -82,9 +94,9 @@ def start(recipe: RecipeSpec) -> TrainState:
         data.skips.attach(run)
         keep_stored_noise(run, data)
         data.place_images(accelerator.device)
-        state = _build(recipe, data, accelerator, base)
+        state = _build(recipe, data, accelerator, base, draws)
         on_main(accelerator, lambda: recover(run.path))
-        on_main(accelerator, lambda: _describe(state, arguments))
+        on_main(accelerator, lambda: _describe(state, arguments, record))
         if accelerator.is_main_process:
             state.saver = Saver(run.path, recipe.train.keep, queue_every=recipe.release.every_epochs)
             state.owner = owner
@@ -176,6 +188,43 @@ def _check_data(run: RunFolder, data: TrainingData) -> None:
                 )
 
 
+def _initial_weights(
+    recipe: RecipeSpec, run: RunFolder, accelerator: Accelerator, arguments: dict[str, Any]
+) -> tuple[InitialWeights | None, dict[str, Any] | None]:
+    """(weights of `model.init`, None), or for a run with checkpoints (None, their record); both None without the key.
+
+    Unless the recipe sets them, mean and std in `arguments` become those that the weights were trained with.
+    """
+    if recipe.model.init is None:
+        return None, None
+    initial, record = None, None
+    if checkpoint_folders(run.path):  # the checkpoint has the weights; the source may be gone
+        description = run.read_model()
+        record = description.get("init")
+        constants = {key: description["model_args"].get(key, arguments[key]) for key in ("mean", "std")}
+    else:
+        initial = on_main(accelerator, lambda: find_initial_weights(recipe.model, arguments))  # may download
+        initial = initial or find_initial_weights(recipe.model, arguments)
+        fit = all(len(values) in (1, arguments["in_chans"]) for values in initial.constants.values())
+        constants = initial.constants if fit else {}
+    if recipe.model.mean is None and recipe.model.std is None and constants:
+        if initial is not None and any(constants[key] != arguments[key] for key in constants):
+            shown = ", ".join(f"{key} {[round(value, 4) for value in constants[key]]}" for key in ("mean", "std"))
+            accelerator.print(f"normalisation of the initial weights: {shown} (model.mean, model.std)")
+        arguments |= constants
+    return initial, record
+
+
+def _check_same_weights(run: RunFolder, record: dict[str, Any]) -> None:
+    """Raise `UserError` if a run that was interrupted before its first checkpoint began with other weights."""
+    before = run.read_model().get("init") if run.model.is_file() else None
+    if before is not None and before["source"] == record["source"] and before["sha256"] != record["sha256"]:
+        raise UserError(
+            f"model.init {record['source']} has changed since the run in {run.path} began. Choose another run folder with "
+            "run_dir=PATH."
+        )
+
+
 def _claim(run: RunFolder, recipe: RecipeSpec) -> Ownership:
     """Own the run folder, and create it or check that it holds a run of this recipe."""
     _check_folder(run, recipe)
@@ -218,8 +267,10 @@ def _check_folder(run: RunFolder, recipe: RecipeSpec) -> None:
         raise UserError(f"{path} {problem}. Choose another run folder with run_dir=PATH.")
 
 
-def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module) -> TrainState:
-    """The state before the first step; `base` has its initial weights."""
+def _build(
+    recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, base: nn.Module, draws: bool
+) -> TrainState:
+    """The state before the first step; `base` has its initial weights, and draws random numbers in training mode or not."""
     device, num_classes = accelerator.device, data.shards.num_classes
     if recipe.model.bn_momentum is not None:
         for layer in batchnorms(base):
@@ -244,7 +295,7 @@ def _build(recipe: RecipeSpec, data: TrainingData, accelerator: Accelerator, bas
     mean = partial(accelerator.reduce, reduction="mean") if accelerator.num_processes > 1 else None
     state = TrainState(
         recipe, RunFolder(Path(recipe.run_dir)), data, accelerator, base, model, attack_model, optimizer, objective, ema,
-        data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), sums,
+        data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), draws, sums,
     )  # fmt: skip
     if recipe.precision == "fp16":
         prepare_for_skipped_steps(state)
@@ -258,7 +309,7 @@ def prepare_for_skipped_steps(state: TrainState) -> None:
     state.restored = [*statistics, *state.objective.buffers(), state.sums, state.guard.sums]
 
 
-def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
+def _describe(state: TrainState, arguments: dict[str, Any], init: dict[str, Any] | None) -> None:
     """Write model.json, data.json and the files of the label noise."""
     shards = state.data.shards
     description = {
@@ -267,6 +318,7 @@ def _describe(state: TrainState, arguments: dict[str, Any]) -> None:
         "image_shape": list(shards.image_shape),
         "class_names": list(shards.class_names),
         "dataset": shards.dataset,
+        **({} if init is None else {"init": init}),
     }
     write_json(state.run.model, description)
     write_json(state.run.data, state.data.describe())

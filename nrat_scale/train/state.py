@@ -73,6 +73,7 @@ class TrainState:
     checks: StepChecks  # read by the host without waiting for the device
     clock: Clock
     statistics: RunningStatistics
+    draws: bool  # the model draws random numbers in training mode (dropout, stochastic depth)
     sums: Tensor  # float64, named by `metrics.sum_names()`: over this rank's epoch so far, always changed in place
     restored: list[Tensor] = field(default_factory=list)  # under fp16, what a skipped step must not change
     step: int = 0  # optimizer steps done

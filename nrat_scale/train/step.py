@@ -163,6 +163,7 @@ def reuses_natural(state: TrainState) -> bool:
     DM_AT attacks with batch statistics, so both are equal. With graphs the attack computes its own: it then is one graph.
     """
     reuse = state.recipe.threat.bn == "batch" and state.objective.inner_needs_natural
+    reuse = reuse and not state.draws  # dropout would change the logits
     return reuse and not _starts_precisely(state) and state.graphs is None
 
 

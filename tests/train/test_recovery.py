@@ -118,6 +118,8 @@ def test_a_run_of_abbf399_resumes(old_run: Path, tmp_path: Path, monkeypatch: py
         (lambda state: state["guard"].update(spec="x"), "the state of the collapse guard is"),
         (lambda state: state["guard"].pop("warned"), "the state of the collapse guard is"),
         (lambda state: state["guard"].update(rewinds=[1]), "the state of the collapse guard is"),
+        (lambda state: state["guard"].update(lr_scale=-1.0), "the collapse guard has counts below 0 or a factor"),
+        (lambda state: state["guard"].update(bad_windows=-5), "the collapse guard has counts below 0 or a factor"),
     ],
 )
 def test_a_checkpoint_of_another_version_ends_in_a_sentence(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nrat_scale import tracking
@@ -229,6 +230,7 @@ def test_unknown_trackers_are_refused(recipe_path: Path, value: str, message: st
 def test_no_password_reaches_a_tracker(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """User, password and query of an address stay here."""
     packages = stand_in_trackers(monkeypatch)
+    PartialState(cpu=True)  # Accelerate's trackers log through it
     trackers = tracking.Trackers(RunFolder(tmp_path), ["wandb", "trackio"])
     trackers.describe({"data.real.shards": "https://me:secret@host/path?token=secret", "train.max_steps": None}, "")
     trackers.close()

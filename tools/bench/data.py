@@ -81,7 +81,7 @@ def spec_of(folder: Path | str, **changes: Any) -> DataSpec:
         batch_size=BATCH,
         real=RealSpec(f"{folder}/real"),
         generated=GeneratedSpec(f"{folder}/edm", 0.7),
-        validation=ValidationSpec("generated", 1024),
+        validation=ValidationSpec("generated", size=1024),
         augment=AugmentSpec(4, True),
         **changes,
     )
