@@ -101,7 +101,6 @@ def _rounded(value: float | None) -> float | None:
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$"}
 _LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
-_LATEX |= {"[": "{[}"}  # not an optional argument of the line before
 _LATEX |= {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$"}
 
 
@@ -142,7 +141,8 @@ def _plain(cell: Cell, *, with_n: bool) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in printable(text))
+    text = "".join(_LATEX.get(letter, letter) for letter in printable(text))
+    return f"{{[}}{text[1:]}" if text.startswith("[") else text  # not an optional argument of the line before
 
 
 def results_table(runs: Sequence[Run]) -> Table:

@@ -8,6 +8,7 @@ import pytest
 
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
+from nrat_scale.evaluate.api import evaluate
 from nrat_scale.evaluate.curves import Curve, curve_points, parse_curve
 from nrat_scale.evaluate.results import read_arrays
 
@@ -85,3 +86,15 @@ def test_a_curve_attacks_the_model_itself(run: Path, measured: Measured) -> None
     """With the images of another model a curve is refused."""
     with pytest.raises(UserError, match="do not go together"):
         measured("--checkpoint", "best", "--transfer-from", str(run), "--curve", "steps=1")
+
+
+def test_a_curve_from_python(run: Path, measured: Measured) -> None:
+    """As the command line: a curve alone runs no attack, and graphs of the device are refused for it too."""
+    data = run.parent / "test"
+    given = evaluate(run, data, curve=["steps=1", Curve("eps", (0.05,))], checkpoint="best", images=20, device="cpu")
+    assert list(given.results["checkpoints"]["best"]["curves"]) == ["steps=1", "eps=0.05"] and not given.entries["best"]
+    assert measured("--checkpoint", "best", "--images", "20", "--curve", "steps=1,2")["checkpoints"]["best"][
+        "curves"
+    ].keys() == {"steps=1", "eps=0.05", "steps=2"}
+    with pytest.raises(UserError, match="--graphs needs a GPU"):
+        evaluate(run, data, curve="steps=1", device="cpu", graphs=True)

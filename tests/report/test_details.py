@@ -11,6 +11,7 @@ import pytest
 
 from nrat_scale.evaluate.gallery import Gallery, write_gallery
 from nrat_scale.evaluate.results import write_arrays
+from nrat_scale.labels import BEFORE, UNKNOWN
 from nrat_scale.report.content import all_tables
 from nrat_scale.report.curves import draw_memorisation
 from nrat_scale.report.details import class_table, confusion_tables, curve_tables, strength_curves, timing_table
@@ -148,3 +149,23 @@ def test_csv_of_scores() -> None:
         "b,,,,",
         "-1.0,,,,",
     ]
+
+
+def test_noise_on_unchecked_labels_is_not_called_wrong(tmp_path: Path) -> None:
+    """If nobody knows the labels before injection, no part of the page says which labels are right."""
+    noise = json.loads((whole_run(tmp_path / "a") / "label_noise.json").read_text())
+    path = tmp_path / "a" / "label_noise.json"
+    for blind in (False, True):
+        path.write_text(json.dumps({**noise, BEFORE: UNKNOWN} if blind else noise))
+        runs = read_runs([tmp_path / "a"])
+        page = render_page(runs, [b""])
+        words = (
+            "class before injection",
+            "were changed (whether",
+            "was left or was changed by noise",
+            "labels before injection",
+        )
+        assert all((word in page) == blind for word in words)
+        (table,) = (table for table in all_tables(runs) if table.name == "label_noise")
+        assert table.head[0] == ("before \\ given" if blind else "clean \\ given")
+        assert ("clean" in page or "are wrong" in page) != blind

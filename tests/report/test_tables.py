@@ -1,11 +1,14 @@
 """The results table in Markdown and for the terminal."""
 
+import csv
 import shutil
 from pathlib import Path
 
 import pytest
 
 from nrat_scale.report.__main__ import main
+from nrat_scale.report.content import all_tables
+from nrat_scale.report.run import read_runs
 from nrat_scale.report.tables import markdown_table
 from tests.support.evaluated_runs import RECIPE, changed, make_run, results, score
 
@@ -62,3 +65,30 @@ def test_every_table_names_the_threat_that_was_tested(
     assert f"run: tested in {text}\n" in capsys.readouterr().out
     assert page.count(text) == 2, "the training's threat and the test's"
     assert ("l_2" in page, "l_inf" in page) == (norm == "l2", norm == "linf")
+
+
+def test_tables_as_files(tmp_path: Path) -> None:
+    """By the command line: results as tidy CSV, accuracies in LaTeX without what was not measured, every table of the page."""
+    flagged = changed(results(), "checkpoints.best.flags", ["50 % of\nthe doubt"])
+    runs = [make_run(tmp_path / "a_b", results=flagged), make_run(tmp_path / "=c")]
+    files = [tmp_path / "new" / "r.csv", tmp_path / "new" / "r.tex", tmp_path / "tables"]
+    options = [
+        text for name, file in zip(("--csv", "--latex", "--tables"), files, strict=True) for text in (name, str(file))
+    ]
+    main([*map(str, runs), "--out", str(tmp_path / "r.html"), *options])
+    rows = list(csv.DictReader(files[0].read_text().splitlines()))
+    assert len(rows) == 16 and {row["run"] for row in rows} == {"a_b", "'=c"}
+    assert (rows[1]["attack"], float(rows[1]["accuracy"]), rows[1]["n"]) == ("pgd20", 0.62, "500")
+    lines = files[1].read_text().splitlines()
+    comments = [line for line in lines if line.startswith("%")]
+    assert "% needs \\usepackage{booktabs}" in comments and any("of?the doubt" in line for line in comments)
+    body = next(line for line in lines if line.startswith(r"a\_b & best"))
+    assert (
+        body.count("&") == lines[lines.index(r"\toprule") + 1].count("&") == 7 and "59.0 [52.1, 65.6], n = 200" in body
+    )
+    names = {file.name for file in files[2].iterdir()}
+    assert {"accuracies.csv", "accuracies.tex", "gaps_1.csv", "label_noise_2.tex"} <= names
+    assert len(names) == 2 * len(all_tables(read_runs(runs)))
+    assert not any(
+        line.startswith(("=", '"=')) for file in files[2].glob("*.csv") for line in file.read_text().splitlines()
+    )
