@@ -110,6 +110,7 @@ SCALE = {
     "x 100": (lambda logits: 100 * logits, "vanishes"),
     "/ 100": (lambda logits: logits / 100, "temperature|scale of the output"),
     "softmax": (lambda logits: logits.softmax(1), "probabilities"),
+    "softmax moved": (lambda logits: logits.softmax(1) - 0.1, "probabilities"),
     "10 softmax": (lambda logits: 10 * logits.softmax(1), "probabilities"),
     "sharp softmax": (lambda logits: (10 * logits).softmax(1), "probabilities"),
     "sigmoid": (lambda logits: logits.sigmoid(), "probabilities"),
