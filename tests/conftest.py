@@ -2,6 +2,7 @@
 import path of processes that tests start, one thread, and the shared fixtures."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
