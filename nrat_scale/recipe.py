@@ -336,6 +336,8 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
             section = dataclasses.is_dataclass(hints[key])
             if section and not isinstance(value, dict):
                 hint = f" Did you mean {meant}?" if (meant := meant_key(hints[key], dotted, value, PRESET_ONLY)) else ""
+                if value is None and dotted in ("data.real", "data.generated"):
+                    hint = f" To train without these images: {dotted}.shards=null."
                 raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.{hint}")
             kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
         elif dotted not in RETIRED:

@@ -1,6 +1,8 @@
-"""The import path of processes that tests start, one thread, and the shared fixtures."""
+"""The import signal
+import path of processes that tests start, one thread, and the shared fixtures."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -14,3 +16,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 torch.set_num_threads(1)  # more threads slow down the small models of the tests
+
+# nohup ignores SIGHUP, and a shell's `&` SIGINT and SIGQUIT; the processes that tests start would inherit that.
+for _number, _usual in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)

@@ -165,6 +165,7 @@ def test_our_recipes_prevent_a_collapse_and_the_papers_are_the_papers() -> None:
         ("objective.warm_start=nan", ["objective.warm_start is nan"]),
         ("objective.nmae=x", ["objective.nmae", "Did you mean 'name'"]),
         ("data.real.noise.rte=0.1", ["data.real.noise.rte", "'rate'"]),
+        ("data.generated=null", ["data.generated.shards=null"]),
         ("objective.family=at", ["unknown key 'objective.family'", "smoothing_mode"]),
         ("objective.name=nart", ["'nart'", "'nrat'"]),
         ("threat.eps=8", ["threat.eps is 8", "8/255"]),

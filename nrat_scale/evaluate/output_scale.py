@@ -62,7 +62,10 @@ def probability_flags(logits: Tensor) -> list[str]:
     constant = bool(((total - total.mean()).abs() < 1e-3 * spread).all())
     normalised = constant and (abs(float(total.mean()) - 1) < 1e-3 or spread > 0.5)
     within = bool((logits <= 1).all()) and spread > 0.5
-    if not bool((logits >= 0).all()) or not (normalised or within):
+    # A constant that is added to probabilities hides their sum, and not their gradients.
+    moved = logits - (total[:, None] - 1) / logits.shape[1]
+    shifted = constant and bool((moved >= -1e-4).all()) and float(moved.amax()) > 0.5
+    if not shifted and (not bool((logits >= 0).all()) or not (normalised or within)):
         return []
     return [
         "The model returns probabilities instead of logits: their gradients vanish for confident predictions, and "

@@ -51,6 +51,8 @@ from nrat_scale.train.recovery import resume
 from nrat_scale.train.state import TrainState
 from nrat_scale.weights import build_ema
 
+_LEAST_REACH = 0.25  # of eps: a shorter attack is a mistake in the units, not a quick try
+
 
 def start(recipe: RecipeSpec) -> TrainState:
     """Check recipe, launch, data and run folder, then build the state and resume it from its newest checkpoint.
@@ -142,7 +144,7 @@ def _accelerator(recipe: RecipeSpec) -> Accelerator:
 
 
 def _check_reach(recipe: RecipeSpec) -> None:
-    """Refuse a new run whose attack cannot reach the surface of its ball, and warn if that of validation cannot.
+    """Warn if the attack of training or validation cannot reach the surface of its ball; refuse a new run far from it.
 
     Without steps, training on the random start alone is what the recipe asks for. Runs of earlier versions are resumed.
     """
@@ -153,11 +155,12 @@ def _check_reach(recipe: RecipeSpec) -> None:
         what = (
             f"The attack of training is too weak for its radius: {problem} (threat.step, threat.num_steps, threat.eps)"
         )
-        if not RunFolder(Path(recipe.run_dir)).is_new:
-            warn(f"{what}. This run has been trained so; a new one is refused.")
-        else:
-            step = fraction_text(round(2.5 * threat.eps / max(threat.num_steps, 1), 6))
-            raise UserError(f"{what}. Use more steps, or longer ones, for instance threat.step={step}.")
+        step = fraction_text(round(2.5 * threat.eps / max(threat.num_steps, 1), 6))
+        way_out = f"Use more steps, or longer ones, for instance threat.step={step}."
+        far = 0 < threat.step * threat.num_steps < _LEAST_REACH * threat.eps
+        if far and RunFolder(Path(recipe.run_dir)).is_new:
+            raise UserError(f"{what}. {way_out}")
+        warn(f"{what}. {way_out}")
     if (problem := short_reach(threat, attack.steps)) is not None:
         name = recipe.train.validation_attack
         warn(f"Robust validation accuracies are too high: {problem} (train.validation_attack={name}, threat.step).")

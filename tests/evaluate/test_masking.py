@@ -110,6 +110,7 @@ SCALE = {
     "x 100": (lambda logits: 100 * logits, "vanishes"),
     "/ 100": (lambda logits: logits / 100, "temperature|scale of the output"),
     "softmax": (lambda logits: logits.softmax(1), "probabilities"),
+    "softmax moved": (lambda logits: logits.softmax(1) - 0.1, "probabilities"),
     "10 softmax": (lambda logits: 10 * logits.softmax(1), "probabilities"),
     "sharp softmax": (lambda logits: (10 * logits).softmax(1), "probabilities"),
     "sigmoid": (lambda logits: logits.sigmoid(), "probabilities"),
@@ -231,7 +232,7 @@ def test_the_command_records_flags_and_numbers(
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x + 0.1 * noise_of(x)))
     out = run.parent / "noisy.json"
-    measured("--attacks", "natural", "--checkpoint", "best", "--out", str(out))
+    measured("--attacks", "natural,pgd2", "--checkpoint", "best", "--out", str(out))
     record = json.loads(out.read_text())["checkpoints"]["best"]
     assert "The output jumps" in record["flags"][0] and record["checks"]["roughness"] > 0.5
     assert "FLAG: The output jumps" in capsys.readouterr().out

@@ -9,7 +9,9 @@ IMAGES, LABELS = random_images(40, num_classes=4)
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw", "fortran"])
-@pytest.mark.parametrize("labels", [LABELS, LABELS.astype(np.uint8), np.eye(4, dtype=np.int64)[LABELS]])
+@pytest.mark.parametrize(
+    "labels", [LABELS, LABELS.astype(np.uint8), np.eye(4, dtype=np.int64)[LABELS], np.eye(4)[LABELS]]
+)
 def test_arrays_come_back(tmp_path, convert, layout, labels):
     """Both layouts, and labels as numbers or one-hot rows."""
     images = {"nhwc": IMAGES, "nchw": IMAGES.transpose(0, 3, 1, 2).copy(), "fortran": np.asfortranarray(IMAGES)}[layout]

@@ -149,7 +149,7 @@ BAD_LABELS = {
     "a scalar": (np.int64(3), "expected [20]"),
     "a column": (LABELS[:, None], "expected [20]"),
     "two-hot": (np.ones((20, 2), int), "row 0 is not one-hot"),
-    "soft": (np.eye(10)[LABELS], "expected integers"),
+    "probabilities": (np.full((20, 2), 0.5), "row 0 is not one-hot"),
     "scores": (2 * np.eye(10, dtype=int)[LABELS], "row 0 is not one-hot"),
     "too few": (LABELS[1:], "shape [19], expected [20]"),
     "negative": (LABELS - 1, "from -1 to 8"),

@@ -83,7 +83,7 @@ def _story(recipe: Path, folder: Path, name: str) -> tuple[nn.Module, Path]:
 @pytest.fixture
 def _unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tests evaluate on the training shards, which the command refuses."""
-    monkeypatch.setattr("nrat_scale.evaluate.__main__.check_unseen", lambda run, shards: None)
+    monkeypatch.setattr("nrat_scale.evaluate.api.check_unseen", lambda run, shards: None)
 
 
 @pytest.mark.usefixtures("_unseen")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.core.modes import batchnorms
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train import compile as compiling
@@ -52,7 +53,7 @@ def test_validation_runs_eager(wide_path: Path, tmp_path: Path, monkeypatch: pyt
 
     def compiled(function, *, dynamic):
         def call(*given):
-            modes.append(state_of(function).training)
+            modes.append(any(layer.training for layer in batchnorms(state_of(function))))
             return function(*given)
 
         return call

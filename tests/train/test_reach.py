@@ -16,19 +16,30 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["threat.eps=0.2"], ["2 steps of 0.05 reach 0.1 of eps = 51/255", "threat.step=0.25"]),
-        (["threat.step=0.001"], ["reach 0.002 of eps = 0.1"]),
-        (["threat.num_steps=1"], ["1 step of 0.05 reaches 0.05 of eps = 0.1"]),
-        (["threat.num_steps=0"], ["0 steps"]),
+        (["threat.step=0.001"], ["2 steps of 0.001 reach 0.002 of eps = 0.1", "threat.step=0.125"]),
         (["threat.norm=l2", "threat.eps=0.5", "threat.step=0.02"], ["reach 0.04 of eps = 0.5"]),
     ],
 )
-def test_a_new_run_is_refused(recipe_path, tmp_path, overrides, words):
+def test_a_new_run_far_from_its_radius_is_refused(recipe_path, tmp_path, overrides, words):
     """Before anything is written, with the numbers and a step that would do."""
     with pytest.raises(UserError) as caught:
         train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'run'}"]))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["threat.eps=0.2"], "2 steps of 0.05 reach 0.1 of eps = 51/255"),
+        (["threat.num_steps=1"], "1 step of 0.05 reaches 0.05 of eps = 0.1"),
+        (["threat.num_steps=0"], "0 steps"),
+    ],
+)
+def test_a_run_that_almost_reaches_its_radius_is_warned(recipe_path, tmp_path, capsys, overrides, words):
+    """A quick try with fewer steps trains, and says that its attack is weak."""
+    train(load_recipe(recipe_path, [*overrides, "train.max_steps=1", f"run_dir={tmp_path / 'run'}"]))
+    assert f"warning: The attack of training is too weak for its radius: {words}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,7 @@ def test_a_run_of_an_earlier_version_is_resumed(recipe_path, tmp_path, monkeypat
         earlier.setattr("nrat_scale.train.setup._check_reach", lambda recipe: None)
         train(load_recipe(recipe_path, [*given, "train.max_steps=1"]))
     start(load_recipe(recipe_path, given)).owner.release()
-    assert "This run has been trained so; a new one is refused." in capsys.readouterr().err
+    assert "The attack of training is too weak for its radius" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

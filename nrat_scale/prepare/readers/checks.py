@@ -73,7 +73,7 @@ def as_images(array: np.ndarray, where: str) -> np.ndarray:
 
 def as_labels(array: np.ndarray, num_images: int, where: str) -> np.ndarray:
     """int64 [num_images] of `array`: non-negative integers [num_images], or one-hot rows [num_images, K]."""
-    if array.ndim == 2 and array.shape[0] == num_images and array.shape[1] > 1 and array.dtype.kind in "iub":
+    if array.ndim == 2 and array.shape[0] == num_images and array.shape[1] > 1 and array.dtype.kind in "iubf":
         return _from_one_hot(array, where)
     if array.dtype.kind not in "iu":
         raise UserError(f"{where} has dtype {array.dtype}, expected integers (class numbers 0, 1, 2, ...).")
