@@ -1,4 +1,4 @@
-# make quickstart   install, then the whole story on real digits, without a download (about 7 minutes)
+# make quickstart   install, then the whole story on real digits, without a download (about 6 minutes)
 # make test         install, then every test but the slow ones
 # make test-fast    only the tests that take less than a second each
 # make test-slow    the slow ones: long trainings, the wheel, stories of several processes

@@ -248,9 +248,9 @@ def parse_fraction(text: str) -> float:
 
 
 def fraction_text(value: float) -> str:
-    """`8/255` if `value` is exactly that, else its shortest decimal; `parse_fraction` reads back the same number."""
-    levels = round(value * 255)
-    return f"{levels}/255" if levels % 255 and levels / 255 == value else repr(float(value))
+    """`8/255` if `value` is exactly that and no short decimal, else its shortest one; `parse_fraction` reads it back."""
+    levels, decimal = round(value * 255), repr(float(value))
+    return f"{levels}/255" if levels % 255 and levels / 255 == value and len(decimal) > len("0.1234") else decimal
 
 
 def threat_text(norm: str, eps: float, space: str = "pixel") -> str:

@@ -131,7 +131,7 @@ def evaluate(
     results = run.evaluate(found.targets, shards, request, path, replace_models=out is None)
     evaluation = Evaluation(path, results, tuple(target.label for target in found.targets))
     if state.is_main_process and found.run is not None and path == found.results:
-        recipe = load_recipe(found.run.recipe)
+        recipe = load_recipe(found.run.recipe, run_code=False)
         with contextlib.closing(Trackers(found.run, recipe.train.trackers)) as trackers:
             trackers.describe(flat_values(recipe), to_yaml(recipe))
             trackers.results(results, "".join(f"    {line}\n" for line in str(evaluation).splitlines()))

@@ -114,7 +114,7 @@ def _with_stored_kinds(recipe: RecipeSpec, run: RunFolder) -> RecipeSpec:
     """With the kind of label noise that the run began with, where the recipe sets none and the run injects none."""
     if recipe.resume == "never" or not run.recipe.is_file():
         return recipe
-    stored, data = load_recipe(run.recipe).data, recipe.data
+    stored, data = load_recipe(run.recipe, run_code=False).data, recipe.data
     for kind in (REAL, GENERATED):
         began, noise = stored.noise_of(kind).kind, data.noise_of(kind)
         if noise.kind == UNSET and began in (NONE, UNKNOWN):

@@ -31,7 +31,7 @@ def test_a_new_run_far_from_its_radius_is_refused(recipe_path, tmp_path, overrid
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["threat.eps=0.2"], "2 steps of 0.05 reach 0.1 of eps = 51/255"),
+        (["threat.eps=0.2"], "2 steps of 0.05 reach 0.1 of eps = 0.2"),
         (["threat.num_steps=1"], "1 step of 0.05 reaches 0.05 of eps = 0.1"),
         (["threat.num_steps=0"], "0 steps"),
     ],
@@ -90,4 +90,4 @@ def test_an_evaluation_is_flagged():
         "pgd10": {"steps": 10, "step": 0.001, "eps": 0.2}, "cw200": {"steps": 200, "step": 0.001, "eps": 0.2},
     }  # fmt: skip
     (flag,) = short_reaches(entries, ThreatSpec(0.2, 0.001, 1))
-    assert flag.startswith("PGD-10 is too weak for its radius: 10 steps of 0.001 reach 0.01 of eps = 51/255.")
+    assert flag.startswith("PGD-10 is too weak for its radius: 10 steps of 0.001 reach 0.01 of eps = 0.2.")
