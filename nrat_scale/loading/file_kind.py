@@ -144,6 +144,8 @@ def is_cut_pickle(path: Path) -> bool:
                     pass
     except ValueError as error:
         return re.search(r"exhausted|not enough data|no newline found|but only", str(error)) is not None
+    except (MemoryError, OverflowError):  # a damaged length
+        return False
     return False
 
 

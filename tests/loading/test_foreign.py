@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -193,6 +193,7 @@ def test_a_weight_file_of_a_timm_model_takes_pixels(tmp_path: Path, how: str) ->
 @pytest.mark.parametrize("zipped", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=4))
+@example(changes=[(164, 141)])  # a length of exabytes
 def test_damaged_files_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, zipped: bool, changes: list[tuple[int, int]]
 ) -> None:
