@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 
 from nrat_scale.attacks import NORMS, parse_fraction
@@ -38,6 +39,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--arch",
         help="of a weight file: a model that timm knows, or MODULE:FACTORY, which is imported (also of a release)",
     )
+    arch_args = "further arguments of --arch, such as width=8,hidden=32"
+    add("--arch-args", type=_option(_arguments_of), default={}, metavar="NAME=VALUE,...", help=arch_args)
     add("--mean", type=numbers, help="normalisation of a weight file, comma-separated (default: the model's)")
     add("--std", type=numbers, help="the same")
     key = "of a weight file with several sets of weights (raw and averaged): that to load, such as ema"
@@ -71,6 +74,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _arguments_of(text: str) -> dict[str, Any]:
+    """`width=8,global_pool=max` as a dictionary; values are read as YAML scalars."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not all(name.strip().isidentifier() and equals and value.strip() for name, equals, value in pairs):
+        raise ValueError(f"'{text}' is not NAME=VALUE,NAME=VALUE")
+    values = {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    if taken := values.keys() & {"mean", "std", "weights_key", "arch", "device", "model", "source"}:
+        raise ValueError(f"{sorted(taken)[0]} is not an argument of the architecture; it has an option of its own")
+    return values
 
 
 def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -1,7 +1,7 @@
 """`evaluate` for Python and for the command line."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def evaluate(
     checkpoint: str | Sequence[str] = CHECKPOINTS,
     weights: str | Sequence[str] = WEIGHT_CHOICES[:1],
     arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights_key: str | None = None,
@@ -103,7 +104,9 @@ def evaluate(
     state, chosen = _join(device)
     use_float32("tf32" if tf32 else "ieee")
     shards = open_shards(data, "--data")
-    options = TargetOptions(_names(checkpoint), _names(weights), arch, mean, std, weights_key, trust_code)
+    options = TargetOptions(
+        _names(checkpoint), _names(weights), arch, mean, std, weights_key, trust_code, arch_args or {}
+    )
     found = find_targets(what, options)
     if found.run is not None:
         check_unseen(found.run, shards)

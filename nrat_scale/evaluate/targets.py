@@ -1,8 +1,8 @@
 """What can be evaluated: checkpoints of a run, a release (a folder or on the Hub), a weight file, a timm model."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,15 @@ class TargetOptions:
     std: Sequence[float] | None = None
     weights_key: str | None = None  # of a weight file with several sets of weights
     trust_code: bool = False  # import the code of a run that is not under the working directory
+    arch_args: Mapping[str, Any] = field(default_factory=dict)  # further arguments of `arch`, such as width
 
     def __post_init__(self) -> None:
         checkpoint, weights = (self.checkpoints, CHECKPOINTS), (self.weights, WEIGHT_CHOICES)
         for option, (given, choices) in {"checkpoint": checkpoint, "weights": weights}.items():
             if unknown := sorted(set(given) - set(choices)):
                 raise UserError(f"--{option} names '{unknown[0]}'; expected {', '.join(choices)}.")
-        if self.arch is None and (self.mean or self.std or self.weights_key is not None):
-            options = "--mean, --std and --weights-key"
+        if self.arch is None and (self.mean or self.std or self.weights_key is not None or self.arch_args):
+            options = "--mean, --std, --weights-key and --arch-args"
             raise UserError(f"{options} describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
 
 
@@ -151,13 +152,15 @@ def _release(source: str, arch: str | None) -> FoundTargets:
 def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:
     if options.arch is None:
         raise UserError(f"{path} is a weight file: name its model with --arch, such as --arch wrn28_10_silu.")
-    model = load(path, arch=options.arch, mean=options.mean, std=options.std, weights_key=options.weights_key)
+    constants: dict[str, Any] = {"mean": options.mean, "std": options.std, "weights_key": options.weights_key}
+    model = load(path, arch=options.arch, **constants, **options.arch_args)
     identity = {"sha256": sha256_of(path), "weights": "file", "file": path.name, "architecture": options.arch}
     if options.weights_key is not None:
         identity["weights_key"] = options.weights_key
     if assumed := getattr(model, "assumed_normalisation", ""):
         identity["assumed_normalisation"] = assumed
-    target = Target("file", model, identity, model_key(model, options.arch, _shape_arguments(model)))
+    arguments = {**_shape_arguments(model), **options.arch_args}
+    target = Target("file", model, identity, model_key(model, options.arch, arguments))
     return _found(path.stem, None, target)
 
 

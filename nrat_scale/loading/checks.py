@@ -127,15 +127,20 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Described, where: str
     """Compare the tensors `found` in the file `where` with those `expected` of the architecture `name`; as `check_tensors`."""
     words = [f"{quoted(key)} is missing" for key in expected if key not in found]
     words += [f"{quoted(key)} is not part of it" for key in found if key not in expected]
+    other_size = False
     for key in expected.keys() & found.keys():
         tensor, (kind, shape) = expected[key], found[key]
         if tensor.shape != shape:
             words.append(f"{quoted(key)} has shape {list(shape)} instead of {list(tensor.shape)}")
+            other_size = True
         elif kind not in (None, _KINDS.get(tensor.dtype)) and not {kind, _KINDS.get(tensor.dtype)} <= _FLOATING:
             words.append(f"{quoted(key)} has type {quoted(kind)} instead of {tensor.dtype}")
     if words:
         more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
-        raise UserError(f"{where} does not fit the architecture {name}: {'; '.join(sorted(words)[:3])}{more}.")
+        hint = (
+            " If it has another size, give its arguments: width=8 in Python, --arch-args width=8" if other_size else ""
+        )
+        raise UserError(f"{where} does not fit the architecture {name}: {'; '.join(sorted(words)[:3])}{more}.{hint}")
 
 
 def expected_tensors(

@@ -134,3 +134,29 @@ def test_a_run_of_an_earlier_version_is_evaluated(tmp_path: Path) -> None:
         for attack, entry in then["checkpoints"][label]["attacks"].items():
             again = now["checkpoints"][label]["attacks"][attack]
             assert again["outcome_sha256"] == entry["outcome_sha256"], (label, attack)
+
+
+def test_a_weight_file_of_another_size(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--arch-args` builds the model of the file; they are part of the key, and an error without them names the option."""
+    weights = tmp_path / "small.pt"
+    torch.save(create("cnn4", {"width": 4, "hidden": 16}).state_dict(), weights)
+    given = [
+        str(weights),
+        "--arch",
+        "cnn4",
+        "--data",
+        str(run.parent / "test"),
+        "--attacks",
+        "natural",
+        "--images",
+        "8",
+    ]
+    with pytest.raises(UserError, match=r"does not fit the architecture cnn4.*--arch-args"):
+        evaluate_cli.main([*given, "--out", str(tmp_path / "a.json")])
+    evaluate_cli.main([*given, "--arch-args", "width=4, hidden=16", "--out", str(tmp_path / "b.json")])
+    (entry,) = json.loads((tmp_path / "b.json").read_text())["checkpoints"]["file"]["attacks"].values()
+    assert entry["model_args"]["width"] == 4 and entry["model_args"]["hidden"] == 16
+    for text, words in (("width", "NAME=VALUE"), ("mean=3", "an option of its own"), ("depth=9", "does not take")):
+        with pytest.raises((SystemExit, UserError)) as caught:
+            evaluate_cli.main([*given, "--arch-args", text, "--out", str(tmp_path / "c.json")])
+        assert words in str(caught.value) + capsys.readouterr().err
