@@ -148,8 +148,8 @@ def test_a_weight_file_of_another_size(run: Path, tmp_path: Path, capsys: pytest
         str(run.parent / "test"),
         "--attacks",
         "natural",
-        "--images",
-        "8",
+        "--eps",
+        "0.1",
     ]
     with pytest.raises(UserError, match=r"does not fit the architecture cnn4.*--arch-args"):
         evaluate_cli.main([*given, "--out", str(tmp_path / "a.json")])
