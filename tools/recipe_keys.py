@@ -15,6 +15,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.objectives import PRESET_ONLY, ObjectiveSpec
 from nrat_scale.recipe import RecipeSpec
 
@@ -75,7 +76,7 @@ def _rows(spec: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
     hidden = PRESET_ONLY if spec is ObjectiveSpec else ()
     try:
         instance = spec()
-    except Exception:  # a spec with required keys, or whose defaults alone are no experiment
+    except (TypeError, UserError):  # a spec with required keys, or whose defaults alone are no experiment
         instance = None
     for field in dataclasses.fields(spec):
         if field.name in hidden:

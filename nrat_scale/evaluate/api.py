@@ -12,6 +12,7 @@ from accelerate import PartialState
 from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
 from nrat_scale.core.errors import UserError, first_line, warn
 from nrat_scale.core.float32 import use_float32
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate import run
 from nrat_scale.evaluate.attacks import Attack, parse_attack
@@ -19,7 +20,7 @@ from nrat_scale.evaluate.curves import Curve, parse_curve
 from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
-from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, TargetOptions, find_targets
+from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, Target, TargetOptions, find_targets
 from nrat_scale.recipe import flat_values, load_recipe, to_yaml
 from nrat_scale.tracking import Trackers
 
@@ -113,8 +114,7 @@ def evaluate(
     source = None
     if transfer_from is not None:
         options = TargetOptions(("best",), arch=source_arch, weights_key=source_weights_key, trust_code=trust_code)
-        (source,) = find_targets(transfer_from, options).targets
-        source = replace(source, label=Path(transfer_from).name)
+        source = _source(transfer_from, options)
     threat = request_threat(what, found.threat, norm, eps, step)
     if graphs and chosen.type != "cuda":
         raise UserError(f"--graphs needs a GPU, and this evaluation is on {chosen.type}. Omit it.")
@@ -134,11 +134,22 @@ def evaluate(
     results = run.evaluate(found.targets, shards, request, path, replace_models=out is None)
     evaluation = Evaluation(path, results, tuple(target.label for target in found.targets))
     if state.is_main_process and found.run is not None and path == found.results:
-        recipe = load_recipe(found.run.recipe, run_code=False)
-        with contextlib.closing(Trackers(found.run, recipe.train.trackers)) as trackers:
-            trackers.describe(flat_values(recipe), to_yaml(recipe))
-            trackers.results(results, "".join(f"    {line}\n" for line in str(evaluation).splitlines()))
+        _track(found.run, evaluation)
     return evaluation
+
+
+def _source(what: str, options: TargetOptions) -> Target:
+    """The model on which a transfer attack makes its images."""
+    (source,) = find_targets(what, options).targets
+    return replace(source, label=Path(what).name)
+
+
+def _track(run_folder: RunFolder, evaluation: Evaluation) -> None:
+    """Send the results of a run to its trackers."""
+    recipe = load_recipe(run_folder.recipe, run_code=False)
+    with contextlib.closing(Trackers(run_folder, recipe.train.trackers)) as trackers:
+        trackers.describe(flat_values(recipe), to_yaml(recipe))
+        trackers.results(evaluation.results, "".join(f"    {line}\n" for line in str(evaluation).splitlines()))
 
 
 def _names(given: Any) -> tuple[Any, ...]:

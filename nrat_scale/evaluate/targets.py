@@ -72,7 +72,7 @@ class TargetOptions:
             if unknown := sorted(set(given) - set(choices)):
                 raise UserError(f"--{option} names '{unknown[0]}'; expected {', '.join(choices)}.")
         if self.arch is None and (self.mean or self.std or self.weights_key is not None or self.arch_args):
-            options = "--mean, --std, --weights-key and --arch-args"
+            options = "--mean, --std, --arch-args and --weights-key"
             raise UserError(f"{options} describe a weight file; they need --arch, such as --arch wrn28_10_silu.")
 
 

@@ -37,7 +37,26 @@ class WideBlock(nn.Module):
         return residual + self.conv_1(self.activation(self.batchnorm_1(out)))
 
 
-class WideResNet(Classifier):
+class WideClassifier(Classifier):
+    """What the two layouts of WideResNet share: their initial weights."""
+
+    def _initialise(self) -> None:
+        """He et al. 2015 by the outputs of each convolution, drawn in the order of the modules."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As in `Classifier`; the new bias is 0."""
+        super().reset_classifier(num_classes, global_pool)
+        if num_classes:
+            bias = self.get_submodule(self.last_layer).bias
+            assert isinstance(bias, nn.Parameter)
+            nn.init.zeros_(bias)
+
+
+class WideResNet(WideClassifier):
     """WideResNet (Zagoruyko and Komodakis 2016) as in Gowal et al. 2020 and DM_AT.
 
     The state-dict names are those of RobustBench's `DMWideResNet`.
@@ -88,16 +107,7 @@ class WideResNet(Classifier):
         self.batchnorm = nn.BatchNorm2d(planes[3], momentum=WIDE_BN_MOMENTUM)
         self.activation = act()
         self.reset_classifier(num_classes, global_pool)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As in `Classifier`; the new bias is 0."""
-        super().reset_classifier(num_classes, global_pool)
-        if num_classes:
-            nn.init.zeros_(self.logits.bias)
+        self._initialise()
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.init_conv(self.normalise(x))

@@ -4,7 +4,6 @@
 `preact_resnet18` PreActResNet-18 (RobustBench's `PreActResNet`)
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.models.architectures import build, timm_cfg
+from nrat_scale.models.architectures import WideClassifier, build, timm_cfg
 from nrat_scale.models.classifier import Channels, Classifier
 
 
@@ -41,7 +40,7 @@ def _trades_stage(count: int, in_planes: int, planes: int, stride: int) -> nn.Se
     return nn.Sequential(OrderedDict(layer=nn.Sequential(TradesBlock(in_planes, planes, stride), *rest)))
 
 
-class TradesWideResNet(Classifier):
+class TradesWideResNet(WideClassifier):
     """WideResNet in the layout of TRADES (Zhang et al. 2019) and AWP (Wu et al. 2020), with ReLU.
 
     The state-dict names are those of RobustBench's `WideResNet`.
@@ -86,16 +85,7 @@ class TradesWideResNet(Classifier):
         self.block3 = _trades_stage(blocks, planes[2], planes[3], 2)
         self.bn1 = nn.BatchNorm2d(planes[3])
         self.reset_classifier(num_classes, global_pool)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As in `Classifier`; the new bias is 0."""
-        super().reset_classifier(num_classes, global_pool)
-        if num_classes:
-            nn.init.zeros_(self.fc.bias)
+        self._initialise()
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.conv1(self.normalise(x))
