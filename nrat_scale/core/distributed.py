@@ -47,8 +47,9 @@ def own_accelerate_state() -> Iterator[None]:
 def use_all_cores(threads: int | None = None) -> int:
     """Set torch's threads of this process on CPUs, and return their number.
 
-    `threads` if given; else OMP_NUM_THREADS; else this process's share of the cores. `torchrun` and `accelerate launch` set
-    OMP_NUM_THREADS=1 for users who have not set it, so 1 counts as not set under a launcher.
+    `threads` if given; else OMP_NUM_THREADS; else this process's share of the cores. For users who have not set it,
+    `torchrun` sets OMP_NUM_THREADS=1 when it starts several processes, and `accelerate launch` always, so 1 counts as not
+    set there.
     """
     number = threads or _omp_num_threads()
     if number is None:
@@ -66,10 +67,11 @@ def launcher() -> str | None:
 
 def _omp_num_threads() -> int | None:
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is for nested parallel regions
-    number = (
-        int(first) if first.isascii() and first.isdigit() else 0
-    )  # OpenMP ignores what is not a positive number, too
-    return None if number == 0 or (number == 1 and launcher() is not None) else number
+    # OpenMP ignores what is not a positive number, too.
+    number = int(first) if first.isascii() and first.isdigit() else 0
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    set_by_launcher = number == 1 and (several or launcher() == "accelerate launch")
+    return None if number == 0 or set_by_launcher else number
 
 
 def on_main(state: Any, action: Callable[[], Any]) -> Any:

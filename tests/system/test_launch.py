@@ -146,12 +146,12 @@ def test_two_nodes(tmp_path, recipe, environment):
     """Two launches with one master make one run of two processes, with the batches of one node."""
     runs = [tmp_path / "nodes", tmp_path / "one"]
     environment |= {"GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
-    nodes = [
-        _start("2x8_gpus.sh", recipe, {**environment, "NODE_RANK": rank}, runs[0], "train.epochs=2") for rank in "01"
-    ]
+    # One thread each: by itself, each node's process would take all cores, which sums in another order.
+    settings = ("train.epochs=2", "train.threads=1")
+    nodes = [_start("2x8_gpus.sh", recipe, {**environment, "NODE_RANK": rank}, runs[0], *settings) for rank in "01"]
     outputs = [node.communicate(timeout=TIMEOUT_SECONDS)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    one = _start("8_gpus.sh", recipe, {**environment, "GPUS": "2"}, runs[1], "train.epochs=2")
+    one = _start("8_gpus.sh", recipe, {**environment, "GPUS": "2"}, runs[1], *settings)
     assert one.communicate(timeout=TIMEOUT_SECONDS)[0] and one.returncode == 0
     assert digest(runs[0]) == digest(runs[1])
     assert "2 process(es)" in outputs[0]

@@ -49,7 +49,7 @@ CORES = len(os.sched_getaffinity(0))
         ({"OMP_NUM_THREADS": "0"}, None, CORES),
         ({}, None, CORES),
         ({"OMP_NUM_THREADS": "1"}, 5, 5),
-        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, None, CORES),  # torchrun
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, None, 1),  # torchrun sets it for several processes only
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(CORES)}, None, 1),
         ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"}, None, 3),
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, None, CORES),  # accelerate launch
