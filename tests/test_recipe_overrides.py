@@ -134,7 +134,7 @@ def test_a_recipe_that_is_no_file_names_the_file(recipe: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"There is no recipe zzz\.yaml\.$"):
         load_recipe("zzz.yaml")
     (recipe.parent / "runs" / "a").mkdir(parents=True)
-    with pytest.raises(UserError, match="is a folder. Name a YAML file"):
+    with pytest.raises(UserError, match=r"is a folder\. Name a YAML file"):
         load_recipe("runs/a")
     (recipe.parent / "runs" / "a" / "recipe.yaml").write_text(RECIPE)
     with pytest.raises(UserError, match=r"runs/a is a run: its recipe is runs/a/recipe\.yaml"):
