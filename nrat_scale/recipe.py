@@ -359,11 +359,14 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
 
 
 def _normalise(raw: dict[str, Any]) -> None:
-    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one module in `imports`."""
+    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one name for a list."""
     objective, threat, imports = raw.get("objective", {}), raw.get("threat", {}), raw.get("imports") or []
     raw["imports"] = [imports] if isinstance(imports, str) else imports
     if not isinstance(raw["imports"], list) or not all(isinstance(name, str) for name in raw["imports"]):
         raise UserError(f"imports is {quoted(imports)}; it must be a list of modules, for instance [my_losses].")
+    train = raw.get("train", {})
+    if isinstance(train.get("trackers"), str):
+        train["trackers"] = [train["trackers"]]
     if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
     for key in ("eps", "step"):

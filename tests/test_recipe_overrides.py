@@ -156,3 +156,11 @@ def test_arguments_of_a_model_have_names(recipe: Path, kwargs: str, hint: str) -
     """YAML reads {a:1} as the key 'a:1' without a value, which timm would ignore."""
     with pytest.raises(UserError, match=f"model.kwargs has the key .*{hint}"):
         load_recipe(recipe, [f"model.kwargs={kwargs}"])
+
+
+def test_one_tracker_needs_no_list(recipe: Path) -> None:
+    """As one module of `imports`."""
+    assert (
+        load_recipe(recipe, ["train.trackers=wandb"]).train.trackers
+        == load_recipe(recipe, ["train.trackers=[wandb]"]).train.trackers
+    )
