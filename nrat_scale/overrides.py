@@ -40,9 +40,9 @@ _CONSTANTS = ("lam", "inner", "smoothing", "smoothing_mode", "a", "b")
 
 def near_recipe(path: Path) -> str:
     """The YAML file beside a missing one that has nearly its name."""
-    beside = [str(other) for kind in ("*.yaml", "*.yml") for other in path.parent.glob(kind)]
-    near = get_close_matches(str(path), beside, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    beside = [other.name for kind in ("*.yaml", "*.yml") for other in path.parent.glob(kind)]
+    near = get_close_matches(path.name, beside, n=1)
+    return f" Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def nearest_key(dotted: str, hints: Collection[str], recipe: type) -> str:

@@ -40,9 +40,9 @@ def missing_folder(path: Path) -> str:
     """Sentences for a folder that does not exist: that, and the one beside it with a similar name, if there is one."""
     if path.exists():
         return f"{path} is not a folder."
-    beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    near = get_close_matches(str(path), beside, n=1, cutoff=0.8)
-    return f"There is no folder {path}." + (f" Did you mean {near[0]}?" if near else "")
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f"There is no folder {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:

@@ -202,6 +202,8 @@ def check_repository(repo: str, revision: str | None) -> None:
             raise UserError(f"{quoted(repo)} is not a folder of a bucket. Expected hf://buckets/USER/BUCKET[/FOLDER].")
         repo = address.repo
     if not re.fullmatch(f"{_NAME}/{_NAME}", repo, re.ASCII):
-        raise UserError(f"{quoted(repo)} is not a repository on the Hub. Expected user/repo.")
+        meant = re.fullmatch(rf"(?:https://[^/]+/|hf://(?:models/)?)({_NAME}/{_NAME})/?", repo, re.ASCII)
+        hint = f" Did you mean {meant[1]}?" if meant else " Expected user/repo."
+        raise UserError(f"{quoted(repo)} is not a repository on the Hub.{hint}")
     if revision is not None and not re.fullmatch(_NAME, revision, re.ASCII):
         raise UserError(f"{quoted(revision)} cannot be a revision. Use letters, digits, ., _ and -.")
