@@ -18,6 +18,7 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
+    ("label_refinement",),
     ("losses", "datasets", "publications"),
     ("_class_names",),
     ("core",),
