@@ -47,10 +47,10 @@ class RefineSpec:
     # `sglr`: that mean itself; `noilin`: the label, changed at random at a rate that follows validation; `none`.
     kind: str = "none"
     momentum: float = 0.9  # of the mean predictions of `te` and `sglr`
-    adr_temperature_first: float = 2.5  # T, by a cosine from the first step of training ...
-    adr_temperature_last: float = 2.0  # ... to the last
-    adr_share_first: float = 0.7  # l, the share of the EMA's prediction, likewise
-    adr_share_last: float = 0.95
+    adr_temperature_first: float = 2.5  # T of the EMA's prediction at the first step of training
+    adr_temperature_last: float = 2.0  # T at its end, along half a cosine
+    adr_share_first: float = 0.7  # share l of the EMA's prediction in the label at the first step
+    adr_share_last: float = 0.95  # l at the end, along half a cosine
     te_start: float = 0.45  # fraction of training at which the mean predictions begin (epoch 90 of 200)
     te_full: float = 0.75  # fraction of training at which the weight has grown to `te_weight` (epoch 150 of 200)
     te_weight: float = 300.0  # w, of the squared distance of probabilities, a mean over the classes
@@ -58,10 +58,9 @@ class RefineSpec:
     sglr_natural: float = 0.2  # n, the share of the natural prediction; the adversarial one has the rest
     noilin_first: float = 0.05  # r at the beginning
     noilin_most: float = 0.6  # the largest r; the code for TRADES has 0.4
-    noilin_growth: float = (
-        0.05  # r grows by this fraction when the mean robust accuracy of `noilin_window` validations falls
-    )
-    noilin_window: int = 10
+    # r grows by this fraction when the mean robust accuracy of the last `noilin_window` validations falls.
+    noilin_growth: float = 0.05
+    noilin_window: int = 10  # validations in that mean
     noilin_half: float = 0.76  # fraction of training in which r is at most half of `noilin_most` (91 epochs of 120)
 
     def __post_init__(self) -> None:
