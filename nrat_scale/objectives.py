@@ -201,8 +201,9 @@ def objective_title(name: str, loss: str, divergence: str, warm_start: float = 0
     A warm start follows, unless it has no effect.
     """
     usual = OBJECTIVES.get(name)
-    pairs = (("loss", loss, usual.loss), ("divergence", divergence, usual.divergence)) if usual is not None else ()
-    pairs += (("refine", refine, usual.refine.kind if usual is not None else "none"),)
+    pairs = [("refine", refine, usual.refine.kind if usual is not None else "none")]
+    if usual is not None:
+        pairs = [("loss", loss, usual.loss), ("divergence", divergence, usual.divergence), *pairs]
     title = " + ".join([name, *(f"{key}={given}" for key, given, own in pairs if given not in ("", own))])
     warm = warm_start > 0 and (loss or (usual.loss if usual is not None else "")) != "ce"
     return title + (f", warm start over {100 * warm_start:g} % of training" if warm else "")

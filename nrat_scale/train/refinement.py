@@ -4,6 +4,7 @@ Predictions are remembered by image number. Every rank stores the rows of the wh
 the others whatever their number; a checkpoint holds it once, with the other buffers of the objective.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -58,12 +59,12 @@ def _rectified(state: TrainState, part: MicroBatch) -> Tensor:
 def _injected(state: TrainState, batch: Batch, y: Tensor) -> Tensor:
     """NoiLIn's labels for this rank's batch; the draws are a function of (seed, step, place in the global batch)."""
     places, num_classes = batch.places.numpy(), state.data.shards.num_classes
-    keys = [derive(state.recipe.seed, "noilin", name, batch.step) for name in ("draw", "shift")]
-    shifts = 1 + (hash64(keys[1], places) % np.uint64(num_classes - 1)).astype(np.int64)
-    draws, shifts = (torch.from_numpy(values).to(y.device) for values in (uniform01(keys[0], places), shifts))
+    draw, shift = (derive(state.recipe.seed, "noilin", name, batch.step) for name in ("draw", "shift"))
+    below = torch.from_numpy(uniform01(draw, places))
+    shifts = torch.from_numpy(1 + (hash64(shift, places) % np.uint64(num_classes - 1)).astype(np.int64))
     rate = state.objective.refinement.rate
     assert rate is not None
-    return changed_labels(y, draws, shifts, rate, num_classes)
+    return changed_labels(y, below.to(y.device), shifts.to(y.device), rate, num_classes)
 
 
 def inner_loss(
@@ -107,6 +108,21 @@ def remember(state: TrainState, batch: Batch, done: list[MicroBatch]) -> None:
     if rows:
         images = batch.image_numbers.to(rows[0].device, non_blocking=True)
         state.objective.refinement.remember(images, torch.cat(rows), gather)
+
+
+def memory_note(state: TrainState) -> str:
+    """What `LabelRefinement.history` takes, and how often an image is seen once it is used; empty without one."""
+    history, spec = state.objective.refinement.history, state.recipe.objective.refine
+    if history is None:
+        return ""
+    start = spec.te_start if spec.kind == "te" else spec.sglr_start
+    steps = math.ceil(state.total_steps * (1 - start))
+    sources = zip(state.data.plan.counts, state.data.sources, strict=True)
+    passes = ", ".join(f"{source.kind} images {steps * count / len(source):.3g} times" for count, source in sources)
+    return (
+        f"objective.refine.kind={spec.kind} remembers predictions of {len(history):,} images, "
+        f"{history.nbytes / 1e6:.3g} MB in every checkpoint. From {100 * start:.3g} % of training on it sees {passes}."
+    )
 
 
 def after_validation(state: TrainState, row: dict[str, Any]) -> None:
