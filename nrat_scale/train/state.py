@@ -36,15 +36,13 @@ class MicroBatch:
     y: Tensor  # given labels: int64 [b], or with CutMix probabilities [b, K]
     clean: Tensor  # clean labels: int64 [b], negative if unknown, as with CutMix
     noise: Tensor  # unit noise for the start of the attack, shaped like x
-    target: Tensor | None = None  # labels that `objective.refine` trains on instead of `y`: int64 [b] or [b, K]
-    history: Tensor | None = (
-        None  # [b, K]: for TE the mean predictions that predictions approach, for SGLR the last ones
-    )
-    remembered: Tensor | None = None  # [b, K]: what replaces the images' rows of `LabelRefinement.history`
     x_adv: Tensor | None = None  # shaped like x; None for objectives without an attack
     loss: Tensor | None = None  # scalar, the mean over the images
     logits: Tensor | None = None  # [b, K] without gradient; None if the objective has no such forward
     logits_adv: Tensor | None = None
+    target: Tensor | None = None  # labels that `objective.refine` trains on instead of `y`: int64 [b] or [b, K]
+    history: Tensor | None = None  # [b, K]: TE's mean predictions with those of this step; SGLR's rows without them
+    remembered: Tensor | None = None  # [b, K]: what replaces the images' rows of `LabelRefinement.history`
 
     @property
     def label(self) -> Tensor:
