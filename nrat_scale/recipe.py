@@ -24,6 +24,7 @@ from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted, warn
 from nrat_scale.core.imports import import_code
 from nrat_scale.data.spec import DataSpec
+from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
@@ -49,6 +50,7 @@ _ADDED: dict[str, Any] = {
     "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,
+    **{f"objective.refine.{key}": value for key, value in dataclasses.asdict(RefineSpec()).items()},
     "imports": [],
     "train.tf32": True,
     "model.init": None,
@@ -157,6 +159,8 @@ class RecipeSpec:
         check_choice("resume", self.resume, ("auto", "never"))
         if self.objective.family == "mart" and self.data.augment.cutmix:
             raise UserError("data.augment.cutmix mixes labels, but MART needs hard labels. Set it to 0.")
+        cutmix, refine = self.data.augment.cutmix, self.objective.refine
+        refine.check_recipe(ema_decay=self.ema.decay, cutmix=cutmix, awp_gamma=self.awp.gamma)
 
     @property
     def identity(self) -> str:
@@ -295,7 +299,11 @@ def load_recipe(
         if _is_former(objective):
             _keep_meaning(objective, path)
         spec = preset(str(objective.get("name", "nrat")), str(objective.get("divergence", "")))
-        layer = {"objective": dataclasses.asdict(spec), "threat": {"init": spec.init, "bn": spec.bn}}
+        layer = {
+            "objective": dataclasses.asdict(spec),
+            "threat": {"init": spec.init, "bn": spec.bn},
+            "ema": {"decay": spec.ema_decay},
+        }
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None)

@@ -29,6 +29,9 @@ class Batch:
     clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
     generated: Tensor  # bool [b]
     ids: Tensor  # int64 [b], source ids
+    image_numbers: (
+        Tensor  # int64 [b], of the images among those of all sources: their position, after the sources before
+    )
     partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
     @property
@@ -94,7 +97,7 @@ class PlannedBatches:
         return replace(both.rows(0, size), partners=both.rows(size, 2 * size))
 
     def _gathered(self, step: int, places: np.ndarray, numbers: np.ndarray, samples: np.ndarray) -> Batch:
-        given, clean, ids, rows = (np.empty(len(places), np.int64) for _ in range(4))
+        given, clean, ids, rows, image_numbers = (np.empty(len(places), np.int64) for _ in range(5))
         generated = np.zeros(len(places), bool)
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
@@ -111,10 +114,11 @@ class PlannedBatches:
             given[here] = stored if source.given is None else source.given[positions]
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
+            image_numbers[here] = positions + sum(len(earlier.shards) for earlier in self.sources[:number])
         if self.resident is None:  # one copy out of the memory maps, in the order of the places
             copied = concatenated([next(pixels[number]) for number in numbers.tolist()])
             images = to_nchw(copied.reshape(len(numbers), *self.sources[0].shards.image_shape))
         else:
             images = self.resident.gather(rows)
-        columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
+        columns: Any = map(torch.from_numpy, (given, clean, generated, ids, image_numbers))
         return Batch(step, torch.from_numpy(places), images, *columns)

@@ -25,7 +25,7 @@ from nrat_scale.data.spec import GENERATED
 _SHUFFLE_BUFFER = 10_000  # samples
 
 Record = dict[str, Any]  # webdataset's: a shard or a block
-Sample = tuple[np.ndarray, int, int, int]  # image, given label, clean label, source id
+Sample = tuple[np.ndarray, int, int, int, int]  # image, given label, clean label, source id, position
 
 
 def webdataset_batches(
@@ -43,10 +43,12 @@ def webdataset_batches(
     for step in range(start, stop):
         rows = [(number, *next(streams[number])) for number, count in enumerate(counts) for _ in range(count)]
         order = KeyedPermutation(len(rows), plan.seed, "positions", step)(np.arange(len(rows)))
-        numbers, images, given, clean, ids = zip(*(rows[i] for i in order), strict=True)
+        numbers, images, given, clean, ids, positions = zip(*(rows[i] for i in order), strict=True)
         generated = [sources[number].kind == GENERATED for number in numbers]
         places = torch.arange(rank * len(rows), (rank + 1) * len(rows))
-        columns: Any = map(torch.tensor, (given, clean, generated, ids))
+        firsts = [sum(len(earlier.shards) for earlier in sources[:number]) for number in numbers]
+        image_numbers = [first + position for first, position in zip(firsts, positions, strict=True)]
+        columns: Any = map(torch.tensor, (given, clean, generated, ids, image_numbers))
         yield Batch(step, places, to_nchw(np.stack(images)), *columns).pinned()
 
 
@@ -85,4 +87,4 @@ def _unpacked(source: TrainingSource, first: dict[str, int], blocks: Iterator[Re
         given, clean = source.given_labels(positions), source.clean_labels(positions)
         ids = source.shards.source_ids(positions)
         for row in np.flatnonzero(~np.isin(positions, source.untrained)):
-            yield images[row], int(given[row]), int(clean[row]), int(ids[row])
+            yield images[row], int(given[row]), int(clean[row]), int(ids[row]), int(positions[row])

@@ -28,7 +28,8 @@ def run_facts(run: Run) -> dict[str, str]:
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
     name, loss, divergence = (phrase(f"objective.{key}") for key in ("name", "loss", "divergence"))
-    title = objective_title(name, loss, divergence, number_at(run.recipe, "objective.warm_start") or 0.0)
+    refine, warm = phrase("objective.refine.kind"), number_at(run.recipe, "objective.warm_start") or 0.0
+    title = objective_title(name, loss, divergence, warm, refine)
     weights = [phrase("objective.lam", "λ = {}")]
     if value_at(run.recipe, "objective.divergence") == "ikl":
         weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]

@@ -8,6 +8,7 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.graphs import Capture, GraphedCall, Tensors, capture_cuda, relative_difference
 from nrat_scale.core.modes import batchnorms
+from nrat_scale.label_refinement import REMEMBERING
 from nrat_scale.train.batchnorm import GroupedBatchNorm
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import attack, forward_backward
@@ -83,6 +84,8 @@ def use_graphs(state: TrainState) -> None:
         problem = (
             f"they have not been tested with several processes, and this run has {state.accelerator.num_processes}"
         )
+    elif (kind := state.recipe.objective.refine.kind) in REMEMBERING:
+        problem = f"they do not remember predictions, as objective.refine.kind={kind} does"
     if not problem:
         state.graphs = StepGraphs(state, required=wanted is True)
     elif wanted is True:

@@ -32,6 +32,7 @@ from nrat_scale.train.metrics import close_epoch, log, log_partial, partial_row,
 from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
 from nrat_scale.train.recovery import rewind, save
+from nrat_scale.train.refinement import after_validation, memory_note
 from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, StopSignals, resume_command
 from nrat_scale.train.state import TrainState
@@ -138,6 +139,8 @@ def _run(state: TrainState, profile: int) -> None:
     if recipe.objective.warm_start and not recipe.objective.starts_warm:
         accelerator.print(f"objective.warm_start has no effect: {recipe.objective.title} has cross-entropy throughout.")
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
+        accelerator.print(note)
+    if note := memory_note(state):
         accelerator.print(note)
     compile_models(state)
     use_graphs(state)
@@ -295,6 +298,7 @@ def _validate_and_save(state: TrainState, progress: Progress, timing: Timing) ->
             signum = torch.tensor([state.signals.received], device=state.accelerator.device)
             _save_and_stop(state, int(gather(signum).max()), progress)
         state.validation_due = False
+        after_validation(state, row)
         timing.validation(epoch, time.perf_counter() - began)
         log(state, row)
         progress.epoch(row)

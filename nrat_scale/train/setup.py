@@ -291,7 +291,9 @@ def _build(
         # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = Objective(recipe.objective, num_classes).to(device)
+    objective = Objective(recipe.objective, num_classes, data.num_images).to(device)
+    if recipe.precision == "fp64":
+        objective.refinement.double()
     guard = Guard(recipe.guard, num_classes, device)
     sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
     checks = StepChecks(device, partial(accelerator.reduce, reduction="sum"))

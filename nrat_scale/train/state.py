@@ -33,18 +33,26 @@ class MicroBatch:
     """A part of this rank's batch on the device: b images of K classes."""
 
     x: Tensor  # [b, C, H, W] in [0, 1]
-    y: Tensor  # labels trained on: int64 [b], or with CutMix probabilities [b, K]
+    y: Tensor  # given labels: int64 [b], or with CutMix probabilities [b, K]
     clean: Tensor  # clean labels: int64 [b], negative if unknown, as with CutMix
     noise: Tensor  # unit noise for the start of the attack, shaped like x
     x_adv: Tensor | None = None  # shaped like x; None for objectives without an attack
     loss: Tensor | None = None  # scalar, the mean over the images
     logits: Tensor | None = None  # [b, K] without gradient; None if the objective has no such forward
     logits_adv: Tensor | None = None
+    target: Tensor | None = None  # labels that `objective.refine` trains on instead of `y`: int64 [b] or [b, K]
+    history: Tensor | None = None  # [b, K]: TE's mean predictions with those of this step; SGLR's rows without them
+    remembered: Tensor | None = None  # [b, K]: what replaces the images' rows of `LabelRefinement.history`
 
     @property
     def label(self) -> Tensor:
         """int64 [b]: `y`, or its most probable class."""
         return self.y if self.y.ndim == 1 else self.y.argmax(1)
+
+    @property
+    def trained(self) -> Tensor:
+        """The labels of the losses: `target`, or else `y`."""
+        return self.y if self.target is None else self.target
 
     @property
     def reference_logits(self) -> Tensor:
@@ -97,6 +105,11 @@ class TrainState:
     def progress(self) -> float:
         """The fraction of the whole schedule that is done; `train.max_steps` does not change it."""
         return self.step / self.total_steps
+
+    @property
+    def epoch_end(self) -> float:
+        """The fraction of the whole schedule that is done when the epoch of the next step ends."""
+        return (self.step // self.data.steps_per_epoch + 1) / self.recipe.train.epochs
 
     @property
     def last_step(self) -> int:

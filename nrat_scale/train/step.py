@@ -25,6 +25,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
+from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
 from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
@@ -39,6 +40,8 @@ def train_step(state: TrainState, batch: Batch) -> None:
     epoch, place = divmod(state.step, state.data.steps_per_epoch)
     total = partial(state.accelerator.reduce, reduction="sum")
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
+    with state.clock.section("outer"):
+        parts = refined(state, batch, parts)
     before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     reuse = reuses_natural(state) and not perturbed
@@ -52,6 +55,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
                 done.append(_trained(state, part, len(parts), reuse=reuse))
             record_micro_batch(state, done[-1])
             state.objective.update(done[-1].logits, part.y, total)
+        remember(state, batch, done)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
@@ -91,35 +95,53 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            results = _backward(state, logits, part.x_adv, part.y, num_parts)
+            results = _backward(state, num_parts, logits, part.x, part.trained, part.x_adv, part.history)
     else:
         with state.clock.section("outer"):
-            given = (part.x, part.y) if part.x_adv is None else (part.x, part.y, part.x_adv)
+            given = (part.x, part.trained) if part.x_adv is None else (part.x, part.trained, part.x_adv)
             if state.graphs is None:
-                results = forward_backward(state, num_parts, *given)
+                results = forward_backward(state, num_parts, *given, history=part.history)
             else:
                 results = state.graphs.train(num_parts, *given)
     loss, *found = results
     logits = found.pop(0) if state.objective.family != "at" else None
-    return replace(part, loss=loss, logits=logits, logits_adv=found[0] if found else None)
+    logits_adv = found.pop(0) if part.x_adv is not None else None
+    remembered = found.pop() if found else part.remembered
+    return replace(part, loss=loss, logits=logits, logits_adv=logits_adv, remembered=remembered)
 
 
 def forward_backward(
-    state: TrainState, num_parts: int, x: Tensor, y: Tensor, x_adv: Tensor | None = None
+    state: TrainState,
+    num_parts: int,
+    x: Tensor,
+    y: Tensor,
+    x_adv: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Forward of `x`, then of `x_adv`, outer loss, backward: (loss, natural logits unless "at", adversarial ones if attacked)."""
+    """Forward of `x`, then of `x_adv`, outer loss, backward.
+
+    Returns the loss, natural logits unless "at", adversarial ones if attacked, and the rows that SGLR remembers.
+    """
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, logits, x_adv, y, num_parts)
+    return _backward(state, num_parts, logits, x, y, x_adv, history)
 
 
 def _backward(
-    state: TrainState, logits: Tensor | None, x_adv: Tensor | None, y: Tensor, num_parts: int
+    state: TrainState,
+    num_parts: int,
+    logits: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    x_adv: Tensor | None,
+    history: Tensor | None,
 ) -> tuple[Tensor, ...]:
     logits_adv = state.model(x_adv) if x_adv is not None else None
-    loss = state.objective.loss(logits, logits_adv, y, state.progress)
+    remembered = self_guided(state, x, logits_adv, history)
+    loss = outer_loss(state, logits, logits_adv, y if remembered is None else remembered, history)
     state.accelerator.backward(loss / num_parts)
-    return tuple(tensor.detach() for tensor in (loss, logits, logits_adv) if tensor is not None)
+    return tuple(tensor.detach() for tensor in (loss, logits, logits_adv, remembered) if tensor is not None)
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
@@ -129,15 +151,26 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        given = (part.x, part.y, part.noise) if logits is None else (part.x, part.y, part.noise, logits.detach())
-        x_adv, finite, inside = attack(state, *given) if state.graphs is None else state.graphs.attack(*given)
+        # A soft label would take the place of p in a divergence, as that of CutMix does.
+        y = part.y if state.objective.inner_needs_natural else part.trained
+        given = (part.x, y, part.noise) if logits is None else (part.x, y, part.noise, logits.detach())
+        if state.graphs is None:
+            x_adv, finite, inside = attack(state, *given, history=part.history)
+        else:
+            x_adv, finite, inside = state.graphs.attack(*given)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
 
 
 def attack(
-    state: TrainState, x: Tensor, y: Tensor, noise: Tensor, logits: Tensor | None = None
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    noise: Tensor,
+    logits: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
     threat, module = state.recipe.threat, state.attack_model.module
@@ -150,7 +183,7 @@ def attack(
     if logits is None and state.objective.inner_needs_natural:
         with torch.no_grad():
             logits = first(x)
-    inner = state.objective.inner(logits, y)
+    inner = inner_loss(state, logits, y, history)
     model, encode, decode = in_space(module, threat.space, mixed)
     first_model, _, _ = in_space(module, threat.space, first)
     found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
@@ -180,7 +213,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return state.objective.loss(logits, logits_adv, part.y, state.progress)
+        return outer_loss(state, logits, logits_adv, part.trained, part.history)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
