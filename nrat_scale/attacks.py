@@ -152,6 +152,11 @@ class ThreatSpec:
         return "uniform" if self.attack == "n_fgsm" else self.init
 
     @property
+    def key(self) -> tuple[float, ...]:
+        """The numbers of the loop, which a CUDA graph freezes; a phase of a schedule changes them."""
+        return self.num_steps, self.step, self.eps
+
+    @property
     def farthest(self) -> float:
         """How far from x the attack may end: `eps`, for N-FGSM its noise and its step."""
         # Each of its two sums rounds in float32.
@@ -381,7 +386,7 @@ def attack_text(threat: ThreatSpec) -> str:
     for until, attack in threat.phases:
         text = _one_attack_text(attack)
         if attack.eps != radius:
-            text, radius = f"{text} within eps = {fraction_text(attack.eps)}", attack.eps
+            text, radius = f"{text} at eps = {fraction_text(attack.eps)}", attack.eps
         parts.append(text if until == 1.0 else f"{text} until {100 * until:g} % of training")
     start = " from a start per class" if threat.init == "class" else ""
     return ", then ".join(parts) + start
