@@ -63,12 +63,13 @@ def catastrophic_epochs(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     Args:
         rows: of metrics.jsonl; training accuracy counts from 30 %, validation accuracy up to 5 %.
     """
-    trained, validated = dict[int, Any](), dict[int, Any]()
+    trained, validated = dict[Any, Any](), dict[Any, Any]()
     for row in rows:
+        robust = row.get("robust")
         if row.get("kind") == "train":
-            trained[row.get("epoch", 0)] = row.get("robust_accuracy")
-        elif row.get("kind") == "validation":
-            validated[row.get("epoch", 0)] = (row.get("robust") or {}).get("accuracy")
+            trained[row.get("epoch")] = row.get("robust_accuracy")
+        elif row.get("kind") == "validation" and isinstance(robust, dict):
+            validated[row.get("epoch")] = robust.get("accuracy")
     pairs = ((epoch, trained.get(epoch), accuracy) for epoch, accuracy in validated.items())
     return [epoch for epoch, fit, held in pairs if None not in (fit, held) and fit >= _OVERFITTED and held <= _BROKEN]
 

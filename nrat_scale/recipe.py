@@ -382,10 +382,8 @@ def _as_number(value: Any, key: str, kind: type) -> Any:
         number = parse_fraction(value) if isinstance(value, str) and kind is float else value
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
-    fits = number is None or (
-        isinstance(number, int | float) and not isinstance(number, bool) and kind(number) == number
-    )
-    check_value(key, value, fits, "a whole number" if kind is int else "a number")
+    fits = isinstance(number, int if kind is int else (int, float)) and not isinstance(number, bool)
+    check_value(key, value, number is None or fits, "a whole number" if kind is int else "a number")
     return number
 
 

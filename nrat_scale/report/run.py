@@ -52,8 +52,10 @@ def threat_at(tree: dict[str, Any]) -> str:
 
 def trained_attack(recipe: dict[str, Any]) -> str:
     """The attack of training in text, such as `10 steps of 2/255`; empty if there is none, or it is not known."""
-    given = value_at(recipe, "threat", {})
-    known = {key: given[key] for key in ThreatSpec.__dataclass_fields__ if key in given}
+    given = value_at(recipe, "threat")
+    known = (
+        {key: given[key] for key in ThreatSpec.__dataclass_fields__ if key in given} if isinstance(given, dict) else {}
+    )
     try:
         phases = [PhaseSpec(**phase) for phase in known.pop("schedule", None) or []]
         threat = ThreatSpec(**known, schedule=phases)
