@@ -132,7 +132,7 @@ def test_a_graph_is_captured_for_each_phase(recipe_path: Path, tmp_path: Path, n
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["schedule", "n_fgsm", "class in phases"])
+@pytest.mark.parametrize("name", ["n_fgsm", "class in phases"])
 def test_two_processes_train_as_one(recipe_path: Path, tmp_path: Path, name: str) -> None:
     """In float64 without BatchNorm: the perturbations are those of the whole batch."""
     given = [*VARIANTS[name], "precision=fp64", "train.max_steps=8"]
