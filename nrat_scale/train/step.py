@@ -56,6 +56,8 @@ def train_step(state: TrainState, batch: Batch) -> None:
             record_micro_batch(state, done[-1])
             state.objective.update(done[-1].logits, part.y, total)
         remember(state, batch, done)
+        if state.class_starts is not None:
+            state.class_starts.update(total)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
@@ -76,9 +78,12 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     x, y = state.data.augmented(batch, device)
     if state.recipe.precision == "fp64":
         x = x.double()
-    generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
-    noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.init, x, generator)
-    noise = noise[batch.first : batch.first + len(x)]
+    if state.class_starts is not None:
+        noise = state.class_starts.noise(y)
+    else:
+        generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
+        noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.start, x, generator)
+        noise = noise[batch.first : batch.first + len(x)]
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
@@ -155,9 +160,12 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
         y = part.y if state.objective.inner_needs_natural else part.trained
         given = (part.x, y, part.noise) if logits is None else (part.x, y, part.noise, logits.detach())
         if state.graphs is None:
-            x_adv, finite, inside = attack(state, *given, history=part.history)
+            found = attack(state, *given, history=part.history)
         else:
-            x_adv, finite, inside = state.graphs.attack(*given)
+            found = state.graphs.attack(*given, key=state.threat.key)
+        x_adv, finite, inside, *gradient = found
+        if state.class_starts is not None:
+            state.class_starts.add(*gradient, part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
@@ -171,9 +179,12 @@ def attack(
     logits: Tensor | None = None,
     *,
     history: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
-    threat, module = state.recipe.threat, state.attack_model.module
+) -> tuple[Tensor, ...]:
+    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host.
+
+    With starts per class the gradient of the first step is a fourth result.
+    """
+    threat, module = state.threat, state.attack_model.module
 
     def mixed(images: Tensor) -> Tensor:
         with state.accelerator.autocast():
@@ -187,7 +198,10 @@ def attack(
     model, encode, decode = in_space(module, threat.space, mixed)
     first_model, _, _ = in_space(module, threat.space, first)
     found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
-    return decode(found.x_adv), found.finite, found.inside
+    results = decode(found.x_adv), found.finite, found.inside
+    if state.class_starts is None:
+        return results
+    return (*results, torch.zeros_like(x) if found.gradient is None else found.gradient)
 
 
 def reuses_natural(state: TrainState) -> bool:
