@@ -15,10 +15,11 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from nrat_scale.cost import forward_equivalents
 from nrat_scale.train.metrics import METRICS, PARTIAL, averages, percent, sum_names, total_sums
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import reuses_natural
-from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
+from nrat_scale.train.throughput import forward_flops, peak_tflops
 
 
 class Progress:
@@ -107,8 +108,8 @@ def _utilisation(state: TrainState) -> Callable[[float], str] | None:
     peak = peak_tflops(name)
     if peak is None:
         return None
-    flops = forward_flops(state.attack_model.module, state.data.shards.image_shape)
-    flops *= forward_equivalents(state.recipe, state.objective, reuses_natural=reuses_natural(state))
+    flops: float = forward_flops(state.attack_model.module, state.data.shards.image_shape)
+    flops *= forward_equivalents(state.recipe, reuses_natural=reuses_natural(state))
     available = peak * 1e12 * state.accelerator.num_processes
     return lambda speed: f"{100 * speed * flops / available:.0f} % of the bf16 peak of {name}"
 

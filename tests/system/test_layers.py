@@ -14,7 +14,7 @@ ROWS = (
     ("tools",),
     ("train", "release"),
     ("report",),
-    ("evaluate",),
+    ("evaluate", "cost"),
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
