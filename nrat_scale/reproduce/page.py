@@ -184,25 +184,20 @@ def _cost(row: Row) -> Value | None:
     """The cost in all, with the cost per image and step and the time."""
     each = _mean(row.cells, lambda cell: cell.number("cost.forward_equivalents"), "{:.3g} per image")
     time = _mean(row.cells, lambda cell: cell.number("cost.train_seconds"), "{:.0f} s")
-    total = _mean(row.cells, _thousands, "{:.4g}")
+    total = _mean(row.cells, total_cost, "{:.4g}")
     return total and replace(total, details=tuple(one.text for one in (each, time) if one))
 
 
 _COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
     ("wrong labels fitted, %", lambda row: _mean(row.cells, _fitted, "{:.1f}")),
     ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
-    ("cost, thousands", _cost),
+    ("cost, millions", _cost),
 )
 COSTS_CAPTION = (
     "Wrong labels fitted: share of the wrong training labels that the model predicts at the last epoch. Effective noise: wrong labels "
-    "of a batch, generated images included. Cost: forward passes of a batch; a backward pass to the images or to the weights counts "
+    "of a batch, generated images included. Cost: forward passes of an image, in millions; a backward pass to the images or to the weights counts "
     "as one each."
 )
-
-
-def _thousands(cell: Measured) -> float | None:
-    cost = total_cost(cell)
-    return None if cost is None else cost / 1000
 
 
 def _differences_sheet(table: GridTable, reference: str) -> Sheet:

@@ -22,6 +22,12 @@ DIFFERENCES_CAPTION = (
     "crossed random effects). A star marks intervals without zero."
 )
 
+OTHER_EDITION = (
+    "The paper's numbers are of other data or models (tables 1, 2, 3 and 5: CIFAR-10, ResNet-18, eps 8/255; table 4: eps 0.3), one run "
+    "each, in its code's threat space: compare differences between methods, not levels."
+)
+PAPER_EDITION = "The paper's numbers are one run each, in its code's threat space, which is not that of pixels: --space released_code is comparable."
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,8 +35,7 @@ class Plan:
 
     name: str  # such as table1
     edition: str
-    settings: tuple[Setting, ...]  # rows, in order
-    seeds: int = 1  # asked for, per row
+    settings: Mapping[Setting, int]  # rows in order, with the number of seeds that were asked for
     title: str = ""
     space: str = "pixel"  # threat space of the cells
     split: str = "held-out"  # images of the curves
@@ -105,9 +110,10 @@ def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
             groups[cell.setting].append(cell)
     rows = [_row(plan, setting, checkpoint, found) for setting, found in groups.items() for checkpoint in CHECKPOINTS]
     used = [cell for found in groups.values() for cell in found]
+    notes = [PAPER_EDITION if plan.edition.startswith("paper") else OTHER_EDITION] if plan.paper else []
     finished = {setting: [cell for cell in found if cell.finished] for setting, found in groups.items()}
     stamps = list(dict.fromkeys(stamp for cell in used for stamp in cell.stamps))
-    return GridTable(plan, rows, _differences(plan, finished), [*stamps, *_notes(plan, groups)], stamps)
+    return GridTable(plan, rows, _differences(plan, finished), [*stamps, *notes, *_notes(plan, groups)], stamps)
 
 
 def _row(plan: Plan, setting: Setting, checkpoint: str, cells: Sequence[Measured]) -> Row:
@@ -124,19 +130,17 @@ def _notes(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[str
         name = f"{plan.method_title(setting.method)}, {setting.noise_text}"
         notes += [f"{name}, seed {cell.seed} failed: {cell.error}" for cell in cells if not cell.finished]
         finished = sum(cell.finished for cell in cells)
-        if cells and finished < plan.seeds:
-            notes.append(f"{name}: {finished} of {plan.seeds} seeds are finished.")
+        if cells and finished < plan.settings[setting]:
+            notes.append(f"{name}: {finished} of {plan.settings[setting]} seeds are finished.")
         notes += [
             f"{name}, seed {cell.seed}, {checkpoint}: {flag}"
             for cell in cells
             for checkpoint in CHECKPOINTS
             for flag in (cell.facts.get("flags") or {}).get(checkpoint) or []
         ]
-    protocols = {cell.protocol for cells in groups.values() for cell in cells if cell.finished}
-    if len(protocols) > 1:
-        notes.append(
-            "These cells were evaluated on different images or by different attacks: rows of unlike ones cannot be compared."
-        )
+    for measure, names in (("aa", "test images or threats"), ("pgd20", "steps of PGD and CW")):
+        if len({cell.protocol(measure) for cells in groups.values() for cell in cells if cell.finished}) > 1:
+            return [*notes, f"These cells were evaluated with different {names}: rows of unlike ones are not compared."]
     return notes
 
 
@@ -175,8 +179,9 @@ def estimate(parts: Sequence[Part], constant: float = 0.0, *, across_threats: bo
     seeds = sorted(set.intersection(*map(set, tables)))
     if not seeds:
         return "no common seed"
-    used = [table[seed] for table in tables for seed in seeds]
-    if len({cell.protocol[0] if across_threats else cell.protocol for cell in used}) > 1:
+    used = [(table[seed], part[3]) for table, part in zip(tables, parts, strict=True) for seed in seeds]
+    data, threats, steps = map(set, zip(*(cell.protocol(measure) for cell, measure in used), strict=True))
+    if len(data) > 1 or (len(threats) > 1 and not across_threats) or len(steps - {""}) > 1:
         return "not comparable: evaluated on other images or by other attacks"
     rights = [
         [table[seed].outcomes[checkpoint, measure] for seed in seeds]

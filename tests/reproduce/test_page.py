@@ -62,7 +62,7 @@ def page_of(
     """The page of some cells in folder/docs."""
     for content in contents:
         write_cell(folder / "cells", content)
-    plan = Plan("noise-benchmark", "fashion", tuple(Setting(one, "symmetric", 0.4) for one in methods), 3)
+    plan = Plan("noise-benchmark", "fashion", {Setting(one, "symmetric", 0.4): 3 for one in methods})
     return render_page(grid_table(plan, read_cells(folder / "cells")), [FIGURE], folder / "docs", facts)
 
 
@@ -98,8 +98,8 @@ def test_every_number_has_its_n_and_interval(tmp_path: Path, contents: list[dict
 def test_costs_are_columns(tmp_path: Path, contents: list[dict[str, Any]]) -> None:
     """Memorisation, effective noise rate and cost are in the benchmark's table, and not in another grid's."""
     results = Page(page_of(tmp_path, *contents)).tables[0]
-    assert [text for text, _ in results[0]][7:] == ["wrong labels fitted, %", "effective noise, %", "cost, thousands"]
-    assert [text.split()[0] for text, _ in results[1][7:]] == ["25.0", "40.0", "21"]
+    assert [text for text, _ in results[0]][7:] == ["wrong labels fitted, %", "effective noise, %", "cost, millions"]
+    assert [text.split()[0] for text, _ in results[1][7:]] == ["25.0", "40.0", "2.688"]
     plain = Page(page_of(tmp_path, facts=PageFacts("Table 1", "python"))).tables[0]
     assert len(plain[0]) == 7
 

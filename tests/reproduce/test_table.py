@@ -18,7 +18,7 @@ from nrat_scale.reproduce.table_text import csv_table, differences_csv, markdown
 from tests.support.synthetic_cells import cell, record, write_cell
 
 NRAT, TRADES = Setting("nrat", "symmetric", 0.4), Setting("trades", "symmetric", 0.4)
-PLAN = Plan("table1", "fashion", (NRAT, TRADES), 3, titles={"nrat": "NRAT", "trades": "TRADES"})
+PLAN = Plan("table1", "fashion", {NRAT: 3, TRADES: 3}, titles={"nrat": "NRAT", "trades": "TRADES"})
 
 
 def cells_of(folder: Path, *contents: dict[str, Any]) -> list[Measured]:
@@ -90,7 +90,7 @@ def test_unlike_cells_are_not_compared(tmp_path: Path) -> None:
     table = grid_table(PLAN, cells_of(tmp_path, fixed("nrat", 100), fixed("trades", 90, evaluation=other)))
     reasons = {one.estimate for one in table.differences if one.measure == "aa" and one.checkpoint == "best"}
     assert reasons == {"not comparable: evaluated on other images or by other attacks"}
-    assert any(note.startswith("These cells were evaluated on different images") for note in table.notes)
+    assert any(note.startswith("These cells were evaluated with different test images") for note in table.notes)
     shorter = fixed("trades", 90, results={"best": {"aa": record(np.arange(100) < 50)}})
     table = grid_table(PLAN, cells_of(tmp_path, shorter))
     assert {one.estimate for one in table.differences if one.measure == "aa"} >= {
@@ -146,7 +146,7 @@ def test_flags_are_notes(tmp_path: Path) -> None:
 def test_names_from_files_stay_text(tmp_path: Path) -> None:
     """A method's name cannot end a Markdown cell, begin a formula of a spreadsheet or control the terminal."""
     hostile = Setting("=1|<b>\x1b", "symmetric", 0.4)
-    plan = Plan("table1", "fashion", (hostile,), titles={})
+    plan = Plan("table1", "fashion", {hostile: 1})
     content = {**cell(), "method": hostile.method}
     path = write_cell(tmp_path, cell())
     path.write_text(json.dumps(content))
