@@ -22,7 +22,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example: python -m nrat_scale.reproduce table1 --edition fashion --only nrat,trades --seeds 1",
     )
     add = parser.add_argument
-    add("what", nargs="?", metavar="WHAT", help=f"{', '.join(grid_names())}, or a grid file (.yaml)")
+    add("what", nargs="?", metavar="WHAT", help=f"{', '.join(grid_names())}, a grid file (.yaml), or claims")
     add("settings", nargs="*", metavar="key=value", help="any key of the recipe, for all cells (give another --out)")
     add("--list", action="store_true", help="list the grids, or the cells of WHAT with their state, and end")
     add("--dry-run", action="store_true", help="say what would be run and how long it takes, and end")
@@ -49,6 +49,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["claims"]:
+        from nrat_scale.reproduce.findings import main as write_claims  # not at the top: it imports Matplotlib
+
+        write_claims(words[1:])
+        return
     given = _arguments(argv)
     if given.what is None:
         for name in grid_names():

@@ -6,6 +6,7 @@ A cell lies in `OUT/EDITION/cells/METHOD/NOISE-RATE/seed-S/cell.json`, or, if it
 
 import base64
 import binascii
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,9 @@ class Measured:
         return self.error is None
 
     def protocol(self, measure: str) -> tuple[str, str, str]:
-        """Test images, threat and step of an attack: accuracies are compared only if these are equal."""
+        """Test images, threat and settings of an attack: accuracies are compared only if these are equal."""
         data, threat = (str(value_at(self.facts, f"evaluation.{key}", "")) for key in ("data", "threat"))
-        own_steps = measure in ("natural", "aa")  # the others take the recipe's step
-        return data, threat, "" if own_steps else str((self.facts.get("recipe") or {}).get("threat.step"))
+        return data, threat, json.dumps(value_at(self.facts, f"evaluation.keys.{measure}", {}), sort_keys=True)
 
     @property
     def split(self) -> str:

@@ -64,7 +64,7 @@ class PageFacts:
     lead: str = ""
     protocol: dict[str, str] = field(default_factory=dict)  # beside what is read from the cells
     omissions: Sequence[str] = ()  # what the paper does not say
-    costs: bool = False  # columns for memorisation, effective noise rate and cost
+    costs: bool = True  # columns for memorisation, effective noise rate and cost
 
 
 def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, facts: PageFacts) -> str:
@@ -138,11 +138,11 @@ def _anchor(row: Row) -> str:
 
 def _results_sheet(table: GridTable, costs: bool) -> Sheet:
     titles = tuple(map(attack_title, table.plan.measures))
-    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in _COSTS if costs))
+    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in COSTS if costs))
     lines = []
     for row in table.rows:
         numbers = [_value(row, measure) for measure in table.plan.measures]
-        numbers += [read(row) if row.cells else None for _, read in _COSTS if costs]
+        numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
     caption = f"{CAPTION} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
@@ -188,7 +188,7 @@ def _cost(row: Row) -> Value | None:
     return total and replace(total, details=tuple(one.text for one in (each, time) if one))
 
 
-_COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
+COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
     ("wrong labels fitted, %", lambda row: _mean(row.cells, _fitted, "{:.1f}")),
     ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
     ("cost, millions", _cost),

@@ -7,7 +7,7 @@ import numpy as np
 
 from nrat_scale.reproduce.contrasts import Estimate, contrast
 from nrat_scale.reproduce.measured import CHECKPOINTS, Measured, Setting, Summary, summarise
-from nrat_scale.reproduce.paper import CIFAR10, Names, printed
+from nrat_scale.reproduce.paper import CIFAR10, Names, names_for, printed
 
 NOT_RUN = "not run"
 FAILED = "failed"
@@ -35,7 +35,8 @@ class Plan:
 
     name: str  # such as table1
     edition: str
-    settings: Mapping[Setting, int]  # rows in order, with the number of seeds that were asked for
+    settings: tuple[Setting, ...]  # rows; the table has clean labels first, then each kind of noise
+    seeds: int | Mapping[Setting, int] = 1  # asked for, of all rows or of each
     title: str = ""
     space: str = "pixel"  # threat space of the cells
     split: str = "held-out"  # images of the curves
@@ -100,7 +101,7 @@ class GridTable:
 
 def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
     """The table of the cells of a plan; cells that are not in the plan are left out."""
-    groups: dict[Setting, list[Measured]] = {setting: [] for setting in plan.settings}
+    groups: dict[Setting, list[Measured]] = {setting: [] for setting in _ordered(plan.settings)}
     for cell in cells:
         if (
             cell.edition == plan.edition
@@ -110,15 +111,24 @@ def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
             groups[cell.setting].append(cell)
     rows = [_row(plan, setting, checkpoint, found) for setting, found in groups.items() for checkpoint in CHECKPOINTS]
     used = [cell for found in groups.values() for cell in found]
-    notes = [PAPER_EDITION if plan.edition.startswith("paper") else OTHER_EDITION] if plan.paper else []
+    compared = any(number is not None for row in rows for number in row.printed.values())
+    notes = [PAPER_EDITION if plan.edition.startswith("paper") else OTHER_EDITION] if compared else []
     finished = {setting: [cell for cell in found if cell.finished] for setting, found in groups.items()}
     stamps = list(dict.fromkeys(stamp for cell in used for stamp in cell.stamps))
     return GridTable(plan, rows, _differences(plan, finished), [*stamps, *notes, *_notes(plan, groups)], stamps)
 
 
+def _ordered(settings: Sequence[Setting]) -> list[Setting]:
+    """By noise, clean labels first, then by method; kinds and methods in the order in which they were given."""
+    methods = list(dict.fromkeys(setting.method for setting in settings))
+    kinds = list(dict.fromkeys(["none", *(setting.noise for setting in settings)]))
+    return sorted(set(settings), key=lambda one: (kinds.index(one.noise), one.rate, methods.index(one.method)))
+
+
 def _row(plan: Plan, setting: Setting, checkpoint: str, cells: Sequence[Measured]) -> Row:
     finished = tuple(cell for cell in cells if cell.finished)
-    paper = {measure: printed(setting, checkpoint, measure, plan.paper) for measure in plan.measures}
+    names = names_for(plan.edition, plan.paper)
+    paper = {measure: printed(setting, checkpoint, measure, names) for measure in plan.measures}
     numbers = {measure: summarise(finished, checkpoint, measure, paper[measure]) for measure in plan.measures}
     failed = tuple(cell for cell in cells if not cell.finished)
     return Row(setting, plan.method_title(setting.method), checkpoint, numbers, paper, finished, failed)
@@ -130,15 +140,16 @@ def _notes(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[str
         name = f"{plan.method_title(setting.method)}, {setting.noise_text}"
         notes += [f"{name}, seed {cell.seed} failed: {cell.error}" for cell in cells if not cell.finished]
         finished = sum(cell.finished for cell in cells)
-        if cells and finished < plan.settings[setting]:
-            notes.append(f"{name}: {finished} of {plan.settings[setting]} seeds are finished.")
+        asked = plan.seeds if isinstance(plan.seeds, int) else plan.seeds.get(setting, 1)
+        if cells and finished < asked:
+            notes.append(f"{name}: {finished} of {asked} seeds are finished.")
         notes += [
             f"{name}, seed {cell.seed}, {checkpoint}: {flag}"
             for cell in cells
             for checkpoint in CHECKPOINTS
             for flag in (cell.facts.get("flags") or {}).get(checkpoint) or []
         ]
-    for measure, names in (("aa", "test images or threats"), ("pgd20", "steps of PGD and CW")):
+    for measure, names in (("aa", "test images, threats or AutoAttacks"), ("pgd20", "settings of PGD")):
         if len({cell.protocol(measure) for cells in groups.values() for cell in cells if cell.finished}) > 1:
             return [*notes, f"These cells were evaluated with different {names}: rows of unlike ones are not compared."]
     return notes
@@ -180,8 +191,9 @@ def estimate(parts: Sequence[Part], constant: float = 0.0, *, across_threats: bo
     if not seeds:
         return "no common seed"
     used = [(table[seed], part[3]) for table, part in zip(tables, parts, strict=True) for seed in seeds]
-    data, threats, steps = map(set, zip(*(cell.protocol(measure) for cell, measure in used), strict=True))
-    if len(data) > 1 or (len(threats) > 1 and not across_threats) or len(steps - {""}) > 1:
+    data, threats = (set(found) for found in zip(*(cell.protocol(measure)[:2] for cell, measure in used), strict=True))
+    attacks = [{cell.protocol(measure)[2] for cell, measure in used if measure == one} for _, one in used]
+    if len(data) > 1 or (not across_threats and (len(threats) > 1 or max(map(len, attacks)) > 1)):
         return "not comparable: evaluated on other images or by other attacks"
     rights = [
         [table[seed].outcomes[checkpoint, measure] for seed in seeds]
