@@ -39,7 +39,13 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.out.suffix != ".md":
         raise UserError(f"The page {given.out} must be a Markdown file (.md). Choose another name with --out.")
-    found = write_findings(read_cells(*(given.cells or [STORED])), given.out)
+    folders = given.cells or [STORED]
+    cells = read_cells(*folders)
+    if not any(cell.finished for cell in cells):
+        raise UserError(
+            f"There are no finished cells in {', '.join(map(str, folders))}. Run a grid first: python -m nrat_scale.reproduce."
+        )
+    found = write_findings(cells, given.out)
     print("\n".join(verdict_lines(found)))
     print(given.out)
 

@@ -86,6 +86,7 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
             {"svg": one.svg, "caption": one.caption, "files": f"{table.plan.name}-{one.name}"} for one in drawings
         ],
         command=facts.command,
+        add_command=f"{facts.command.split(' --only ')[0]} --only my_method",
         grid=table.plan.name,
         notes=[note for note in table.notes if note not in table.stamps],
         omissions=list(facts.omissions),
