@@ -174,7 +174,7 @@ class RecipeSpec:
     @property
     def identity(self) -> str:
         """A hash of everything that decides what is computed; a run is resumed only by a recipe of equal identity."""
-        return hashlib.sha256(json.dumps(_identifying(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(identity_values(self), sort_keys=True).encode()).hexdigest()
 
 
 def _values(recipe: RecipeSpec) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def flat_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(_flat(_values(recipe)))
 
 
-def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
+def identity_values(recipe: RecipeSpec) -> dict[str, Any]:
     """The keys that decide what is computed. Keys added later do not count at their default: stored runs keep their identity."""
     values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
     usual = dict(_ADDED)
@@ -223,7 +223,7 @@ def stored_values(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     """The first key in which two recipes of different identity differ, for an error message."""
-    there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
+    there, here = ({**_ADDED, **identity_values(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
             before, now = (
