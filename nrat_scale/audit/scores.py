@@ -9,8 +9,10 @@ inverts that by expectation maximisation (Richardson 1972, Lucy 1974), which kee
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,8 +96,8 @@ class Suspects:
 class _Array:
     """One .npy file that is written part by part, in order, and hashed meanwhile."""
 
-    def __init__(self, path: Path, dtype: str, length: int) -> None:
-        self._file: BinaryIO = path.open("wb")
+    def __init__(self, file: BinaryIO, dtype: str, length: int) -> None:
+        self._file = file
         self._hash, self._bytes, self._dtype = hashlib.sha256(), 0, np.dtype(dtype)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(self, header)  # type: ignore[arg-type]
@@ -108,9 +110,8 @@ class _Array:
     def add(self, values: np.ndarray) -> None:
         self.write(np.ascontiguousarray(values, self._dtype).tobytes())
 
-    def close(self) -> dict[str, Any]:
-        """Close the file; returns its entry in the manifest."""
-        self._file.close()
+    def entry(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
@@ -137,13 +138,19 @@ def score_labels(
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        arrays = {name: _Array(out / f"{name}.npy", dtype, len(shards)) for name, dtype in ARRAYS.items()}
-        for positions, given, probabilities in chunks():
-            columns = _columns(shards, positions, given, probabilities, transition)
-            for name, array in arrays.items():
-                array.add(columns[name])
-            suspects.add(columns, int(positions[0]))
-        files = {f"{name}.npy": array.close() for name, array in arrays.items()}
+        with ExitStack() as opened:
+            paths = {name: out / f"{name}.npy" for name in ARRAYS}
+            streams = {name: opened.enter_context(path.open("wb")) for name, path in paths.items()}
+            arrays = {name: _Array(file, ARRAYS[name], len(shards)) for name, file in streams.items()}
+            for positions, given, probabilities in chunks():
+                columns = _columns(shards, positions, given, probabilities, transition)
+                for name, array in arrays.items():
+                    array.add(columns[name])
+                suspects.add(columns, int(positions[0]))
+            files = {f"{name}.npy": array.entry() for name, array in arrays.items()}
+            for file in streams.values():
+                file.flush()
+                os.fsync(file.fileno())
         names = {"num_images": len(shards), "num_classes": shards.num_classes, "class_names": list(shards.class_names)}
         data = {"fingerprint": shards.fingerprint, **facts, "nrat_scale": nrat_scale.__version__}
         write_json(out / MANIFEST, {"format": FORMAT, "version": VERSION, **names, **data, "files": files})
