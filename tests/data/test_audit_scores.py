@@ -34,7 +34,7 @@ def _write(folder: Path, shards: ShardSet, noise=None, shift: int = 0) -> Path:
 
     matrix = np.full((10, 10), 0.02) + 0.8 * np.eye(10)
     folder.mkdir()
-    score_labels(folder, shards, chunks, matrix, {"noise": noise, "models": [], "audit": "0" * 16})
+    score_labels(folder, shards, chunks, matrix, 0.2, {"noise": noise, "models": [], "audit": "0" * 16})
     return folder
 
 
@@ -178,6 +178,13 @@ def test_full_disk_leaves_nothing(tmp_path, shards, monkeypatch):
 
     monkeypatch.setattr(module._Array, "write", full)
     with pytest.raises(UserError, match=r"scores cannot be written \(No space left on device\)"):
-        score_labels(folder, shards, lambda: iter(()), np.eye(10), {"noise": None})
+        score_labels(
+            folder,
+            shards,
+            lambda: iter([(np.arange(NUM), shards.labels(np.arange(NUM)), np.full((NUM, 10), 0.1, np.float32))]),
+            np.eye(10),
+            0.2,
+            {"noise": None},
+        )
     assert _manifest(folder).read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["scores"]
