@@ -187,7 +187,9 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     """The recipe with only the last name of absolute paths, and addresses without user, password and query."""
 
     def without(source: Any) -> Any:
-        noise = replace(source.noise, human_labels=public(source.noise.human_labels))
+        matrix = source.noise.matrix
+        known = public(matrix) if isinstance(matrix, str) else matrix
+        noise = replace(source.noise, human_labels=public(source.noise.human_labels), matrix=known)
         return replace(source, shards=public(source.shards), exclude=public(source.exclude), noise=noise, prepare=None)
 
     data = replace(

@@ -19,7 +19,7 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
-    ("losses", "datasets", "publications"),
+    ("losses", "datasets", "publications", "transition"),
     ("_class_names",),
     ("core",),
 )
