@@ -195,7 +195,8 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
     images = shards.images(order) if noise.kind == "instance_dependent" else None
     human = load_human_labels(noise.human_labels, noise.human_set, key) if noise.human_labels else None
     sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
-    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human, key=key)
+    extra = {"images": images, "human_labels": human, "matrix": noise.matrix, "key": key}
+    given = corrupt(clean, *sizes, class_map=class_map, **extra)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean
     return by_position[0], by_position[1]

@@ -189,6 +189,9 @@ class TrainingData:
             source.kind: {
                 "fingerprint": source.shards.fingerprint,
                 "num_images": len(source.shards),
+                "num_ids": source.shards.num_ids,
+                "shards_sha256": source.shards.shards_sha256,
+                "files_sha256": source.shards.files_sha256,
                 "num_held_out": len(source.held_out),
                 "held_out_sha256": source.ids_sha256(source.held_out),
                 "num_excluded": len(source.excluded),

@@ -30,6 +30,7 @@ from nrat_scale.core.seeds import derive
 from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
 from nrat_scale.evaluate.attacks import parse_attack
+from nrat_scale.evaluate.overlap import with_initial_weights
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.loading.initial_weights import (
     InitialWeights,
@@ -332,7 +333,12 @@ def _describe(state: TrainState, arguments: dict[str, Any], init: dict[str, Any]
         **({} if init is None else {"init": init}),
     }
     write_json(state.run.model, description)
-    write_json(state.run.data, state.data.describe())
+    trained_on, source = state.data.describe(), state.recipe.model.init
+    if source is not None:
+        resumed = bool(checkpoint_folders(state.run.path)) or state.run.data.is_file()
+        stored = read_json(state.run.data, "record of the training data") if state.run.data.is_file() else {}
+        trained_on = with_initial_weights(trained_on, source, stored if resumed else None)
+    write_json(state.run.data, trained_on)
     write_noise(state.run, state.data)
     if state.recipe.data.validation.shards is not None:
         of = state.data.validation_shards

@@ -12,7 +12,7 @@ TOOLS = ROOT / "tools"
 # From the top. A row imports the rows below it, nothing of its own row; the modules of one package import each other.
 ROWS = (
     ("tools",),
-    ("reproduce",),
+    ("reproduce", "audit"),
     ("train", "release"),
     ("report",),
     ("evaluate", "cost"),
@@ -20,7 +20,7 @@ ROWS = (
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
     ("label_refinement",),
-    ("losses", "datasets", "publications"),
+    ("losses", "datasets", "publications", "transition"),
     ("_class_names",),
     ("core",),
 )
