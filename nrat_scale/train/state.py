@@ -40,6 +40,7 @@ class MicroBatch:
     loss: Tensor | None = None  # scalar, the mean over the images
     logits: Tensor | None = None  # [b, K] without gradient; None if the objective has no such forward
     logits_adv: Tensor | None = None
+    weights: Tensor | None = None  # float32 [b], of each image's loss; None: 1 for all
 
     @property
     def label(self) -> Tensor:

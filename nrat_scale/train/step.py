@@ -51,7 +51,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
             record_micro_batch(state, done[-1])
-            state.objective.update(done[-1].logits, part.y, total)
+            state.objective.update(done[-1].logits, part.y, total, part.weights)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
@@ -80,8 +80,11 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     clean = batch.clean_labels.to(device, non_blocking=True)
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
-    pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
-    yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
+    weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
+    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
+    weighted = [None] * parts if weights is None else weights.chunk(parts)
+    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
+        yield MicroBatch(*piece, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -91,10 +94,10 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            results = _backward(state, logits, part.x_adv, part.y, num_parts)
+            results = _backward(state, logits, part.x_adv, part.y, num_parts, part.weights)
     else:
         with state.clock.section("outer"):
-            given = (part.x, part.y) if part.x_adv is None else (part.x, part.y, part.x_adv)
+            given = [part.x, part.y, *(tensor for tensor in (part.x_adv, part.weights) if tensor is not None)]
             if state.graphs is None:
                 results = forward_backward(state, num_parts, *given)
             else:
@@ -104,20 +107,24 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
     return replace(part, loss=loss, logits=logits, logits_adv=found[0] if found else None)
 
 
-def forward_backward(
-    state: TrainState, num_parts: int, x: Tensor, y: Tensor, x_adv: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Forward of `x`, then of `x_adv`, outer loss, backward: (loss, natural logits unless "at", adversarial ones if attacked)."""
+def forward_backward(state: TrainState, num_parts: int, x: Tensor, y: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+    """Forward of `x`, then of x_adv, outer loss, backward: (loss, natural logits unless "at", adversarial ones if attacked).
+
+    `more`: x_adv if the objective attacks, then the weights of the images if they have some.
+    """
+    rest = list(more)
+    x_adv = rest.pop(0) if state.objective.attacks else None
+    weights = rest.pop(0) if rest else None
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, logits, x_adv, y, num_parts)
+    return _backward(state, logits, x_adv, y, num_parts, weights)
 
 
 def _backward(
-    state: TrainState, logits: Tensor | None, x_adv: Tensor | None, y: Tensor, num_parts: int
+    state: TrainState, logits: Tensor | None, x_adv: Tensor | None, y: Tensor, num_parts: int, weights: Tensor | None
 ) -> tuple[Tensor, ...]:
     logits_adv = state.model(x_adv) if x_adv is not None else None
-    loss = state.objective.loss(logits, logits_adv, y, state.progress)
+    loss = state.objective.loss(logits, logits_adv, y, state.progress, weights)
     state.accelerator.backward(loss / num_parts)
     return tuple(tensor.detach() for tensor in (loss, logits, logits_adv) if tensor is not None)
 
@@ -180,7 +187,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return state.objective.loss(logits, logits_adv, part.y, state.progress)
+        return state.objective.loss(logits, logits_adv, part.y, state.progress, part.weights)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
