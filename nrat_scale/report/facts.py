@@ -85,10 +85,8 @@ def _audit_texts(run: Run) -> Iterator[str]:
     """What the run did about labels that an audit doubted."""
     for source in (REAL, GENERATED):
         record = value_at(run.data, f"{source}.audit", {})
-        if (
-            isinstance(record, dict)
-            and {"num_acted", "num_trained", "below", "action", "scores_sha256"} <= record.keys()
-        ):
+        counts = [number_at(record, key) for key in ("num_acted", "num_trained", "below")]
+        if None not in counts and {"action", "scores_sha256"} <= record.keys():
             yield action_text(source, record)
 
 
