@@ -285,10 +285,11 @@ def _write(folder: Path, audited: Audited, method: dict[str, Any], key: str) -> 
     """Estimate, write the sidecar and audit.json (last), and return its content."""
     labels, shards = audited.labels, audited.shards
     found = estimate(audited, method["seed"], method["bootstrap"])
-    matrix = smoothed(transition(found.best.joint), min(max(found.best.rate, 0.0), 1.0))
+    rate = min(max(found.best.rate, 0.0), 1.0)
+    matrix = smoothed(transition(found.best.joint), rate)
     facts = {"noise": labels.description, "models": method["models"], "audit": key}
     (folder / AUDIT).unlink(missing_ok=True)  # of an earlier run: it would not fit the new scores
-    suspects = score_labels(folder, shards, audited.chunks, matrix, facts)
+    suspects = score_labels(folder, shards, audited.chunks, matrix, rate, facts)
     content = {
         "format": FORMAT,
         "version": VERSION,

@@ -20,6 +20,7 @@ black box predictors") and of forward correction with a known transition matrix 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -79,17 +80,15 @@ def correct(
     if (per_class < 2).any():
         first = int(np.flatnonzero(per_class < 2)[0])
         return Correction(None, f"the hold-out has {per_class[first]} images of '{names[first]}'", None, None, None)
-    generator = np.random.default_rng(seed)
     weights = counts.sum(axis=(1, 2)) / counts.sum()
-    resampled = _confusions(hold_out, weights, num_classes, generator, replicates)
-    confusion = next(resampled)
+
+    def resampled() -> Iterator[np.ndarray]:  # the same replicates again: they are not kept
+        return _confusions(hold_out, weights, num_classes, np.random.default_rng([seed, 0]), replicates)
+
+    confusion = next(resampled())
     singular = np.linalg.svd(confusion, compute_uv=False)
     condition = float(singular[0] / max(singular[-1], 1e-12))
-    confusions, deviations = [], []
-    for one in resampled:
-        confusions.append(one)
-        deviations.append(np.linalg.norm(one - confusion, 2))
-    error = float(np.quantile(deviations, 0.95))
+    error = float(np.quantile([np.linalg.norm(one - confusion, 2) for one in islice(resampled(), 1, None)], 0.95))
     if singular[-1] <= error:
         reason = (
             f"the classifier confuses classes so much that the confusion on the hold-out may be singular (smallest singular "
@@ -97,8 +96,9 @@ def correct(
         )
         return Correction(None, reason, condition, float(singular[-1]), error)
     observed = counts.sum(axis=0)
-    tables = _tables(observed, generator, replicates)
-    joints = (_joint(table, one) for table, one in zip(tables, confusions, strict=True))
+    tables = _tables(observed, np.random.default_rng([seed, 1]), replicates)
+    pairs = zip(tables, islice(resampled(), 1, None), strict=True)
+    joints = (_joint(table, one) for table, one in pairs)
     return Correction(_estimate(_joint(observed, confusion), joints), None, condition, float(singular[-1]), error)
 
 
@@ -115,12 +115,15 @@ def _confusions(
     Images with the same true class and the same predictions are exchangeable, so that a replicate is a multinomial draw of
     their counts, whatever the number of images is.
     """
-    rows = np.column_stack([hold_out.true, hold_out.predicted])
-    patterns, counts = np.unique(rows, axis=0, return_counts=True)
-    votes = np.zeros((len(patterns), num_classes))
+    pattern = hold_out.true
+    for column in hold_out.predicted.T:  # numbered again after each model, so that the numbers stay small
+        pattern = np.unique(pattern * num_classes + column, return_inverse=True)[1].reshape(-1)
+    _, rows, counts = np.unique(pattern, return_index=True, return_counts=True)
+    true, predicted = hold_out.true[rows], hold_out.predicted[rows]
+    votes = np.zeros((len(rows), num_classes))
     for fold, weight in enumerate(weights):
-        votes[np.arange(len(patterns)), patterns[:, 1 + fold]] += weight
-    of_class = [np.flatnonzero(patterns[:, 0] == label) for label in range(num_classes)]
+        votes[np.arange(len(rows)), predicted[:, fold]] += weight
+    of_class = [np.flatnonzero(true == label) for label in range(num_classes)]
     sizes = [int(counts[here].sum()) for here in of_class]
 
     def confusion(drawn: list[np.ndarray]) -> np.ndarray:
@@ -154,7 +157,7 @@ def plain_estimate(confident: np.ndarray, labels: np.ndarray, seed: int, replica
         confident: int [K, K]: images by given label and confident class (`confident.confident_counts`).
         labels: int [K]: all images by given label.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, 2])
     unsure = labels - confident.sum(axis=1)
     tables = _tables(np.column_stack([confident, unsure]), generator, replicates)
     joints = (calibrated_joint(table[:, :-1], table.sum(axis=1)) for table in tables)

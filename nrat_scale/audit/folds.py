@@ -84,11 +84,11 @@ def fold_recipe(
     so that no image selects the checkpoint that predicts it.
     """
     path = recipe or DEFAULT_RECIPE
-    epochs = load_recipe(path, overrides).train.epochs  # checks the overrides, too
     changes = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_key_and_value, overrides))
     for key in changes:
         if any(key == name or key.startswith(f"{name}.") for name in _SET_HERE):
             raise UserError(f"The audit sets {key} for each fold. Omit it.")
+    epochs = load_recipe(path, overrides).train.epochs  # checks the overrides, too
     total = counts.sum(axis=0)
     noise = {"kind": "unknown", "rate": 0.0, "matrix": None} if labels.noise is None else dict(vars(labels.noise))
     values: dict[str, Any] = {

@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from nrat_scale.audit.folds import Folds, write_excluded
+from nrat_scale.audit.folds import Folds
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.overlap import SEEN, training_overlap
 from nrat_scale.evaluate.request import check_fits
@@ -75,17 +75,14 @@ def train_folds(folder: Path, folds: Folds, recipe: RecipeSpec, excluded: Sequen
     Raises:
         UserError, FloatingPointError: as `train`.
     """
-    from dataclasses import replace
-
     for number, path in enumerate(excluded):
+        run = folder / f"fold-{number}"
+        if PartialState().is_main_process:
+            print(f"fold {number + 1} of {folds.number}: {run}", flush=True)
         real = replace(recipe.data.real, exclude=str(path))
-        run = RunFolder(folder / f"fold-{number}")
-        spec = replace(recipe, data=replace(recipe.data, real=real), run_dir=str(run.path), name=run.path.name)
-        print_once = f"fold {number + 1} of {folds.number}: {run.path}"
-        if int(__import__("os").environ.get("RANK", "0")) == 0:
-            print(print_once, flush=True)
+        spec = replace(recipe, data=replace(recipe.data, real=real), run_dir=str(run), name=run.name)
         if not train(spec).complete:
-            raise UserError(f"{run.path} is not complete: the recipe stops it with train.max_steps. Omit it.")
+            raise UserError(f"{run} is not complete: the recipe stops it with train.max_steps. Omit it.")
 
 
 def _placed(target: Target, shards: ShardSet, what: str, device: torch.device) -> nn.Module:
@@ -98,6 +95,3 @@ def _facts(target: Target) -> dict[str, Any]:
         "sha256": target.key.digest,
         **{k: v for k, v in target.identity.items() if k in ("step", "epoch", "weights", "objective")},
     }
-
-
-__all__ = ["Predictors", "fold_models", "outside_model", "train_folds", "write_excluded"]

@@ -5,12 +5,16 @@ Quality is the probability that the given label j of an image x is right. With t
     q = t_j(x) T[j, j] / sum_i t_i(x) T[i, j]
 
 by Bayes, T being the transition matrix. A classifier that is trained on noisy labels predicts those: its p is T' t. `deconvolved`
-inverts that by expectation maximisation (Richardson 1972, Lucy 1974), which keeps probabilities non-negative.
+inverts that by expectation maximisation (Richardson 1972, Lucy 1974), which keeps probabilities non-negative. Finally the
+log-odds of all qualities are shifted by one number, so that the expected number of wrong labels is the estimated one: a
+classifier that is trained for a short time is less sure than it is accurate.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,14 +41,50 @@ def deconvolved(probabilities: np.ndarray, transition: np.ndarray) -> np.ndarray
 
 
 def label_quality(
-    given: np.ndarray, probabilities: np.ndarray, transition: np.ndarray
+    given: np.ndarray, probabilities: np.ndarray, transition: np.ndarray, shift: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(quality float32 [n], suggested class int64 [n]) of labels int [n] with probabilities float [n, K]."""
-    matrix = transition.astype(probabilities.dtype)
+    """(quality float32 [n], suggested class int64 [n]) of labels int [n] with probabilities float [n, K].
+
+    A label whose quality is below one half gets the most probable other class as a suggestion, any other label itself.
+
+    Args:
+        transition: [K, K], without zeros on the diagonal.
+        shift: added to the log-odds of the quality.
+    """
+    matrix, rows = transition.astype(probabilities.dtype), np.arange(len(given))
     posterior = deconvolved(probabilities, matrix) * matrix[:, given].T
     posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
-    quality = posterior[np.arange(len(given)), given]
-    return np.clip(quality, 0, 1).astype(np.float32), posterior.argmax(axis=1)
+    quality = np.clip(posterior[rows, given].astype(np.float64), 1e-9, 1 - 1e-9)
+    quality = 1 / (1 + (1 / quality - 1) * np.exp(-shift))
+    others = posterior.copy()
+    others[rows, given] = -1
+    wrong = quality < 0.5
+    return quality.astype(np.float32), np.where(wrong, others.argmax(axis=1), given)
+
+
+class LogOdds:
+    """The log-odds of all qualities in narrow bins, from which the shift follows that gives the estimated rate."""
+
+    _LIMIT, _BINS = 21.0, 4200  # the log-odds of 1e-9 are -20.7
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(self._BINS, np.int64)
+        self._values = (np.arange(self._BINS) + 0.5) / self._BINS * 2 * self._LIMIT - self._LIMIT
+
+    def add(self, quality: np.ndarray) -> None:
+        """Add qualities float [n]."""
+        odds = np.clip(quality.astype(np.float64), 1e-9, 1 - 1e-9)
+        at = (np.log(odds / (1 - odds)) + self._LIMIT) / (2 * self._LIMIT) * self._BINS
+        self._counts += np.bincount(at.astype(np.int64), minlength=self._BINS)
+
+    def shift(self, rate: float) -> float:
+        """The shift with which the mean of 1 - quality is `rate`, by bisection; at most 10."""
+        low, high = -10.0, 10.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            wrong = (self._counts / (1 + np.exp(self._values + middle))).sum() / self._counts.sum()
+            low, high = (middle, high) if wrong > rate else (low, middle)
+        return (low + high) / 2
 
 
 def smoothed(transition: np.ndarray, rate: float) -> np.ndarray:
@@ -94,8 +134,8 @@ class Suspects:
 class _Array:
     """One .npy file that is written part by part, in order, and hashed meanwhile."""
 
-    def __init__(self, path: Path, dtype: str, length: int) -> None:
-        self._file: BinaryIO = path.open("wb")
+    def __init__(self, file: BinaryIO, dtype: str, length: int) -> None:
+        self._file = file
         self._hash, self._bytes, self._dtype = hashlib.sha256(), 0, np.dtype(dtype)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(self, header)  # type: ignore[arg-type]
@@ -108,9 +148,8 @@ class _Array:
     def add(self, values: np.ndarray) -> None:
         self.write(np.ascontiguousarray(values, self._dtype).tobytes())
 
-    def close(self) -> dict[str, Any]:
-        """Close the file; returns its entry in the manifest."""
-        self._file.close()
+    def entry(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
@@ -119,6 +158,7 @@ def score_labels(
     shards: ShardSet,
     chunks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]],
     transition: np.ndarray,
+    rate: float,
     facts: dict[str, Any],
 ) -> Suspects:
     """Write the sidecar into `folder`/scores, which it replaces when it is complete; returns the suspects.
@@ -127,23 +167,34 @@ def score_labels(
         folder: of the audit.
         chunks: all images in the order of their positions: (positions, given labels int64 [n], probabilities float32 [n, K]).
         transition: T of `label_quality`.
+        rate: the estimated share of wrong labels, which the qualities reproduce in the mean.
         facts: what else the manifest states.
 
     Raises:
         UserError: the disk is full or read-only.
     """
+    odds = LogOdds()
+    for _, given, probabilities in chunks():
+        odds.add(label_quality(given, probabilities, transition)[0])
+    shift = odds.shift(min(max(rate, 1e-4), 1 - 1e-4))
     target, out = folder / FOLDER, unfinished_sibling(folder / FOLDER)
     suspects = Suspects(np.zeros(shards.num_classes, np.int64), [[] for _ in range(shards.num_classes)])
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        arrays = {name: _Array(out / f"{name}.npy", dtype, len(shards)) for name, dtype in ARRAYS.items()}
-        for positions, given, probabilities in chunks():
-            columns = _columns(shards, positions, given, probabilities, transition)
-            for name, array in arrays.items():
-                array.add(columns[name])
-            suspects.add(columns, int(positions[0]))
-        files = {f"{name}.npy": array.close() for name, array in arrays.items()}
+        with ExitStack() as opened:
+            paths = {name: out / f"{name}.npy" for name in ARRAYS}
+            streams = {name: opened.enter_context(path.open("wb")) for name, path in paths.items()}
+            arrays = {name: _Array(file, ARRAYS[name], len(shards)) for name, file in streams.items()}
+            for positions, given, probabilities in chunks():
+                columns = _columns(shards, positions, given, probabilities, transition, shift)
+                for name, array in arrays.items():
+                    array.add(columns[name])
+                suspects.add(columns, int(positions[0]))
+            files = {f"{name}.npy": array.entry() for name, array in arrays.items()}
+            for file in streams.values():
+                file.flush()
+                os.fsync(file.fileno())
         names = {"num_images": len(shards), "num_classes": shards.num_classes, "class_names": list(shards.class_names)}
         data = {"fingerprint": shards.fingerprint, **facts, "nrat_scale": nrat_scale.__version__}
         write_json(out / MANIFEST, {"format": FORMAT, "version": VERSION, **names, **data, "files": files})
@@ -160,11 +211,16 @@ def score_labels(
 
 
 def _columns(
-    shards: ShardSet, positions: np.ndarray, given: np.ndarray, probabilities: np.ndarray, transition: np.ndarray
+    shards: ShardSet,
+    positions: np.ndarray,
+    given: np.ndarray,
+    probabilities: np.ndarray,
+    transition: np.ndarray,
+    shift: float,
 ) -> dict[str, np.ndarray]:
     """The arrays of the sidecar for some images."""
     rows = np.arange(len(given))
-    quality, suggested = label_quality(given, probabilities, transition)
+    quality, suggested = label_quality(given, probabilities, transition, shift)
     return {
         "ids": shards.source_ids(positions),
         "given": given,
@@ -172,5 +228,5 @@ def _columns(
         "p_given": np.minimum(probabilities[rows, given], 1),
         "p_suggested": np.minimum(probabilities[rows, suggested], 1),
         "quality": quality,
-        "suspect": (quality < 0.5) & (suggested != given),
+        "suspect": (quality < 0.5) & (suggested != given),  # rounding to float32 can reach 0.5
     }

@@ -12,6 +12,7 @@ TOOLS = ROOT / "tools"
 # From the top. A row imports the rows below it, nothing of its own row; the modules of one package import each other.
 ROWS = (
     ("tools",),
+    ("audit",),
     ("train", "release"),
     ("report",),
     ("evaluate",),
