@@ -35,6 +35,7 @@ _CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
 REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
 MATRIX = "matrix"  # the kind with a given transition matrix
 NONE, UNKNOWN, UNSET = "none", "unknown", "auto"  # kinds that inject nothing: labels as they are stored
+BEFORE_AUDIT = "before_audit"  # key of a description whose labels an audit has changed: the counts before that
 BEFORE = "labels_before_injection"  # key of a description of label noise; absent if those labels are clean
 
 

@@ -23,7 +23,7 @@ from nrat_scale.attacks import PhaseSpec, ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted, warn
 from nrat_scale.core.imports import import_code
-from nrat_scale.data.spec import DataSpec
+from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
 from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
@@ -48,6 +48,11 @@ _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     "data.generated.noise.kind": NONE,
     "data.real.noise.matrix": None,
+    **{
+        f"data.{kind}.audit.{key}": value
+        for kind in (REAL, GENERATED)
+        for key, value in dataclasses.asdict(AuditSpec()).items()
+    },
     "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,

@@ -10,7 +10,7 @@ from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.data.source import noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL
-from nrat_scale.labels import NONE, NoiseSpec
+from nrat_scale.labels import MATRIX, NONE, NoiseSpec
 from nrat_scale.recipe import RecipeSpec
 
 
@@ -39,10 +39,15 @@ class AuditedLabels:
 def parse_noise(text: str) -> NoiseSpec:
     """The noise `KIND:RATE:SEED`, such as `symmetric:0.4:0`; `KIND:RATE` has seed 0, `none` injects nothing.
 
+    `matrix:FILE:SEED` has the JSON or CSV file of a transition matrix instead of a rate.
+
     Raises:
         UserError: another form, an unknown kind, a rate that is none.
     """
     kind, *numbers = text.strip().split(":")
+    if kind == MATRIX and numbers:
+        seed = numbers.pop() if len(numbers) > 1 and numbers[-1].lstrip("-").isdecimal() else "0"
+        return NoiseSpec(kind=MATRIX, matrix=":".join(numbers), seed=int(seed))
     try:
         rate, seed = float(numbers[0]) if numbers else 0.0, int(numbers[1]) if len(numbers) > 1 else 0
         if len(numbers) > 2 or (not numbers and kind != NONE):

@@ -6,7 +6,7 @@ an ordinary run directory, and an interrupted one is resumed as such.
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.data.shards import ShardSet
+from nrat_scale.data.spec import GENERATED, REAL, AuditSpec
 from nrat_scale.recipe import RecipeSpec, load_recipe
 
 DEFAULT_RECIPE = Path(__file__).with_name("folds.yaml")
@@ -89,13 +90,20 @@ def fold_recipe(
             raise UserError(f"The audit sets {key} for each fold. Omit it.")
     epochs = load_recipe(path, overrides).train.epochs  # checks the overrides, too
     total = counts.sum(axis=0)
-    noise = {"kind": "unknown", "rate": 0.0} if labels.noise is None else dict(vars(labels.noise))
+    noise = {"kind": "unknown", "rate": 0.0, "matrix": None} if labels.noise is None else dict(vars(labels.noise))
     values: dict[str, Any] = {
         "data.real.shards": str(labels.shards.folder),
         "data.real.prepare": None,
         "data.generated.shards": None,
         "data.generated.noise.kind": "auto",
         "data.generated.noise.rate": 0.0,
+        "data.generated.noise.matrix": None,
+        # An audit is of all labels: an earlier one must not act on them.
+        **{
+            f"data.{kind}.audit.{key}": value
+            for kind in (REAL, GENERATED)
+            for key, value in asdict(AuditSpec()).items()
+        },
         "data.validation.source": "real",
         "data.validation.shards": None,
         "data.validation.labels": "given",
@@ -110,7 +118,15 @@ def fold_recipe(
     return load_recipe(path, {**changes, **values})
 
 
-_SET_HERE = ("run_dir", "data.real.shards", "data.real.exclude", "data.generated", "data.real.noise", "data.validation")
+_SET_HERE = (
+    "run_dir",
+    "data.real.shards",
+    "data.real.exclude",
+    "data.generated",
+    "data.real.noise",
+    "data.real.audit",
+    "data.validation",
+)
 
 
 def _key_and_value(word: str) -> tuple[str, Any]:

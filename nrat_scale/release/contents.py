@@ -11,6 +11,7 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
+from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.spec import GENERATED, REAL, VALIDATION
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.labels import BEFORE, UNKNOWN
@@ -82,6 +83,11 @@ class Contents:
     def fingerprint(self, source: str) -> str:
         """The first digits of the fingerprint of the `real` or `generated` images; empty if the run has no record."""
         return str((self.data or {}).get(source, {}).get("fingerprint", ""))[:16]
+
+    def audit_texts(self) -> list[str]:
+        """What the run did about labels that an audit doubted, a sentence's end for each source."""
+        records = {source: (self.data or {}).get(source, {}).get("audit") for source in (REAL, GENERATED)}
+        return [action_text(source, record) for source, record in records.items() if record]
 
     def noise_text(self, source: str) -> str:
         """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
@@ -190,7 +196,8 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
         matrix = source.noise.matrix
         known = public(matrix) if isinstance(matrix, str) else matrix
         noise = replace(source.noise, human_labels=public(source.noise.human_labels), matrix=known)
-        return replace(source, shards=public(source.shards), exclude=public(source.exclude), noise=noise, prepare=None)
+        kept = {"shards": public(source.shards), "exclude": public(source.exclude), "prepare": None}
+        return replace(source, **kept, noise=noise, audit=replace(source.audit, scores=public(source.audit.scores)))
 
     data = replace(
         recipe.data,

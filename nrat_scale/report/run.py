@@ -183,6 +183,7 @@ class Run:
     predictions: dict[str, Predictions] = field(default_factory=dict)
     galleries: dict[str, Gallery] = field(default_factory=dict)  # by label
     timing: list[dict[str, Any]] = field(default_factory=list)  # rows of timing.jsonl
+    data: dict[str, Any] = field(default_factory=dict)  # data.json
 
     def record(self, label: str) -> dict[str, Any]:
         """The record of a checkpoint in results.json; empty if there is none."""
@@ -282,6 +283,7 @@ def read_run(path: Path, name: str) -> Run:
         read_predictions(folder.results) if results else {},
         read_galleries(folder.results),
         folder.read_timing(),
+        _read_optional(folder.data),
     )
 
 

@@ -191,6 +191,13 @@ def _check_data(run: RunFolder, data: TrainingData) -> None:
                     f"{run.path} began with other {kind} {what} than data.{kind}.shards has now (see {key} in {run.data}). "
                     "Restore those shards, or start a new run with run_dir=PATH."
                 )
+        scores = ((record or {}).get("audit", {}).get("scores_sha256") for record in (began, entry))
+        before, now = scores if isinstance(began, dict) else (None, None)
+        if before != now:
+            raise UserError(
+                f"{run.path} began with other scores of an audit than data.{kind}.audit.scores has now (see audit in {run.data}). "
+                "Restore those scores, or start a new run with run_dir=PATH."
+            )
 
 
 def _initial_weights(

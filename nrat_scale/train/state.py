@@ -45,6 +45,7 @@ class MicroBatch:
     target: Tensor | None = None  # labels that `objective.refine` trains on instead of `y`: int64 [b] or [b, K]
     history: Tensor | None = None  # [b, K]: TE's mean predictions with those of this step; SGLR's rows without them
     remembered: Tensor | None = None  # [b, K]: what replaces the images' rows of `LabelRefinement.history`
+    weights: Tensor | None = None  # float32 [b], of each image's loss; None: 1 for all
 
     @property
     def label(self) -> Tensor:

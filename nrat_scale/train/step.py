@@ -54,7 +54,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
             record_micro_batch(state, done[-1])
-            state.objective.update(done[-1].logits, part.y, total)
+            state.objective.update(done[-1].logits, part.y, total, part.weights)
         remember(state, batch, done)
         if state.class_starts is not None:
             state.class_starts.update(total)
@@ -89,8 +89,11 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     clean = batch.clean_labels.to(device, non_blocking=True)
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
-    pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
-    yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
+    weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
+    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
+    weighted = [None] * parts if weights is None else weights.chunk(parts)
+    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
+        yield MicroBatch(*piece, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -100,10 +103,11 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            results = _backward(state, num_parts, logits, part.x, part.trained, part.x_adv, part.history)
+            given = (part.x, part.trained, part.x_adv, part.history, part.weights)
+            results = _backward(state, num_parts, logits, *given)
     else:
         with state.clock.section("outer"):
-            given = (part.x, part.trained) if part.x_adv is None else (part.x, part.trained, part.x_adv)
+            given = [part.x, part.trained, *(tensor for tensor in (part.x_adv, part.weights) if tensor is not None)]
             if state.graphs is None:
                 results = forward_backward(state, num_parts, *given, history=part.history)
             else:
@@ -116,21 +120,19 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
 
 
 def forward_backward(
-    state: TrainState,
-    num_parts: int,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor | None = None,
-    *,
-    history: Tensor | None = None,
+    state: TrainState, num_parts: int, x: Tensor, y: Tensor, *more: Tensor, history: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Forward of `x`, then of `x_adv`, outer loss, backward.
 
-    Returns the loss, natural logits unless "at", adversarial ones if attacked, and the rows that SGLR remembers.
+    `more`: x_adv if the objective attacks, then the weights of the images if they have some. Returns the loss, natural
+    logits unless "at", adversarial ones if attacked, and the rows that SGLR remembers.
     """
+    rest = list(more)
+    x_adv = rest.pop(0) if state.objective.attacks else None
+    weights = rest.pop(0) if rest else None
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, num_parts, logits, x, y, x_adv, history)
+    return _backward(state, num_parts, logits, x, y, x_adv, history, weights)
 
 
 def _backward(
@@ -141,10 +143,12 @@ def _backward(
     y: Tensor,
     x_adv: Tensor | None,
     history: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Tensor, ...]:
     logits_adv = state.model(x_adv) if x_adv is not None else None
     remembered = self_guided(state, x, logits_adv, history)
-    loss = outer_loss(state, logits, logits_adv, y if remembered is None else remembered, history)
+    labels = y if remembered is None else remembered
+    loss = outer_loss(state, logits, logits_adv, labels, history, weights)
     state.accelerator.backward(loss / num_parts)
     return tuple(tensor.detach() for tensor in (loss, logits, logits_adv, remembered) if tensor is not None)
 
@@ -227,7 +231,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return outer_loss(state, logits, logits_adv, part.trained, part.history)
+        return outer_loss(state, logits, logits_adv, part.trained, part.history, part.weights)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
