@@ -77,6 +77,7 @@ class Edition:
     attacks: str  # such as "natural,pgd20,cw20,aa"
     images: int | None = None  # a fixed seeded choice of the test images; None: all
     aa_images: int | None = None  # the same for AutoAttack alone
+    last_attacks: str | None = None  # of the last checkpoint, if they are fewer than those of the best
     seeds: dict[str, int] = field(default_factory=lambda: {"default": 1})  # by method
     overrides: tuple[Override, ...] = ()
 
@@ -364,7 +365,7 @@ def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edi
     _known(raw, ("title", "base", "test", "evaluation", "seeds", "overrides"), where)
     test, evaluation = (_section(raw, key, where) for key in ("test", "evaluation"))
     _known(test, ("shards", "prepare"), f"{where}: test")
-    _known(evaluation, ("attacks", "images", "aa_images"), f"{where}: evaluation")
+    _known(evaluation, ("attacks", "images", "aa_images", "last"), f"{where}: evaluation")
     base = path.with_name(str(raw.get("base")))
     if not base.is_file():
         raise UserError(f"{where}: there is no base recipe {base}.")
@@ -379,6 +380,7 @@ def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edi
         str(test.get("prepare", "")),
         str(evaluation.get("attacks")),
         **sizes,
+        last_attacks=evaluation.get("last"),
         seeds=_seeds(raw.get("seeds", 1), methods, path),
         overrides=tuple(_override(one, f"{where}: overrides", methods) for one in raw.get("overrides") or ()),
     )
