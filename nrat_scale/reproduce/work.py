@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -49,13 +50,9 @@ def run_cell(place: Place) -> dict[str, Any]:
     Raises:
         UserError, FloatingPointError: see `train` and `evaluate`; cell.json then says so.
     """
-    edition = place.cell.edition
     try:
         train(place.recipe)
-        evaluation = evaluate(
-            place.run, edition.test_shards, attacks=edition.attacks, images=edition.images, aa_images=edition.aa_images
-        )
-        record = _record(place, evaluation)
+        record = _record(place, _evaluated(place))
         write_json(place.result, record)
     except Exception as error:
         place.fail(
@@ -65,6 +62,18 @@ def run_cell(place: Place) -> dict[str, Any]:
         )
         raise
     return record
+
+
+def _evaluated(place: Place) -> Evaluation:
+    """Best and last on the test images of the edition."""
+    edition = place.cell.edition
+    images = {"images": edition.images, "aa_images": edition.aa_images}
+    if edition.last_attacks is None:
+        return evaluate(place.run, edition.test_shards, attacks=edition.attacks, **images)
+    asked = {"best": edition.attacks, "last": edition.last_attacks}
+    for label, attacks in asked.items():  # one results.json for both
+        evaluation = evaluate(place.run, edition.test_shards, attacks=attacks, checkpoint=label, **images)
+    return replace(evaluation, labels=tuple(asked))
 
 
 def _record(place: Place, evaluation: Evaluation) -> dict[str, Any]:
