@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def _launch(recipe: Path, run: Path, count: int, *overrides: str, flags: Iterabl
 
 
 def starts(work: Path, model: str, rounds: int, *overrides: str) -> None:
-    """Print the seconds from the command to the end of the first step: eager, and compiled for the first and a second time.
+    """Print what starting a run of one step costs: eager, and compiled for the first and a second time.
+
+    CPU seconds are those of the whole run and of the processes that it starts, for machines that other work shares.
 
     Args:
         overrides: of the recipe, for instance `data.batch_size=128`.
@@ -64,17 +67,27 @@ def starts(work: Path, model: str, rounds: int, *overrides: str) -> None:
         ("compiled, empty cache", "true", True),
         ("compiled, second start", "true", False),
     ):
-        seconds, line = list[float](), ""
+        seconds, cpu, line = list[float](), list[float](), ""
         for number in range(rounds):
             cache = work / f"cache{number}"
             run = work / f"{name}{number}".replace(" ", "-")
             assert empty is not any(cache.rglob("fxgraph")), "a second start finds what the first has left"
+            before = _cpu_seconds_of_children()
             took, line = _startup_seconds(recipe, run, f"train.compile={compiled}", *overrides, cache=cache)
             seconds.append(took)
+            cpu.append(_cpu_seconds_of_children() - before)
         found = re.search(r"(\d+) graphs compiled, (\d+) read from .*, ([0-9.]+) s", line)
         cells = (found[3], found[1], found[2]) if found else ("0", "0", "0")
         each = f" ({', '.join(f'{value:.1f}' for value in seconds)})" if rounds > 1 else ""
-        print(f"| {name} | {statistics.median(seconds):.1f}{each} | {' | '.join(cells)} |", flush=True)
+        print(
+            f"| {name} | {statistics.median(seconds):.1f}{each} | {statistics.median(cpu):.1f} | {' | '.join(cells)} |",
+            flush=True,
+        )
+
+
+def _cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _startup_seconds(recipe: Path, run: Path, *overrides: str, cache: Path | None = None) -> tuple[float, str]:
