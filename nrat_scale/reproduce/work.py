@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -67,12 +68,12 @@ def run_cell(place: Place) -> dict[str, Any]:
 def _evaluated(place: Place) -> Evaluation:
     """Best and last on the test images of the edition."""
     edition = place.cell.edition
-    images = {"images": edition.images, "aa_images": edition.aa_images}
+    measured = partial(evaluate, place.run, edition.test_shards, images=edition.images, aa_images=edition.aa_images)
     if edition.last_attacks is None:
-        return evaluate(place.run, edition.test_shards, attacks=edition.attacks, **images)
+        return measured(attacks=edition.attacks)
     asked = {"best": edition.attacks, "last": edition.last_attacks}
     for label, attacks in asked.items():  # one results.json for both
-        evaluation = evaluate(place.run, edition.test_shards, attacks=attacks, checkpoint=label, **images)
+        evaluation = measured(attacks=attacks, checkpoint=label)
     return replace(evaluation, labels=tuple(asked))
 
 
@@ -117,7 +118,7 @@ def _results(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         found[label] = {}
         for name, entry in entries.items():
             ids, right = arrays[f"{label}/{name}"]
-            outcomes = base64.b64encode(np.packbits(right[np.argsort(ids)])).decode()
+            outcomes = base64.b64encode(np.packbits(right[np.argsort(ids)]).tobytes()).decode()
             found[label][name] = {key: entry[key] for key in ("correct", "n", "accuracy", "low", "high")} | {
                 "outcomes": outcomes
             }
@@ -173,7 +174,8 @@ def _noise(run: RunFolder, recipe: RecipeSpec) -> dict[str, float]:
 
 def _cost(run: RunFolder, recipe: RecipeSpec, rows: list[dict[str, Any]], evaluation: Evaluation) -> dict[str, Any]:
     """What the cell cost: seconds of finished epochs and validations, and of attacks, those that were repeated not counted."""
-    timing, entries = run.read_timing(), {}
+    timing = run.read_timing()
+    entries: dict[str, dict[str, Any]] = {}
     for label in evaluation.labels:
         entries |= {entry["key"]: entry for entry in evaluation.entries[label].values()}
     spent = {

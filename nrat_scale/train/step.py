@@ -143,9 +143,9 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
             found = attack(state, *given, history=part.history)
         else:
             found = state.graphs.attack(*given, key=state.threat.key)
-        x_adv, finite, inside, *gradient = found
+        x_adv, finite, inside = found[:3]
         if state.class_starts is not None:
-            state.class_starts.add(*gradient, part.label)
+            state.class_starts.add(found[3], part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
