@@ -125,4 +125,4 @@ class PlannedBatches:
             images = self.resident.gather(rows)
         columns: Any = map(torch.from_numpy, (given, clean, generated, ids, image_numbers))
         weighted = None if weights is None else torch.from_numpy(weights)
-        return Batch(step, torch.from_numpy(places), images, *columns, weighted)
+        return Batch(step, torch.from_numpy(places), images, *columns, weights=weighted)

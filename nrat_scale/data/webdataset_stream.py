@@ -52,7 +52,7 @@ def webdataset_batches(
         image_numbers = [first + position for first, position in zip(firsts, positions, strict=True)]
         columns: Any = map(torch.tensor, (given, clean, generated, ids, image_numbers))
         weighted = torch.tensor(weights) if any(source.is_weighted for source in sources) else None
-        yield Batch(step, places, to_nchw(np.stack(images)), *columns, weighted).pinned()
+        yield Batch(step, places, to_nchw(np.stack(images)), *columns, weights=weighted).pinned()
 
 
 def _samples(source: TrainingSource, plan_seed: int, start: int) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ for a GPU: the host reads `TrainState.checks` later.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +26,7 @@ from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
 from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
-from nrat_scale.train.state import RESULTS, MicroBatch, TrainState
+from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
 
@@ -88,10 +88,10 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
     weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
-    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
-    weighted = [None] * parts if weights is None else weights.chunk(parts)
-    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
-        yield MicroBatch(*piece, weights=weight)
+    pieces = [tensor.chunk(parts) for tensor in (x, y, clean, noise)]
+    weighted: Sequence[Tensor | None] = [None] * parts if weights is None else weights.chunk(parts)
+    for images, labels, right, unit_noise, weight in zip(*pieces, weighted, strict=True):
+        yield MicroBatch(images, labels, right, unit_noise, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -123,8 +123,8 @@ def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_pa
     y = part.trained if labels is None else labels
     loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
-    found = (None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv))
-    part = replace(part, **dict(zip(RESULTS, found, strict=True)))
+    found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]
+    part = replace(part, loss=found[0], logits=found[1], logits_adv=found[2])
     record_micro_batch(state, part)
     return part
 
