@@ -100,6 +100,10 @@ def _rows(spec: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
             meaning = comments.get(field.name, "").replace("|", "\\|")
             key = f"{prefix}{field.name}"
             yield key, _of_recipe(key, _default(field, instance)), meaning
+            for entry in typing.get_args(hint):  # of a list of specs
+                if dataclasses.is_dataclass(entry):
+                    assert isinstance(entry, type)
+                    yield from _rows(entry, f"{key}[].")
 
 
 def page() -> str:
