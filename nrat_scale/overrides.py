@@ -41,9 +41,9 @@ _CONSTANTS = ("lam", "inner", "smoothing", "smoothing_mode", "a", "b")
 
 def _near_recipe(path: Path) -> str:
     """The YAML file beside a missing one that has nearly its name."""
-    beside = [other.name for kind in ("*.yaml", "*.yml") for other in path.parent.glob(kind)]
-    near = get_close_matches(path.name, beside, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
+    beside = {other.stem: other for kind in ("*.yml", "*.yaml") for other in path.parent.glob(kind)}
+    near = get_close_matches(path.stem, beside, n=1)
+    return f" Did you mean {beside[near[0]]}?" if near else ""
 
 
 def read_yaml(path: Path) -> DictConfig:
