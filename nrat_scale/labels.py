@@ -30,6 +30,9 @@ HUMAN_SETS = {
     "random2": "random_label2",
     "random3": "random_label3",
 }
+_NO_SCORES = (
+    "badlabel needs {}.scores: label_scores.npy of a run with objective.name=natural objective.refine.kind=scores."
+)
 _CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
 REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
 NONE, UNKNOWN, UNSET = "none", "unknown", "auto"  # kinds that inject nothing: labels as they are stored
@@ -58,6 +61,7 @@ class NoiseSpec:
     class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
     human_labels: str | None = None  # of `cifar10n`: the .npz of `nrat_scale.prepare cifar10n`, or an .npy of int64 [n]
     human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
+    scores: str | None = None  # of `badlabel`: the label_scores.npy of a run with `objective.refine.kind: scores`
 
     def __post_init__(self) -> None:
         key = self.KEY
@@ -70,6 +74,12 @@ class NoiseSpec:
             )
         if self.kind == "cifar10n" and self.human_labels is None:
             raise UserError(_no_human_labels(key))
+        if self.kind == "badlabel" and self.scores is None:
+            raise UserError(_NO_SCORES.format(key))
+        if self.kind != "badlabel" and self.scores is not None:
+            raise UserError(
+                f"{key}.scores is for {key}.kind=badlabel, and the kind is '{self.kind}'. Remove one of them."
+            )
         if self.kind == "asymmetric_blocks" and self.class_map:
             raise UserError(_own_map(key))
 
@@ -121,6 +131,7 @@ def corrupt(
     class_map: dict[int, int] | None = None,
     images: np.ndarray | None = None,
     human_labels: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
     key: str = REAL_KEY,
 ) -> np.ndarray:
     """Noisy labels for the clean `labels`.
@@ -133,7 +144,7 @@ def corrupt(
         num_classes: K.
         class_map: source label -> target label of the asymmetric kinds; by default, if K = 10, CIFAR-10's published map.
         images: uint8 [n, ...], needed by `instance_dependent` only.
-        human_labels: int [n], needed by `cifar10n` only.
+        human_labels, scores: int [n] and float [n, K], needed by `cifar10n` and by `badlabel` only.
         key: the section of the recipe that messages name.
 
     Returns:
@@ -150,7 +161,7 @@ def corrupt(
         return labels
     if num_classes < 2:
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
-    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "key": key}
+    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "scores": scores, "key": key}
     return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
 
 
@@ -268,6 +279,27 @@ def _instance_dependent(
     return noisy
 
 
+def _badlabel(
+    labels: np.ndarray, rate: float, num_classes: int, scores: np.ndarray | None, key: str, **_: Any
+) -> np.ndarray:
+    """BadLabel (Zhang et al. 2024): an image's candidate is its class of the smallest z, or of the second if that is its label.
+
+    `scores` are z; of all images, those whose candidate has the smallest log softmax(z) get it, equal ones in source order.
+    """
+    if scores is None:
+        raise UserError(_NO_SCORES.format(key))
+    if scores.shape != (len(labels), num_classes):
+        raise UserError(f"{key}.scores has the shape {list(scores.shape)}, expected {[len(labels), num_classes]}.")
+    order = np.argsort(scores, axis=1, kind="stable")
+    candidate = np.where(order[:, 0] == labels, order[:, 1], order[:, 0])
+    largest = scores.max(1)
+    value = scores[np.arange(len(labels)), candidate] - largest - np.log(np.exp(scores - largest[:, None]).sum(1))
+    chosen = np.argsort(value, kind="stable")[: num_flipped(rate, len(labels))]
+    noisy = labels.copy()
+    noisy[chosen] = candidate[chosen]
+    return noisy
+
+
 NOISES: dict[str, Callable[..., np.ndarray]] = {
     "none": lambda labels, **_: labels,
     "symmetric": _symmetric,
@@ -277,6 +309,7 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
     "asymmetric_blocks": _asymmetric_blocks,  # CIFAR-100 in the code of APL; its true superclasses are `asymmetric`
     "cifar10n": _human,
     "instance_dependent": _instance_dependent,
+    "badlabel": _badlabel,
 }
 
 
@@ -306,6 +339,22 @@ def load_human_labels(path: str, which: str, key: str = REAL_KEY) -> np.ndarray:
     except _UNREADABLE as error:
         formats = f"an .npy array of integers, nor as {_CIFAR10N}"
         raise UserError(f"The human labels {path} cannot be read as {formats} ({first_line(error)}).") from error
+
+
+def load_scores(path: str, key: str = REAL_KEY) -> np.ndarray:
+    """float64 [n, K] of `badlabel`, from an .npy file, never unpickled; raises `UserError` if it is no finite matrix of floats."""
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)  # a header alone allocates nothing
+        if stored.ndim != 2 or stored.dtype.kind != "f":
+            raise ValueError(f"it holds {stored.dtype} {list(stored.shape)}")
+        scores = np.asarray(stored, np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError("not all are finite")
+        return scores
+    except FileNotFoundError:
+        raise UserError(f"There is no file of scores at {path} ({key}.scores).") from None
+    except (*_UNREADABLE, AttributeError) as error:  # an .npz has no ndim
+        raise UserError(f"{key}.scores: {path} is no .npy matrix of floats ({first_line(error)}).") from error
 
 
 def _npy_labels(stream: Any, size: int) -> np.ndarray:

@@ -47,6 +47,7 @@ _NOT_IDENTITY = (
 _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     "data.generated.noise.kind": NONE,
+    "data.real.noise.scores": None,
     "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,

@@ -19,7 +19,7 @@ from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.data.shards import ShardSet, ShardUnusable
 from nrat_scale.datasets import DATASETS
-from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256, load_human_labels
+from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256, load_human_labels, load_scores
 
 T = TypeVar("T")
 UNKNOWN_LABEL = -1
@@ -195,7 +195,9 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
     images = shards.images(order) if noise.kind == "instance_dependent" else None
     human = load_human_labels(noise.human_labels, noise.human_set, key) if noise.human_labels else None
     sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
-    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human, key=key)
+    scores = load_scores(noise.scores, key) if noise.scores else None
+    extra = {"images": images, "human_labels": human, "scores": scores}
+    given = corrupt(clean, *sizes, class_map=class_map, **extra, key=key)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean
     return by_position[0], by_position[1]

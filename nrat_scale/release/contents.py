@@ -183,7 +183,8 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     """The recipe with only the last name of absolute paths, and addresses without user, password and query."""
 
     def without(source: Any) -> Any:
-        noise = replace(source.noise, human_labels=public(source.noise.human_labels))
+        files = {name: public(getattr(source.noise, name)) for name in ("human_labels", "scores")}
+        noise = replace(source.noise, **files)
         return replace(source, shards=public(source.shards), exclude=public(source.exclude), noise=noise, prepare=None)
 
     data = replace(

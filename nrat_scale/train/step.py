@@ -25,7 +25,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
-from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
+from nrat_scale.train.refinement import inner_loss, new_rows, outer_loss, refined, remember
 from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
@@ -121,7 +121,7 @@ def forward_backward(
 ) -> tuple[Tensor, ...]:
     """Forward of `x`, then of `x_adv`, outer loss, backward.
 
-    Returns the loss, natural logits unless "at", adversarial ones if attacked, and the rows that SGLR remembers.
+    Returns the loss, natural logits unless "at", adversarial ones if attacked, and the rows that `new_rows` has.
     """
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(x) if state.objective.family != "at" else None
@@ -138,8 +138,9 @@ def _backward(
     history: Tensor | None,
 ) -> tuple[Tensor, ...]:
     logits_adv = state.model(x_adv) if x_adv is not None else None
-    remembered = self_guided(state, x, logits_adv, history)
-    loss = outer_loss(state, logits, logits_adv, y if remembered is None else remembered, history)
+    remembered = new_rows(state, x, logits, logits_adv, history)
+    label = remembered if remembered is not None and state.objective.spec.refine.kind == "sglr" else y
+    loss = outer_loss(state, logits, logits_adv, label, history)
     state.accelerator.backward(loss / num_parts)
     return tuple(tensor.detach() for tensor in (loss, logits, logits_adv, remembered) if tensor is not None)
 
