@@ -302,9 +302,22 @@ class Objective(nn.Module):
             outer = outer + _mart_margin(logits_adv, y)
         return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
 
-    def loss(self, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, progress: float = 1.0) -> Tensor:
-        """The mean of `per_sample`: a scalar."""
-        return self.per_sample(logits, logits_adv, y, progress).mean()
+    def loss(
+        self,
+        logits: Tensor | None,
+        logits_adv: Tensor | None,
+        y: Tensor,
+        progress: float = 1.0,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The mean over the images of `per_sample`, times `weights` [B] if given: a scalar.
+
+        The weight of an image multiplies its whole outer loss, regulariser included, in every family; its attack maximises
+        the inner loss of this image alone, which a weight would not change. The sum is divided by B and not by the sum of
+        the weights, so that the mean over micro-batches and ranks is that over the global batch.
+        """
+        losses = self.per_sample(logits, logits_adv, y, progress)
+        return (losses if weights is None else losses * weights.to(losses.dtype)).mean()
 
     @torch.no_grad()
     def begin_step(
@@ -330,14 +343,21 @@ class Objective(nn.Module):
             self._mass = mass / images
 
     @torch.no_grad()
-    def update(self, logits: Tensor | None, y: Tensor, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> None:
+    def update(
+        self,
+        logits: Tensor | None,
+        y: Tensor,
+        reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add the natural predictions of a micro-batch to the sums of the class means; without class means, do nothing.
 
-        `reduce` sums a tensor over ranks.
+        `reduce` sums a tensor over ranks. `weights` [B] of the images count in the class means.
         """
         if self.class_sums is None or logits is None:
             return
         p = (upcast(logits) / self.spec.ikl_temperature).softmax(1)
+        p = p if weights is None else p * weights[:, None]
         self.class_sums += reduce(label_sums(p.double(), y)[0])
 
     def _diverge(self, name: str, logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:

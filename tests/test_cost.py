@@ -1,12 +1,14 @@
 """The cost of a recipe in forward passes: attack, training forwards, weight perturbation."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from nrat_scale.cost import forward_equivalents
 from nrat_scale.recipe import load_recipe
-from tests.support.runs import RECIPE
+from tests.support.runs import RECIPE, ROOT
 
 
 @pytest.fixture
@@ -45,3 +47,14 @@ def test_label_refinement_costs_the_forwards_of_its_predictions(recipe_path: Pat
     """One for ADR's teacher; one for TE and SGLR from the epoch on in which they begin, the ninth of 20."""
     recipe = load_recipe(recipe_path, [f"objective.name={name}", "threat.num_steps=10", "train.epochs=20"])
     assert forward_equivalents(recipe) == pytest.approx(expected + (0.05 if name in ("te", "sglr", "trades_te") else 0))
+
+
+def test_the_variants_of_the_page_cost_what_it_says() -> None:
+    """Each line of the table in docs/training.md is a valid override of the recipe, with its two costs."""
+    page, recipe = (ROOT / "docs" / "training.md").read_text(), ROOT / "recipes" / "fashion_mnist.yaml"
+    lines = re.findall(r"^\| [^|]* \| `([^`]*threat[^`]*)` \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(lines) >= 8
+    for overrides, nrat, pgd_at in lines:
+        for name, cost in (("nrat", nrat), ("pgd_at", pgd_at)):
+            found = load_recipe(recipe, [f"objective.name={name}", *shlex.split(overrides)])
+            assert forward_equivalents(found) == pytest.approx(float(cost)), overrides

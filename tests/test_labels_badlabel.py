@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.labels import NoiseSpec, corrupt, load_scores
+from nrat_scale.label_files import load_scores
+from nrat_scale.labels import NoiseSpec, corrupt
 
 
 def _scores(n: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def test_unusable_scores_are_sentences(tmp_path: Path) -> None:
     """Without a file, for another kind, of another shape or kind of file, or not finite."""
     with pytest.raises(UserError, match=r"badlabel needs data\.real\.noise\.scores: label_scores\.npy of a run with"):
         NoiseSpec("badlabel", 0.2)
-    with pytest.raises(UserError, match=r"scores is for data\.real\.noise\.kind=badlabel, and the kind is 'symmetric'"):
+    with pytest.raises(UserError, match=r"scores is for the kind badlabel, and data\.real\.noise\.kind is 'symmetric'"):
         NoiseSpec("symmetric", 0.2, scores="z.npy")
     labels, scores = _scores(20, 4, 1)
     with pytest.raises(UserError, match=re.escape("data.real.noise.scores has the shape [20, 3], expected [20, 4].")):

@@ -29,9 +29,9 @@ class Batch:
     clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
     generated: Tensor  # bool [b]
     ids: Tensor  # int64 [b], source ids
-    image_numbers: (
-        Tensor  # int64 [b], of the images among those of all sources: their position, after the sources before
-    )
+    # int64 [b]: positions of the images in their source, after the images of the sources before
+    image_numbers: Tensor
+    weights: Tensor | None = None  # float32 [b], of each sample's loss; None: 1 for all
     partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
     @property
@@ -99,6 +99,7 @@ class PlannedBatches:
     def _gathered(self, step: int, places: np.ndarray, numbers: np.ndarray, samples: np.ndarray) -> Batch:
         given, clean, ids, rows, image_numbers = (np.empty(len(places), np.int64) for _ in range(5))
         generated = np.zeros(len(places), bool)
+        weights = np.ones(len(places), np.float32) if any(source.is_weighted for source in self.sources) else None
         pixels: list[Iterator[memoryview]] = []
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(numbers == number)
@@ -111,7 +112,9 @@ class PlannedBatches:
                 # Read the labels even if `given` replaces them, to find bad shards as without resident images.
                 positions, stored = source.read(samples[here], source.shards.labels, near)
                 rows[here] = self.resident.first_rows[number] + positions
-            given[here] = stored if source.given is None else source.given[positions]
+            given[here] = source.acted_labels(positions, stored if source.given is None else source.given[positions])
+            if weights is not None:
+                weights[here] = source.weights(positions)
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
             image_numbers[here] = positions + sum(len(earlier.shards) for earlier in self.sources[:number])
@@ -121,4 +124,5 @@ class PlannedBatches:
         else:
             images = self.resident.gather(rows)
         columns: Any = map(torch.from_numpy, (given, clean, generated, ids, image_numbers))
-        return Batch(step, torch.from_numpy(places), images, *columns)
+        weighted = None if weights is None else torch.from_numpy(weights)
+        return Batch(step, torch.from_numpy(places), images, *columns, weighted)

@@ -24,14 +24,15 @@ class StepGraphs:
         self._state, attack_model = state, state.attack_model
         options: dict[str, Any] = {"required": required, "capture": capture, "say": state.accelerator.print}
         modules = (attack_model.module, attack_model.low)
-        eps = state.recipe.threat.eps
         self.attack = GraphedCall(
             "attack",
             partial(attack, state),
             reads=lambda: [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())],
             # Kernels that are not deterministic change the sign of tiny gradients; stale inputs change most pixels.
             close=lambda plain, graphed: (
-                "" if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * eps else "its images differ"
+                ""
+                if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * state.threat.farthest
+                else "its images differ"
             ),
             enabled=True,
             **options,

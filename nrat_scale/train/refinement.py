@@ -81,15 +81,25 @@ def inner_loss(
 
 
 def outer_loss(
-    state: TrainState, logits: Tensor | None, logits_adv: Tensor | None, y: Tensor, history: Tensor | None
+    state: TrainState,
+    logits: Tensor | None,
+    logits_adv: Tensor | None,
+    y: Tensor,
+    history: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """What training minimises, a scalar; TE adds its term at the logits of the classification loss."""
-    loss, spec = state.objective.loss(logits, logits_adv, y, state.progress), state.objective.spec
+    """What training minimises, a scalar; TE adds its term at the logits of the classification loss.
+
+    `weights` [b] multiply the whole loss of an image, TE's term included.
+    """
+    loss, spec = state.objective.loss(logits, logits_adv, y, state.progress, weights), state.objective.spec
     if history is None or spec.refine.kind != "te":
         return loss
     classified = logits if spec.family == "trades" else logits_adv
     assert classified is not None
-    return loss + spec.refine.te_weight_at(state.epoch_end) * ensemble_distance(classified, history).mean()
+    distances = ensemble_distance(classified, history)
+    distances = distances if weights is None else distances * weights.to(distances.dtype)
+    return loss + spec.refine.te_weight_at(state.epoch_end) * distances.mean()
 
 
 @torch.no_grad()

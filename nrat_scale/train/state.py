@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from nrat_scale.attacks import ThreatSpec
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
 from nrat_scale.core.run_folder import RunFolder
@@ -19,6 +20,7 @@ from nrat_scale.recipe import RecipeSpec
 from nrat_scale.tracking import Trackers
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics
+from nrat_scale.train.class_starts import ClassStarts
 from nrat_scale.train.nonfinite import StepChecks
 from nrat_scale.train.ownership import Ownership
 from nrat_scale.train.profiling import Clock
@@ -43,6 +45,7 @@ class MicroBatch:
     target: Tensor | None = None  # labels that `objective.refine` trains on instead of `y`: int64 [b] or [b, K]
     history: Tensor | None = None  # [b, K]: TE's mean predictions with those of this step; SGLR's rows without them
     remembered: Tensor | None = None  # [b, K]: what replaces the images' rows of `LabelRefinement.history`
+    weights: Tensor | None = None  # float32 [b], of each image's loss; None: 1 for all
 
     @property
     def label(self) -> Tensor:
@@ -83,6 +86,7 @@ class TrainState:
     statistics: RunningStatistics
     draws: bool  # the model draws random numbers in training mode (dropout, stochastic depth)
     sums: Tensor  # float64, named by `metrics.sum_names()`: over this rank's epoch so far, always changed in place
+    class_starts: ClassStarts | None = None  # None unless `threat.init` is class
     restored: list[Tensor] = field(default_factory=list)  # under fp16, what a skipped step must not change
     step: int = 0  # optimizer steps done
     best: dict[str, Any] | None = None  # step, epoch and accuracies of the best validation so far
@@ -110,6 +114,11 @@ class TrainState:
     def epoch_end(self) -> float:
         """The fraction of the whole schedule that is done when the epoch of the next step ends."""
         return (self.step // self.data.steps_per_epoch + 1) / self.recipe.train.epochs
+
+    @property
+    def threat(self) -> ThreatSpec:
+        """The attack of the next step: that of the phase of `threat.schedule`."""
+        return self.recipe.threat.at(self.progress)
 
     @property
     def last_step(self) -> int:

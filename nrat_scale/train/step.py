@@ -54,8 +54,10 @@ def train_step(state: TrainState, batch: Batch) -> None:
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
             record_micro_batch(state, done[-1])
-            state.objective.update(done[-1].logits, part.y, total)
+            state.objective.update(done[-1].logits, part.y, total, part.weights)
         remember(state, batch, done)
+        if state.class_starts is not None:
+            state.class_starts.update(total)
         with state.clock.section("optimizer"):
             good = _finish_gradient(state)
             state.optimizer.step()
@@ -76,16 +78,22 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     x, y = state.data.augmented(batch, device)
     if state.recipe.precision == "fp64":
         x = x.double()
-    generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
-    noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.init, x, generator)
-    noise = noise[batch.first : batch.first + len(x)]
+    if state.class_starts is not None:
+        noise = state.class_starts.noise(y)
+    else:
+        generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
+        noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.start, x, generator)
+        noise = noise[batch.first : batch.first + len(x)]
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
-    pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
-    yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
+    weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
+    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
+    weighted = [None] * parts if weights is None else weights.chunk(parts)
+    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
+        yield MicroBatch(*piece, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -95,10 +103,11 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            results = _backward(state, num_parts, logits, part.x, part.trained, part.x_adv, part.history)
+            given = (part.x, part.trained, part.x_adv, part.history, part.weights)
+            results = _backward(state, num_parts, logits, *given)
     else:
         with state.clock.section("outer"):
-            given = (part.x, part.trained) if part.x_adv is None else (part.x, part.trained, part.x_adv)
+            given = [part.x, part.trained, *(tensor for tensor in (part.x_adv, part.weights) if tensor is not None)]
             if state.graphs is None:
                 results = forward_backward(state, num_parts, *given, history=part.history)
             else:
@@ -111,21 +120,19 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
 
 
 def forward_backward(
-    state: TrainState,
-    num_parts: int,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor | None = None,
-    *,
-    history: Tensor | None = None,
+    state: TrainState, num_parts: int, x: Tensor, y: Tensor, *more: Tensor, history: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Forward of `x`, then of `x_adv`, outer loss, backward.
 
-    Returns the loss, natural logits unless "at", adversarial ones if attacked, and the rows that `new_rows` has.
+    `more`: x_adv if the objective attacks, then the weights of the images if they have some. Returns the loss, natural
+    logits unless "at", adversarial ones if attacked, and the rows that `new_rows` has.
     """
+    rest = list(more)
+    x_adv = rest.pop(0) if state.objective.attacks else None
+    weights = rest.pop(0) if rest else None
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, num_parts, logits, x, y, x_adv, history)
+    return _backward(state, num_parts, logits, x, y, x_adv, history, weights)
 
 
 def _backward(
@@ -136,11 +143,12 @@ def _backward(
     y: Tensor,
     x_adv: Tensor | None,
     history: Tensor | None,
+    weights: Tensor | None,
 ) -> tuple[Tensor, ...]:
     logits_adv = state.model(x_adv) if x_adv is not None else None
     remembered = new_rows(state, x, logits, logits_adv, history)
-    label = remembered if remembered is not None and state.objective.spec.refine.kind == "sglr" else y
-    loss = outer_loss(state, logits, logits_adv, label, history)
+    labels = remembered if remembered is not None and state.objective.spec.refine.kind == "sglr" else y
+    loss = outer_loss(state, logits, logits_adv, labels, history, weights)
     state.accelerator.backward(loss / num_parts)
     return tuple(tensor.detach() for tensor in (loss, logits, logits_adv, remembered) if tensor is not None)
 
@@ -156,9 +164,12 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
         y = part.y if state.objective.inner_needs_natural else part.trained
         given = (part.x, y, part.noise) if logits is None else (part.x, y, part.noise, logits.detach())
         if state.graphs is None:
-            x_adv, finite, inside = attack(state, *given, history=part.history)
+            found = attack(state, *given, history=part.history)
         else:
-            x_adv, finite, inside = state.graphs.attack(*given)
+            found = state.graphs.attack(*given, key=state.threat.key)
+        x_adv, finite, inside, *gradient = found
+        if state.class_starts is not None:
+            state.class_starts.add(*gradient, part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
@@ -172,9 +183,12 @@ def attack(
     logits: Tensor | None = None,
     *,
     history: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
-    threat, module = state.recipe.threat, state.attack_model.module
+) -> tuple[Tensor, ...]:
+    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host.
+
+    With starts per class the gradient of the first step is a fourth result.
+    """
+    threat, module = state.threat, state.attack_model.module
 
     def mixed(images: Tensor) -> Tensor:
         with state.accelerator.autocast():
@@ -188,7 +202,10 @@ def attack(
     model, encode, decode = in_space(module, threat.space, mixed)
     first_model, _, _ = in_space(module, threat.space, first)
     found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
-    return decode(found.x_adv), found.finite, found.inside
+    results = decode(found.x_adv), found.finite, found.inside
+    if state.class_starts is None:
+        return results
+    return (*results, torch.zeros_like(x) if found.gradient is None else found.gradient)
 
 
 def reuses_natural(state: TrainState) -> bool:
@@ -214,7 +231,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return outer_loss(state, logits, logits_adv, part.trained, part.history)
+        return outer_loss(state, logits, logits_adv, part.trained, part.history, part.weights)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
