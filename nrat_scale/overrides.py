@@ -77,9 +77,16 @@ def with_overrides(
 
 
 def _drop_objective(merged: Any, was: str, path: Path) -> None:
-    """Drop what is the objective `was`'s own: its losses and IKL's constants, and whatever it has by default."""
+    """Drop what is the objective `was`'s own: its losses, label refinement and IKL's constants, and whatever it has by default."""
     usual = OBJECTIVES[was]
     own = ("loss", "divergence", *IKL_DEFAULTS)
+    refine, ema = _section(merged, "objective").get("refine"), _section(merged, "ema")
+    if refine is not None:
+        del merged["objective"]["refine"]
+        if isinstance(refine, dict) and not dataclasses.asdict(usual.refine).items() >= refine.items():
+            warn(f"{path}: objective.refine {quoted(refine)} is that of {quoted(was)} and is not used.")
+    if usual.ema_decay and ema.get("decay") == usual.ema_decay:
+        del merged["ema"]["decay"]
     for section, keys in (("objective", (*own, *_CONSTANTS)), ("threat", ("init", "bn"))):
         for key, value in _section(merged, section).items():
             if key in keys and (key in own or value == getattr(usual, key)):

@@ -48,6 +48,7 @@ _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     "data.generated.noise.kind": NONE,
     "data.real.noise.matrix": None,
+    "data.real.noise.scores": None,
     **{
         f"data.{kind}.audit.{key}": value
         for kind in (REAL, GENERATED)

@@ -25,7 +25,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
-from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
+from nrat_scale.train.refinement import inner_loss, new_rows, outer_loss, refined, remember
 from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
@@ -109,7 +109,7 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
 
 
 def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> MicroBatch:
-    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what SGLR remembers."""
+    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what is remembered of them."""
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(part.x) if state.objective.family != "at" else None
     return _backward(state, logits, part, num_parts)
@@ -117,10 +117,10 @@ def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> Mic
 
 def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_parts: int) -> MicroBatch:
     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
-    labels = self_guided(state, part.x, logits_adv, part.history)
-    if labels is not None:
-        part = replace(part, remembered=labels)
-    y = part.trained if labels is None else labels
+    y, rows = part.trained, new_rows(state, part.x, logits, logits_adv, part.history)
+    if rows is not None:
+        part = replace(part, remembered=rows)
+        y = rows if state.objective.spec.refine.kind == "sglr" else y
     loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
     found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]

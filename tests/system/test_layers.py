@@ -19,7 +19,7 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
-    ("label_refinement",),
+    ("label_refinement", "label_files"),
     ("losses", "datasets", "publications", "transition"),
     ("_class_names",),
     ("core",),
