@@ -109,6 +109,8 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
         return
     old = before.get("norm", "linf")
     kept = [f"threat.{key}" for key in ("eps", "step") if key in before and key not in threat]
+    phases = bool(before.get("schedule")) and "schedule" not in threat
+    kept += ["threat.schedule"] if phases else []
     if kept and threat.get("norm", old) != old:
         eps = _number(threat.get("eps", 0.5))
         example = (
@@ -116,9 +118,10 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
             if isinstance(eps, float)
             else "threat.eps=0.5 threat.step=0.125"
         )
+        example += " threat.schedule=[]" if phases else ""
         raise UserError(
             f"threat.norm is changed from {printable(old)} to {printable(threat.norm)}, but {' and '.join(kept)} would stay "
-            f"as in the recipe, in the other norm. Give both, for instance {example}."
+            f"as in the recipe, in the other norm. Give {'all' if phases else 'both'}, for instance {example}."
         )
 
 

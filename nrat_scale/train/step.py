@@ -1,7 +1,8 @@
 """One training step, to be read beside Algorithm 1 of the paper.
 
     1. take this rank's part of global batch t, augmented, in [0, 1]
-    2. attack it: x' = PGD(inner loss) on the attack model, which shares the weights and needs no gradient for them
+    2. attack it: x' = PGD(inner loss), as the phase of `threat.schedule` says, on the attack model, which shares the weights
+       and needs no gradient for them
     3. with AWP, perturb the weights
     4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
     5. optimizer step, skipped on all ranks if a loss or gradient is not finite on any; EMA
