@@ -11,7 +11,7 @@ from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
 from nrat_scale.reproduce.grid import ASYMMETRIC, Choices
 from nrat_scale.reproduce.grid_files import grid_names, read_grid
 from nrat_scale.reproduce.jobs import LOCK_VARIABLE
-from nrat_scale.reproduce.run import JOBS, OUT, Request, collect, decide_claims, listing, one_cell, reproduce
+from nrat_scale.reproduce.run import JOBS, OUT, Request, collect, listing, one_cell, reproduce
 
 CLAIMS = "claims"
 
@@ -54,7 +54,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see `--help`."""
-    given = _arguments(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [CLAIMS]:
+        from nrat_scale.reproduce.findings import main as write_claims  # not at the top: it imports Matplotlib
+
+        write_claims(words[1:])
+        return
+    given = _arguments(words)
     if given.what is None:
         print("\n".join(f"{name:16s} {read_grid(name).title}" for name in grid_names()))
         return
@@ -64,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     only = tuple(name.strip().strip("/") for name in given.only.split(",") if name.strip())
     stored = None if given.cells == "none" else Path(given.cells)
     request = Request(given.what, given.edition, choices, only, given.seeds, given.out, stored)
-    if given.what == CLAIMS:
-        print(f"written: {decide_claims(request)}")
-    elif given.cell is not None:
+    if given.cell is not None:
         _run_here(one_cell(request, given.cell))
     elif given.list:
         print(listing(request))

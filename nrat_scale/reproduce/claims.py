@@ -112,7 +112,6 @@ def _noise_claims() -> Iterable[Claim]:
             for method in ("pgd_at", "trades", "trades_apl", "nrat")
             for measure in ("natural", "aa")
         ),
-        "table1",
     )
     yield Claim(
         "Double overfitting",
@@ -125,7 +124,6 @@ def _noise_claims() -> Iterable[Claim]:
             for method in ("pgd_at", "trades", "mart")
             for measure in ("natural", "pgd20")
         ),
-        "figure1",
     )
     yield Claim(
         "APL losses largely remove double overfitting",
@@ -137,7 +135,6 @@ def _noise_claims() -> Iterable[Claim]:
             for plain, apl in (("trades", "trades_apl"), ("mart", "mart_apl"))
             for measure in ("natural", "pgd20")
         ),
-        "figure3",
     )
     yield Claim(
         "NRAT is the most robust under noise",
@@ -154,14 +151,12 @@ def _noise_claims() -> Iterable[Claim]:
                 for lam, other in (("-lam3", "-lam3"), ("-lam12", "-lam12"), ("-lam3", ""), ("-lam12", ""))
             ),
         ),
-        "table1",
     )
     yield Claim(
         "TRADES is the most robust without noise",
         f"AutoAttack with clean labels: TRADES {_quote('trades', CLEAN, 'aa')}, PGD-AT {_quote('pgd_at', CLEAN, 'aa')}, TRADES-APL "
         f"{_quote('trades_apl', CLEAN, 'aa')}, NRAT {_quote('nrat', CLEAN, 'aa')} %.",
         tuple(_minus("trades", other, CLEAN, "aa") for other in ("nrat", "trades_apl", "pgd_at")),
-        "table1",
     )
 
 
@@ -177,7 +172,6 @@ def _loss_claims() -> Iterable[Claim]:
             for apl, plain in (("trades_apl", "trades"), ("mart_apl", "mart"))
             for measure in ("natural", "aa")
         ),
-        "table1",
     )
     yield Claim(
         "APL may fail for direct objectives under asymmetric noise (Proposition 1)",
@@ -188,7 +182,6 @@ def _loss_claims() -> Iterable[Claim]:
             for noise in (ASYMMETRIC, ASYMMETRIC_2)
             for measure in ("natural", "aa")
         ),
-        "table2",
     )
     yield Claim(
         "symKL is more robust than KL",
@@ -198,7 +191,6 @@ def _loss_claims() -> Iterable[Claim]:
             *(_minus("nrat", "trades_apl", noise, "aa", decides=noise == SYMMETRIC) for noise in (SYMMETRIC, CLEAN)),
             *(_minus("trades-sym_kl", "trades", noise, "aa", decides=False) for noise in (SYMMETRIC, CLEAN)),
         ),
-        "table1",
     )
     yield Claim(
         "symKL costs natural accuracy",
@@ -211,7 +203,6 @@ def _loss_claims() -> Iterable[Claim]:
             ),
             *(_minus("trades", "trades-sym_kl", noise, "natural", decides=False) for noise in (SYMMETRIC, CLEAN)),
         ),
-        "table1",
     )
     yield Claim(
         "AWP narrows best minus last",
@@ -229,7 +220,6 @@ def _loss_claims() -> Iterable[Claim]:
             ),
             _gap_closed("trades", "trades_awp", SYMMETRIC, "pgd20", decides=False),
         ),
-        "table3",
         "The paper does not give NRAT-AWP's gamma; it is 0.005 here.",
     )
     yield Claim(
@@ -244,7 +234,6 @@ def _loss_claims() -> Iterable[Claim]:
             ),
             _minus("nrat", "nrat-inner-ce", SYMMETRIC, "aa", decides=False),
         ),
-        "table5",
         "We read the proposed loss as NCE+RCE on the attacked images, and test symKL too. NRAT itself attacks with KL, as the released code "
         "does.",
     )
@@ -265,7 +254,6 @@ def _oddities() -> Iterable[Claim]:
             _minus("pgd_at", "pgd_at_apl", CLEAN, "natural", decides=False),
             _minus("pgd_at", "pgd_at_apl", SYMMETRIC, "aa", decides=False),
         ),
-        "table1",
     )
     yield Claim(
         "NRAT loses more from PGD-20 to AutoAttack than TRADES without noise",
@@ -278,13 +266,11 @@ def _oddities() -> Iterable[Claim]:
             _drop("nrat", SYMMETRIC),
             _drop("trades", SYMMETRIC),
         ),
-        "table1",
     )
     yield Claim(
         "The released code's threat space inflates robustness",
         "Not a claim of the paper. Its released code attacks normalised pixels with eps = 8/255 and clamps them to [0, 1], which is about "
         "a quarter of the stated radius.",
         (_inflation("nrat", SYMMETRIC), _inflation("trades", SYMMETRIC), _inflation("pgd_at", SYMMETRIC)),
-        "table1",
         "Differences between cells that were trained and evaluated in either space, on the same test images.",
     )

@@ -70,8 +70,8 @@ class Claim:
     name: str
     says: str  # what the paper says
     effects: tuple[Effect, ...]
-    grid: str  # that has its cells
     remark: str = ""
+    grid: str = "noise-benchmark"  # that has its cells
 
     @property
     def methods(self) -> list[str]:

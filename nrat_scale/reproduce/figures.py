@@ -1,6 +1,7 @@
 """Figures of a grid as SVG and PNG: learning curves as the paper draws them, overfitting gaps, AutoAttack against cost."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,7 +152,7 @@ def _attack(name: str) -> str:
 def _keys(curves: Groups) -> list[str]:
     """Accuracies in the rows of the curves; a run has `natural` and one robust accuracy such as `pgd10`."""
     rows = [row for cells in curves.values() for cell in cells for row in cell.curve]
-    facts = ("epoch", "step", "n", "split", "natural")
+    facts = ("epoch", "step", "n", "split", "labels", "selection", "natural")
     keys = dict.fromkeys(key for row in rows for key in row if key not in facts and number_at(row, key) is not None)
     return ["natural", *keys, "robust"]
 
@@ -291,9 +292,10 @@ def _fitted(cell: Measured) -> list[tuple[float, float]]:
 
 
 def total_cost(cell: Measured) -> float | None:
-    """Forward-equivalents of a training: those per image and step, times its steps. Unknown for a cell without them."""
-    each, steps = cell.number("cost.forward_equivalents"), cell.number("cost.steps")
-    return None if each is None or steps is None else each * steps
+    """Forward passes of a training in millions of images, None if it is not known. A backward pass to images or weights is one."""
+    numbers = [cell.number(f"cost.{key}") for key in ("forward_equivalents", "steps", "images")]
+    known = [number for number in numbers if number is not None]
+    return math.prod(known) / 1e6 if len(known) == len(numbers) else None
 
 
 def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str = "aa") -> Drawing | None:
@@ -318,11 +320,11 @@ def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str 
             i = methods.index(setting.method)
             errors = [[found.mean - found.low], [found.high - found.mean]]
             style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i // len(_COLOURS) % len(_MARKERS)]}
-            axes.errorbar(cost / 1000, found.mean, errors, ms=6, capsize=2, lw=1, **style)
+            axes.errorbar(cost, found.mean, errors, ms=6, capsize=2, lw=1, **style)
         edge = pareto([(cost, found.mean) for cost, found in here.values()])
         for (cost, value), (next_cost, next_value) in pairwise(edge):
             axes.plot(
-                [cost / 1000, next_cost / 1000, next_cost / 1000],
+                [cost, next_cost, next_cost],
                 [value, value, next_value],
                 color=_SOFT,
                 lw=0.8,
@@ -330,7 +332,7 @@ def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str 
             )
         setting = next(iter(here))
         axes.set_title(setting.noise_text, fontsize=10, loc="left")
-        axes.set(xlabel="forward-equivalents of training, thousands of batches", ylabel="AutoAttack, %")
+        axes.set(xlabel="forward-equivalents of training, millions of images", ylabel="AutoAttack, %")
         _clean(axes)
     for axes in panels[len(noises) :]:
         axes.set_visible(False)
@@ -349,7 +351,7 @@ def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str 
     _stamp_space(figure, groups)
     caption = (
         "AutoAttack accuracy of the best checkpoint (mean over seeds, 95 % Wilson interval) against the cost of training: forward "
-        "passes per image and step times the steps; a backward pass to the images or to the weights counts as one each. The dotted line is the frontier."
+        "passes, in millions of images; a backward pass to the images or to the weights counts as one each. The dotted line is the frontier."
     )
     return drawing(name, caption, figure)
 

@@ -1,20 +1,53 @@
 """`docs/findings.md`: every claim of the paper, what was measured, and whether it holds; written from finished cells."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.run import signed, value_at
+from nrat_scale.reproduce.cells import STORED
 from nrat_scale.reproduce.claims import claims
 from nrat_scale.reproduce.decision import RULE, UNDECIDED, Claim, Finding, decide
-from nrat_scale.reproduce.measured import RELEASED, Measured, Setting
+from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, read_cells
 from nrat_scale.reproduce.page import protocol
 from nrat_scale.reproduce.paper import PAPER
-from nrat_scale.reproduce.table_text import counted, markdown_lines, markdown_text
+from nrat_scale.reproduce.table_text import counted, markdown_lines, markdown_text, shown_path
 
 COMMAND = "python -m nrat_scale.reproduce claims"
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line `python -m nrat_scale.reproduce claims`; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Decide the paper's claims by finished cells; writes a page in Markdown."
+    )
+    folder = "folder of finished cells; may be repeated, the first one comes first (default: %(default)s)"
+    parser.add_argument(
+        "--cells",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help=folder.replace("%(default)s", str(shown_path(STORED))),
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/findings.md"), metavar="FILE.md", help="(default: %(default)s)"
+    )
+    given = parser.parse_args(argv)
+    if given.out.suffix != ".md":
+        raise UserError(f"The page {given.out} must be a Markdown file (.md). Choose another name with --out.")
+    folders = given.cells or [STORED]
+    cells = read_cells(*folders)
+    if not any(cell.finished for cell in cells):
+        raise UserError(
+            f"There are no finished cells in {', '.join(map(str, folders))}. Run a grid first: python -m nrat_scale.reproduce."
+        )
+    found = write_findings(cells, given.out)
+    print("\n".join(verdict_lines(found)))
+    print(given.out)
 
 
 def write_findings(cells: Sequence[Measured], out: Path) -> list[Finding]:

@@ -168,7 +168,7 @@ def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edi
     _known(raw, ("title", "base", "test", "evaluation", "seeds", "overrides"), where)
     test, evaluation = (_section(raw, key, where) for key in ("test", "evaluation"))
     _known(test, ("shards", "prepare"), f"{where}: test")
-    _known(evaluation, ("attacks", "images", "aa_images"), f"{where}: evaluation")
+    _known(evaluation, ("attacks", "images", "aa_images", "last"), f"{where}: evaluation")
     base = path.with_name(str(raw.get("base")))
     if not base.is_file():
         raise UserError(f"{where}: there is no base recipe {base}.")
@@ -183,6 +183,7 @@ def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edi
         str(test.get("prepare", "")),
         str(evaluation.get("attacks")),
         **sizes,
+        last_attacks=evaluation.get("last"),
         seeds=_seeds(raw.get("seeds", 1), methods, path),
         overrides=tuple(_override(one, f"{where}: overrides", methods) for one in raw.get("overrides") or ()),
     )

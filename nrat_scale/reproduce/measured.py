@@ -66,16 +66,19 @@ class Measured:
     def finished(self) -> bool:
         return self.error is None
 
-    @property
-    def protocol(self) -> tuple[str, str, str]:
-        """Test images, threat and settings of the attacks: cells are compared only if these are equal."""
-        data, threat, keys = (value_at(self.facts, f"evaluation.{key}", "") for key in ("data", "threat", "keys"))
-        return str(data), str(threat), json.dumps(keys, sort_keys=True)
+    def protocol(self, measure: str) -> tuple[str, str, str]:
+        """Test images, threat and settings of an attack: accuracies are compared only if these are equal."""
+        data, threat = (str(value_at(self.facts, f"evaluation.{key}", "")) for key in ("data", "threat"))
+        return data, threat, json.dumps(value_at(self.facts, f"evaluation.keys.{measure}", {}), sort_keys=True)
 
     @property
     def split(self) -> str:
         """Which images the learning curve is measured on: `held-out` or `test`."""
-        return "test" if any(row.get("split") == "test" for row in self.curve) else "held-out"
+        return (
+            "test"
+            if any(row.get("split") == "test" for row in self.curve)
+            else str(self.facts.get("curves", "held-out"))
+        )
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -193,7 +196,7 @@ def summarise(cells: Sequence[Measured], checkpoint: str, measure: str, printed:
         return None
     first, rights = found[0], [cell.outcomes[checkpoint, measure] for cell in found]
     for cell, right in zip(found, rights, strict=True):
-        if cell.protocol != first.protocol or len(right) != len(rights[0]):
+        if cell.protocol(measure) != first.protocol(measure) or len(right) != len(rights[0]):
             raise UserError(
                 f"{first.path} and {cell.path} are seeds of one cell that were evaluated differently. Evaluate one again."
             )

@@ -64,7 +64,7 @@ class PageFacts:
     lead: str = ""
     protocol: dict[str, str] = field(default_factory=dict)  # beside what is read from the cells
     omissions: Sequence[str] = ()  # what the paper does not say
-    costs: bool = False  # columns for memorisation, effective noise rate and cost
+    costs: bool = True  # columns for memorisation, effective noise rate and cost
 
 
 def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, facts: PageFacts) -> str:
@@ -86,6 +86,7 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
             {"svg": one.svg, "caption": one.caption, "files": f"{table.plan.name}-{one.name}"} for one in drawings
         ],
         command=facts.command,
+        add_command=f"{facts.command.split(' --only ')[0]} --only my_method",
         grid=table.plan.name,
         notes=[note for note in table.notes if note not in table.stamps],
         omissions=list(facts.omissions),
@@ -138,11 +139,11 @@ def _anchor(row: Row) -> str:
 
 def _results_sheet(table: GridTable, costs: bool) -> Sheet:
     titles = tuple(map(attack_title, table.plan.measures))
-    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in _COSTS if costs))
+    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in COSTS if costs))
     lines = []
     for row in table.rows:
         numbers = [_value(row, measure) for measure in table.plan.measures]
-        numbers += [read(row) if row.cells else None for _, read in _COSTS if costs]
+        numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
     caption = f"{CAPTION} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
@@ -184,25 +185,20 @@ def _cost(row: Row) -> Value | None:
     """The cost in all, with the cost per image and step and the time."""
     each = _mean(row.cells, lambda cell: cell.number("cost.forward_equivalents"), "{:.3g} per image")
     time = _mean(row.cells, lambda cell: cell.number("cost.train_seconds"), "{:.0f} s")
-    total = _mean(row.cells, _thousands, "{:.4g}")
+    total = _mean(row.cells, total_cost, "{:.4g}")
     return total and replace(total, details=tuple(one.text for one in (each, time) if one))
 
 
-_COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
+COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
     ("wrong labels fitted, %", lambda row: _mean(row.cells, _fitted, "{:.1f}")),
     ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
-    ("cost, thousands", _cost),
+    ("cost, millions", _cost),
 )
 COSTS_CAPTION = (
     "Wrong labels fitted: share of the wrong training labels that the model predicts at the last epoch. Effective noise: wrong labels "
-    "of a batch, generated images included. Cost: forward passes of a batch; a backward pass to the images or to the weights counts "
+    "of a batch, generated images included. Cost: forward passes of an image, in millions; a backward pass to the images or to the weights counts "
     "as one each."
 )
-
-
-def _thousands(cell: Measured) -> float | None:
-    cost = total_cost(cell)
-    return None if cost is None else cost / 1000
 
 
 def _differences_sheet(table: GridTable, reference: str) -> Sheet:

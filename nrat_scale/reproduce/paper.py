@@ -8,13 +8,11 @@ from pathlib import Path
 from nrat_scale.reproduce.measured import Setting
 
 PAPER = "Chen et al., NRAT: towards adversarial training with inherent label noise, Machine Learning, 2024"
-Names = Mapping[str, Mapping[str, str]]  # table of paper.csv -> our method -> its name there
-_OURS = ("pgd_at", "mart", "mart_apl", "trades", "trades_apl", "nrat", "nrat_awp")
+# Table of paper.csv -> our method -> its name there; an empty table has our names.
+Names = Mapping[str, Mapping[str, str]]
 # Table 5 is NRAT whose attack maximises "our proposed loss function": read as NCE+RCE on the adversarial logits.
-CIFAR10: Names = {
-    **{table: {method: method for method in _OURS} for table in ("table1", "table2", "table3")},
-    "table5": {"nrat-inner-nce_rce": "nrat"},
-}
+CIFAR10: Names = {"table1": {}, "table2": {}, "table3": {}, "table5": {"nrat-inner-nce_rce": "nrat"}}
+_EDITIONS = {"table4_mnist": ("paper-mnist", "mnist"), "table4_fashion_mnist": ("paper-fashion_mnist", "fashion")}
 _TABLES = Path(__file__).with_name("grids") / "paper.csv"
 
 
@@ -35,5 +33,11 @@ def printed(setting: Setting, checkpoint: str, measure: str, names: Names = CIFA
     """
     noise = "clean" if setting.noise_text == "clean" else f"{setting.noise.split('_')[0]}_{setting.rate:g}"
     numbers, method = printed_numbers(), setting.method
-    found = (numbers.get((table, ours.get(method, ""), noise, checkpoint, measure)) for table, ours in names.items())
+    theirs = {table: ours.get(method, "") if ours else method for table, ours in names.items()}
+    found = (numbers.get((table, name, noise, checkpoint, measure)) for table, name in theirs.items())
     return next((number for number in found if number is not None), None)
+
+
+def names_for(edition: str, names: Names) -> Names:
+    """The tables of `names` that are printed for the data of an edition: MNIST and Fashion-MNIST have tables of their own."""
+    return {table: ours for table, ours in names.items() if edition in _EDITIONS.get(table, (edition,))}

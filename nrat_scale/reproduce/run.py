@@ -9,12 +9,11 @@ from pathlib import Path
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
-from nrat_scale.reproduce.findings import verdict_lines, write_findings
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
 from nrat_scale.reproduce.jobs import Outcome, run_local, write_script
-from nrat_scale.reproduce.measured import Setting, read_cell, read_cells
+from nrat_scale.reproduce.measured import Setting, read_cell
 from nrat_scale.reproduce.outputs import Outputs, write_outputs
 from nrat_scale.reproduce.page import PageFacts
 from nrat_scale.reproduce.table import Plan
@@ -166,14 +165,6 @@ def collect(request: Request, folder: Path) -> list[Path]:
             elif read_cell(target).recipe_hash != place.hash:
                 raise UserError(f"{target} is a cell of another recipe than {place.result}. Move one of them away.")
     return copied
-
-
-def decide_claims(request: Request) -> Path:
-    """Write findings.md in `request.out` from all cells there and in the repository, and print the verdicts."""
-    folders = [folder for folder in (request.out, request.stored) if folder is not None and folder.is_dir()]
-    found = write_findings(read_cells(*(folders or [request.out])), request.out / "findings.md")
-    print("\n".join(verdict_lines(found)))
-    return request.out / "findings.md"
 
 
 def one_cell(request: Request, key: str) -> Place:

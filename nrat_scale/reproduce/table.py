@@ -7,7 +7,7 @@ import numpy as np
 
 from nrat_scale.reproduce.contrasts import Estimate, contrast
 from nrat_scale.reproduce.measured import CHECKPOINTS, Measured, Setting, Summary, summarise
-from nrat_scale.reproduce.paper import CIFAR10, Names, printed
+from nrat_scale.reproduce.paper import CIFAR10, Names, names_for, printed
 
 NOT_RUN = "not run"
 FAILED = "failed"
@@ -22,6 +22,12 @@ DIFFERENCES_CAPTION = (
     "crossed random effects). A star marks intervals without zero."
 )
 
+OTHER_EDITION = (
+    "The paper's numbers are of other data or models (tables 1, 2, 3 and 5: CIFAR-10, ResNet-18, eps 8/255; table 4: eps 0.3), one run "
+    "each, in its code's threat space: compare differences between methods, not levels."
+)
+PAPER_EDITION = "The paper's numbers are one run each, in its code's threat space, which is not that of pixels: --space released_code is comparable."
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,8 +35,8 @@ class Plan:
 
     name: str  # such as table1
     edition: str
-    settings: tuple[Setting, ...]  # rows, in order
-    seeds: int = 1  # asked for, per row
+    settings: tuple[Setting, ...]  # rows; the table has clean labels first, then each kind of noise
+    seeds: int | Mapping[Setting, int] = 1  # asked for, of all rows or of each
     title: str = ""
     space: str = "pixel"  # threat space of the cells
     split: str = "held-out"  # images of the curves
@@ -95,7 +101,7 @@ class GridTable:
 
 def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
     """The table of the cells of a plan; cells that are not in the plan are left out."""
-    groups: dict[Setting, list[Measured]] = {setting: [] for setting in plan.settings}
+    groups: dict[Setting, list[Measured]] = {setting: [] for setting in _ordered(plan.settings)}
     for cell in cells:
         if (
             cell.edition == plan.edition
@@ -105,14 +111,24 @@ def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
             groups[cell.setting].append(cell)
     rows = [_row(plan, setting, checkpoint, found) for setting, found in groups.items() for checkpoint in CHECKPOINTS]
     used = [cell for found in groups.values() for cell in found]
+    compared = any(number is not None for row in rows for number in row.printed.values())
+    notes = [PAPER_EDITION if plan.edition.startswith("paper") else OTHER_EDITION] if compared else []
     finished = {setting: [cell for cell in found if cell.finished] for setting, found in groups.items()}
     stamps = list(dict.fromkeys(stamp for cell in used for stamp in cell.stamps))
-    return GridTable(plan, rows, _differences(plan, finished), [*stamps, *_notes(plan, groups)], stamps)
+    return GridTable(plan, rows, _differences(plan, finished), [*stamps, *notes, *_notes(plan, groups)], stamps)
+
+
+def _ordered(settings: Sequence[Setting]) -> list[Setting]:
+    """By noise, clean labels first, then by method; kinds and methods in the order in which they were given."""
+    methods = list(dict.fromkeys(setting.method for setting in settings))
+    kinds = list(dict.fromkeys(["none", *(setting.noise for setting in settings)]))
+    return sorted(set(settings), key=lambda one: (kinds.index(one.noise), one.rate, methods.index(one.method)))
 
 
 def _row(plan: Plan, setting: Setting, checkpoint: str, cells: Sequence[Measured]) -> Row:
     finished = tuple(cell for cell in cells if cell.finished)
-    paper = {measure: printed(setting, checkpoint, measure, plan.paper) for measure in plan.measures}
+    names = names_for(plan.edition, plan.paper)
+    paper = {measure: printed(setting, checkpoint, measure, names) for measure in plan.measures}
     numbers = {measure: summarise(finished, checkpoint, measure, paper[measure]) for measure in plan.measures}
     failed = tuple(cell for cell in cells if not cell.finished)
     return Row(setting, plan.method_title(setting.method), checkpoint, numbers, paper, finished, failed)
@@ -124,19 +140,18 @@ def _notes(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[str
         name = f"{plan.method_title(setting.method)}, {setting.noise_text}"
         notes += [f"{name}, seed {cell.seed} failed: {cell.error}" for cell in cells if not cell.finished]
         finished = sum(cell.finished for cell in cells)
-        if cells and finished < plan.seeds:
-            notes.append(f"{name}: {finished} of {plan.seeds} seeds are finished.")
+        asked = plan.seeds if isinstance(plan.seeds, int) else plan.seeds.get(setting, 1)
+        if cells and finished < asked:
+            notes.append(f"{name}: {finished} of {asked} seeds are finished.")
         notes += [
             f"{name}, seed {cell.seed}, {checkpoint}: {flag}"
             for cell in cells
             for checkpoint in CHECKPOINTS
             for flag in (cell.facts.get("flags") or {}).get(checkpoint) or []
         ]
-    protocols = {cell.protocol for cells in groups.values() for cell in cells if cell.finished}
-    if len(protocols) > 1:
-        notes.append(
-            "These cells were evaluated on different images or by different attacks: rows of unlike ones cannot be compared."
-        )
+    for measure, names in (("aa", "test images, threats or AutoAttacks"), ("pgd20", "settings of PGD")):
+        if len({cell.protocol(measure) for cells in groups.values() for cell in cells if cell.finished}) > 1:
+            return [*notes, f"These cells were evaluated with different {names}: rows of unlike ones are not compared."]
     return notes
 
 
@@ -175,8 +190,10 @@ def estimate(parts: Sequence[Part], constant: float = 0.0, *, across_threats: bo
     seeds = sorted(set.intersection(*map(set, tables)))
     if not seeds:
         return "no common seed"
-    used = [table[seed] for table in tables for seed in seeds]
-    if len({cell.protocol[0] if across_threats else cell.protocol for cell in used}) > 1:
+    used = [(table[seed], part[3]) for table, part in zip(tables, parts, strict=True) for seed in seeds]
+    data, threats = (set(found) for found in zip(*(cell.protocol(measure)[:2] for cell, measure in used), strict=True))
+    attacks = [{cell.protocol(measure)[2] for cell, measure in used if measure == one} for _, one in used]
+    if len(data) > 1 or (not across_threats and (len(threats) > 1 or max(map(len, attacks)) > 1)):
         return "not comparable: evaluated on other images or by other attacks"
     rights = [
         [table[seed].outcomes[checkpoint, measure] for seed in seeds]

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nrat_scale.core.errors import UserError
+from nrat_scale.reproduce.__main__ import main
 from nrat_scale.reproduce.claims import claims
 from nrat_scale.reproduce.contrasts import Estimate
 from nrat_scale.reproduce.decision import FAILS, HOLDS, RULE, UNDECIDED, Claim, Effect, Term, decide
-from nrat_scale.reproduce.findings import verdict_lines, write_findings
+from nrat_scale.reproduce.findings import findings_page, verdict_lines, write_findings
+from nrat_scale.reproduce.grid import read_grid
 from nrat_scale.reproduce.measured import Measured, Setting, read_cells
 from tests.support.synthetic_cells import MEASURES, cell, record, write_cell
 
 NRAT, TRADES = Setting("nrat", "symmetric", 0.4), Setting("trades", "symmetric", 0.4)
 MINUS = (Term(1, NRAT, "best", "aa"), Term(-1, TRADES, "best", "aa"))
-CLAIM = Claim("NRAT is better", "It is.", (Effect("NRAT − TRADES", MINUS),), "table1")
-DENIED = Claim("APL does not help", "It does not.", (Effect("NRAT − TRADES", MINUS, no_gain=True),), "table1")
+CLAIM = Claim("NRAT is better", "It is.", (Effect("NRAT − TRADES", MINUS),))
+DENIED = Claim("APL does not help", "It does not.", (Effect("NRAT − TRADES", MINUS, no_gain=True),))
 
 
 def measured(low: float, high: float, seeds: int = 3) -> Estimate:
@@ -87,7 +90,7 @@ def test_a_claim_of_several_effects(tmp_path: Path) -> None:
     shown = Effect("TRADES − NRAT", worse.terms, decides=False)
     cells = cells_of(tmp_path, 0.6, 0.5)
     verdicts = [
-        decide(Claim("", "", effects, "table1"), cells, "fashion").verdict
+        decide(Claim("", "", effects), cells, "fashion").verdict
         for effects in ((better, better), (better, worse), (better, absent), (worse, absent), (better, shown), (shown,))
     ]
     assert verdicts == [HOLDS, FAILS, UNDECIDED, FAILS, HOLDS, UNDECIDED]
@@ -123,6 +126,15 @@ def test_every_claim_of_the_issue_is_there() -> None:
         assert words in text
 
 
+def test_the_commands_run_what_the_claims_need() -> None:
+    """Each accuracy of each claim is that of a cell of the grid that its command names."""
+    grids = {name: read_grid(name).cells("fashion") for name in {claim.grid for claim in claims()}}
+    for claim in claims():
+        cells = grids[claim.grid]
+        known = {Setting(cell.method, cell.noise.kind, cell.noise.rate) for cell in cells}
+        assert {term.setting for effect in claim.effects for term in effect.terms} <= known
+
+
 def test_page(tmp_path: Path) -> None:
     """Verdict, the paper's numbers, effect with interval, n and seeds, the command, and links to the files."""
     cells = cells_of(tmp_path / "docs/reproduction", 0.6, 0.5)
@@ -136,7 +148,7 @@ def test_page(tmp_path: Path) -> None:
     effects = [line for line in page.splitlines() if " | yes | " in line or " | no | " in line]
     assert effects and all(re.search(r"\[.+, .+\] \| n = 1000, 3 seeds", line) for line in effects)
     assert "Not run: " in page and UNDECIDED in page
-    assert "python -m nrat_scale.reproduce table1 --only mart_apl,nrat" in page
+    assert "python -m nrat_scale.reproduce noise-benchmark --only mart_apl,nrat" in page
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert len(links) == 6 and all((out.parent / link).is_file() for link in links)
     assert len(verdict_lines(found)) == len(claims())
@@ -166,3 +178,46 @@ def test_failed_cells_are_listed(tmp_path: Path) -> None:
     cells = read_cells(tmp_path)
     write_findings(cells, tmp_path / "findings.md")
     assert "* Failed: nrat/symmetric-0.4, seed 0: &lt;b> \\| disk" in (tmp_path / "findings.md").read_text()
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_claims_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m nrat_scale.reproduce claims` writes the page and prints the verdicts."""
+    cells_of(tmp_path / "cells", 0.6, 0.5)
+    out = tmp_path / "docs/findings.md"
+    main(["claims", "--cells", str(tmp_path / "cells"), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"fashion: NRAT is the most robust under noise: {UNDECIDED} (1 of 20 effects decided)" in printed
+    assert printed.endswith(f"{out}\n") and out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cells", "absent"], "There is no folder absent with results"),
+        (["--out", "findings.html"], "must be a Markdown file"),
+        (["--cells", "empty"], "no finished cells"),
+    ],
+)
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
+    """One sentence, and no page."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(["claims", *words])
+    assert not (tmp_path / "docs").exists()
+
+
+def test_the_committed_page_is_current() -> None:
+    """docs/findings.md is what the command writes from the committed cells."""
+    root = Path(__file__).parents[2]
+    page = root / "docs/findings.md"
+    if not page.is_file():
+        pytest.skip("no findings are committed yet")
+    cells = read_cells(root / "docs/reproduction")
+    found = [decide(claim, cells, edition) for claim in claims() for edition in sorted({one.edition for one in cells})]
+    assert page.read_text(encoding="utf-8") == findings_page(found, cells, page.parent), (
+        "run: python -m nrat_scale.reproduce claims"
+    )

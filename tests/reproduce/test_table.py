@@ -90,7 +90,10 @@ def test_unlike_cells_are_not_compared(tmp_path: Path) -> None:
     table = grid_table(PLAN, cells_of(tmp_path, fixed("nrat", 100), fixed("trades", 90, evaluation=other)))
     reasons = {one.estimate for one in table.differences if one.measure == "aa" and one.checkpoint == "best"}
     assert reasons == {"not comparable: evaluated on other images or by other attacks"}
-    assert any(note.startswith("These cells were evaluated on different images") for note in table.notes)
+    assert any(note.startswith("These cells were evaluated with different test images") for note in table.notes)
+    other = {**cell()["evaluation"], "keys": {"aa": {"batch_size": 7}}}
+    table = grid_table(PLAN, cells_of(tmp_path / "keys", fixed("nrat", 100), fixed("trades", 90, evaluation=other)))
+    assert {one.estimate for one in table.differences} == {NOT_RUN, *reasons}
     shorter = fixed("trades", 90, results={"best": {"aa": record(np.arange(100) < 50)}})
     table = grid_table(PLAN, cells_of(tmp_path, shorter))
     assert {one.estimate for one in table.differences if one.measure == "aa"} >= {
@@ -146,7 +149,7 @@ def test_flags_are_notes(tmp_path: Path) -> None:
 def test_names_from_files_stay_text(tmp_path: Path) -> None:
     """A method's name cannot end a Markdown cell, begin a formula of a spreadsheet or control the terminal."""
     hostile = Setting("=1|<b>\x1b", "symmetric", 0.4)
-    plan = Plan("table1", "fashion", (hostile,), titles={})
+    plan = Plan("table1", "fashion", (hostile,))
     content = {**cell(), "method": hostile.method}
     path = write_cell(tmp_path, cell())
     path.write_text(json.dumps(content))
@@ -155,3 +158,30 @@ def test_names_from_files_stay_text(tmp_path: Path) -> None:
     assert "=1\\|&lt;b>?" in markdown_table(table)
     assert "\x1b" not in text_table(table) + csv_table(table)
     assert rows_of(csv_table(table))[0]["method"].startswith("'=1")
+
+
+def test_rows_are_in_the_order_of_the_grid() -> None:
+    """Clean labels first, then kinds of noise by rate, and methods as the stages have them."""
+    stages = [
+        Setting(m, *n)
+        for n in (("symmetric", 0.4), ("none", 0.0), ("asymmetric", 0.2), ("symmetric", 0.2))
+        for m in ("trades", "nrat")
+    ]
+    table = grid_table(Plan("table1", "fashion", tuple(stages), {stages[0]: 5}), [])
+    assert [row.setting.folder for row in table.rows[::2]] == [
+        *("trades/none-0", "nrat/none-0", "trades/symmetric-0.2", "nrat/symmetric-0.2"),
+        *("trades/symmetric-0.4", "nrat/symmetric-0.4", "trades/asymmetric-0.2", "nrat/asymmetric-0.2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edition", "percent"), [("mnist", 98.61), ("paper-fashion_mnist", 71.68), ("fashion", 71.68), ("paper", None)]
+)
+def test_table_4_is_of_its_own_data(edition: str, percent: float | None) -> None:
+    """MNIST's numbers are not printed beside Fashion-MNIST's."""
+    plan = Plan("table4", edition, (NRAT,), paper={"table4_mnist": {}, "table4_fashion_mnist": {}})
+    row = grid_table(plan, []).rows[0]
+    assert row.printed["aa"] == percent
+    assert any("other data or models" in note for note in grid_table(plan, []).notes) == (
+        edition in ("mnist", "fashion")
+    )

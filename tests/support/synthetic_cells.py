@@ -80,6 +80,7 @@ def cell(
             "evaluate_seconds": 30.0,
             "forward_equivalents": 21.0,
             "steps": 1000,
+            "images": 128,
             "hardware": "one core",
         },
         "best_epoch": 3,

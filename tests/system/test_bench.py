@@ -20,8 +20,9 @@ EVERY = [contender for group in CONTENDERS for contender in group]
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch.compile does nothing; one step of each row is measured, after no further warm-up."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(torch, "compile", lambda function, *, dynamic: function)
     for name, value in {"_WARMUP_STEPS": 0, "_MOST_STEPS": 1, "_LEAST_STEPS": 1}.items():
         monkeypatch.setattr(gpu, name, value)
