@@ -18,6 +18,7 @@ from nrat_scale.reproduce.measured import Setting, read_cell
 from nrat_scale.reproduce.outputs import Outputs, write_outputs
 from nrat_scale.reproduce.page import PageFacts
 from nrat_scale.reproduce.table import Plan
+from nrat_scale.reproduce.table_text import counted
 
 OUT = Path("runs/reproduce")
 SCRIPTS = {"shell": "sh", "slurm": "sbatch"}  # `--jobs` -> ending of the script
@@ -95,7 +96,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
     finished = [record for record in records if record is not None]
     for edition in dict.fromkeys(place.cell.edition for place in places):
         print(f"{edition.title} ({edition.name})")
-    print(f"{grid.title}: {len(places)} cells, {len(finished)} finished", flush=True)
+    print(f"{grid.title}: {counted(len(places), 'cell')}, {len(finished)} finished", flush=True)
     for omission in grid.omissions:
         print(f"  not in the paper: {omission}")
     if dry_run:
