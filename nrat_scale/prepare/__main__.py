@@ -125,7 +125,9 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ("data/all/first data/all/second --out data/all/index.json",),
     ),
     "subset": Command(
-        lambda given: [subset(given.where, given.out, **_options(given, "per_class", "by_confidence", "ids", "scores", "keep"))],
+        lambda given: [
+            subset(given.where, given.out, **_options(given, "per_class", "by_confidence", "ids", "scores", "keep"))
+        ],
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
