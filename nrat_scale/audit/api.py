@@ -136,7 +136,9 @@ def audit(
     if hold_out is not None:
         on_main(state, hold_out.verify)
         on_main(state, lambda: check_hold_out(hold_out, shards))
-    spec = None if model is not None else fold_recipe(recipe and Path(recipe), overrides, labels, counts)
+    spec = (
+        None if model is not None else fold_recipe(None if recipe is None else Path(recipe), overrides, labels, counts)
+    )
     sources = _Sources(assignment, spec, None if model is None else str(model), unseen, checkpoint)
     folder = Path(out) if out is not None else _default_folder(labels)
     audited, facts, key = _predict(state, folder, labels, sources, hold_out, batch_size)
@@ -211,12 +213,11 @@ def _predict(
         )
     settings = _settings(labels, sources, outside)
     on_main(state, lambda: _claim(folder, settings))
-    excluded: list[Path] = []
-    if sources.recipe is not None:
-        excluded = known_to_all(state, lambda: write_excluded(folder / "folds", folds))
-        train_folds(folder / "folds", folds, sources.recipe, excluded)
-        use_float32("ieee")
-    predictors = outside or fold_models(folder / "folds", folds, sources.recipe, state.device)
+    if outside is None:
+        assert sources.recipe is not None, "without a model, folds are trained"
+        predictors = _trained(state, folder / "folds", folds, sources.recipe)
+    else:
+        predictors = outside
     process, progress = (state.process_index, state.num_processes), _progress(state, "images")
     data = Probabilities(folder / "probabilities", shards, 1)
     data.predict(predictors.models, folds.of, process, batch_size, progress)
@@ -229,6 +230,14 @@ def _predict(
     bound = {**settings, "models": predictors.sha256, "holdout": hold_out and hold_out.fingerprint}
     key = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:16]
     return Audited(labels, folds, data, probabilities), predictors.facts, key
+
+
+def _trained(state: PartialState, folder: Path, folds: Folds, recipe: RecipeSpec) -> Predictors:
+    """The models of the folds, which are trained or resumed first."""
+    excluded = known_to_all(state, lambda: write_excluded(folder, folds))
+    train_folds(folder, folds, recipe, excluded)
+    use_float32("ieee")  # training may use TF32
+    return fold_models(folder, folds, recipe, state.device)
 
 
 def _settings(labels: AuditedLabels, sources: _Sources, outside: Predictors | None) -> dict[str, Any]:

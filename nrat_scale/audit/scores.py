@@ -138,7 +138,7 @@ class _Array:
         self._file = file
         self._hash, self._bytes, self._dtype = hashlib.sha256(), 0, np.dtype(dtype)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(self, header)  # type: ignore[arg-type]
+        np.lib.format.write_array_header_1_0(self, header)
 
     def write(self, content: bytes) -> int:
         self._hash.update(content)
