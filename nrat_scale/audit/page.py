@@ -113,9 +113,7 @@ def render_page(content: dict[str, Any], shards: ShardSet) -> str:
     hold_out = content["calibration"]["holdout_bins"]
     more = ", and for the clean hold-out the share that is predicted right" if hold_out else ""
     shown = len(best["per_class"]) if len(names) <= 40 else 40
-    return _TEMPLATES.get_template(
-        "page.html"
-    ).render(
+    return _TEMPLATES.get_template("page.html").render(
         style=Markup(style),
         title=f"Label audit: {'/'.join(PurePath(str(content['data']['shards'])).parts[-2:])}",
         content=content,

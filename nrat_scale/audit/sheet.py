@@ -14,22 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 from nrat_scale.audit.page import audited_shards, read_audit
-from nrat_scale.core.errors import UserError, first_line, quoted, run_cli
+from nrat_scale.core.errors import UserError, first_line, printable, quoted, run_cli
 from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.data.audit_scores import AuditScores, read_audit_scores
 from nrat_scale.data.shards import ShardSet
 from nrat_scale.evaluate.statistics import wilson
-from nrat_scale.report.curves import safe_label
 
 COUNT = 50
 VERDICTS = ("wrong", "right", "unclear")
 _HEAD = ("number", "id", "given", "suggested", "p_suggested", "quality", "drawn", "verdict")
 _COLUMNS = 10  # images in a row
+_SIDE, _GAP, _TEXT = 112, 14, 62  # pixels: the side of an image, between images, for number and labels
 
 
 @dataclass(frozen=True)
@@ -102,22 +103,36 @@ def contact_sheet(
 
 
 def _draw(shards: ShardSet, scores: AuditScores, chosen: np.ndarray, names: Sequence[str]) -> bytes:
-    images, columns = shards.images(chosen), min(_COLUMNS, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.75 * rows), dpi=150, layout="constrained")
-    for number, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flat):
-        axes.set_axis_off()
-        if number >= len(chosen):
-            continue
-        pixels, at = images[number], chosen[number]
-        axes.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3], cmap="gray", vmin=0, vmax=255)
-        given, suggested = (safe_label(names[label])[:16] for label in (scores.given[at], scores.suggested[at]))
-        axes.set_title(f"{number + 1}", fontsize=9, loc="left", pad=2, fontweight="bold")
-        axes.text(0, -0.03, f"{given}", fontsize=7, color="#b03a00", va="top", transform=axes.transAxes)
-        axes.text(0, -0.17, f"→ {suggested}", fontsize=7, color="#00684a", va="top", transform=axes.transAxes)
+    """PNG: a grid of images, enlarged by a whole number, under their numbers and above both labels."""
+    height, width = shards.image_shape[:2]
+    scale = max(1, _SIDE // max(height, width))
+    cell = max(_SIDE, scale * width) + _GAP, scale * height + _TEXT
+    columns = min(_COLUMNS, len(chosen))
+    sheet = Image.new("RGB", (columns * cell[0] + _GAP, -(-len(chosen) // columns) * cell[1] + _GAP), "white")
+    draw, fonts = ImageDraw.Draw(sheet), Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    bold, plain = (ImageFont.truetype(str(fonts / f"{name}.ttf"), 13) for name in ("DejaVuSans-Bold", "DejaVuSans"))
+    for number, (at, pixels) in enumerate(zip(chosen.tolist(), shards.images(chosen), strict=True)):
+        row, column = divmod(number, columns)
+        x, y = _GAP + column * cell[0], _GAP + row * cell[1]
+        given, suggested = (
+            _fitting(names[label], plain, cell[0] - _GAP) for label in (scores.given[at], scores.suggested[at])
+        )
+        draw.text((x, y), str(number + 1), "black", bold)
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3]).convert("RGB")
+        sheet.paste(image.resize((scale * width, scale * height), Image.Resampling.NEAREST), (x, y + 18))
+        draw.text((x, y + 20 + scale * height), given, "#b03a00", plain)
+        draw.text((x, y + 37 + scale * height), suggested, "#00684a", plain)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    sheet.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _fitting(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A name without control characters, cut to `width` pixels."""
+    text = printable(name)
+    while font.getlength(text) > width:
+        text = f"{text[:-2]}\u2026" if len(text) > 2 else text[:-1]
+    return text
 
 
 def verdicts(table: Path) -> str:
