@@ -30,6 +30,7 @@ from nrat_scale.audit.content import (
 from nrat_scale.audit.correction import REPLICATES, transition
 from nrat_scale.audit.folds import Folds, check_classes, class_counts, fold_recipe, write_excluded
 from nrat_scale.audit.hold_out import check_hold_out
+from nrat_scale.audit.page import AUDIT, FORMAT, VERSION, write_page
 from nrat_scale.audit.predictors import Predictors, fold_models, outside_model, train_folds
 from nrat_scale.audit.probabilities import Probabilities
 from nrat_scale.audit.scores import score_labels, smoothed
@@ -43,8 +44,7 @@ from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.labels import NoiseSpec
 from nrat_scale.recipe import RecipeSpec, load_recipe
 
-AUDIT, SETTINGS = "audit.json", "settings.json"
-FORMAT, VERSION = "nrat_scale.audit", 1
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,7 @@ def _write(folder: Path, audited: Audited, method: dict[str, Any], key: str) -> 
         "date": datetime.date.today().isoformat(),
     }
     content["notes"] = notes(content)
+    write_page(folder, content, shards)
     write_json(folder / AUDIT, content)
     return content
 
