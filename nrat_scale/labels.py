@@ -20,6 +20,7 @@ import numpy as np
 from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, blocks_map
+from nrat_scale.transition import checked_matrix, load_matrix
 
 # CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
 # is the majority of their labels, `worse` a wrong one, if any.
@@ -32,7 +33,9 @@ HUMAN_SETS = {
 }
 _CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
 REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
+MATRIX = "matrix"  # the kind with a given transition matrix
 NONE, UNKNOWN, UNSET = "none", "unknown", "auto"  # kinds that inject nothing: labels as they are stored
+BEFORE_AUDIT = "before_audit"  # key of a description whose labels an audit has changed: the counts before that
 BEFORE = "labels_before_injection"  # key of a description of label noise; absent if those labels are clean
 
 
@@ -53,11 +56,14 @@ class NoiseSpec:
     # they are; `auto`: `none` for real images of cifar10, cifar100, svhn, tiny_imagenet, mnist, fashion_mnist and digits,
     # `unknown` for all others.
     kind: str = UNSET
-    rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n`
+    rate: float = 0.0  # fraction of labels to corrupt, in [0, 1]; not used by `cifar10n` and `matrix`
     seed: int = 0  # of the noise alone, so that runs with different training seeds can share one noise
     class_map: dict[int, int] | None = None  # of the asymmetric kinds; by default the published map of the data set
     human_labels: str | None = None  # of `cifar10n`: the .npz of `nrat_scale.prepare cifar10n`, or an .npy of int64 [n]
     human_set: str = "worse"  # key of `HUMAN_SETS`, the labels of the .npz to use; an .npy file has only one set
+    # Of `matrix`: for each class a row with the probabilities of its labels, which sum to 1; nested lists, or the path of a
+    # JSON file with them or of a CSV file.
+    matrix: Any = None
 
     def __post_init__(self) -> None:
         key = self.KEY
@@ -72,6 +78,20 @@ class NoiseSpec:
             raise UserError(_no_human_labels(key))
         if self.kind == "asymmetric_blocks" and self.class_map:
             raise UserError(_own_map(key))
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        key = self.KEY
+        if (self.kind == MATRIX) != (self.matrix is not None):
+            if self.kind == MATRIX:
+                raise UserError(_no_matrix(key))
+            raise UserError(f"{key}.matrix is set but {key}.kind is '{self.kind}'. Set the kind to {MATRIX}.")
+        if self.kind == MATRIX and self.rate:
+            raise UserError(
+                f"{key}.rate is {self.rate}, but the matrix states how many labels change. Remove the rate."
+            )
+        if self.matrix is not None and not isinstance(self.matrix, str):
+            checked_matrix(self.matrix, f"{key}.matrix")
 
     @property
     def injects(self) -> bool:
@@ -107,6 +127,10 @@ def _no_human_labels(key: str) -> str:
     return f"Label noise 'cifar10n' needs {key}.human_labels: {_CIFAR10N}, or an .npy file."
 
 
+def _no_matrix(key: str) -> str:
+    return f"Label noise '{MATRIX}' needs {key}.matrix: a row of probabilities for each class, or a JSON or CSV file."
+
+
 def _own_map(key: str) -> str:
     return f"Label noise 'asymmetric_blocks' has its own class map. Use asymmetric with {key}.class_map."
 
@@ -121,6 +145,7 @@ def corrupt(
     class_map: dict[int, int] | None = None,
     images: np.ndarray | None = None,
     human_labels: np.ndarray | None = None,
+    matrix: Any = None,
     key: str = REAL_KEY,
 ) -> np.ndarray:
     """Noisy labels for the clean `labels`.
@@ -134,6 +159,7 @@ def corrupt(
         class_map: source label -> target label of the asymmetric kinds; by default, if K = 10, CIFAR-10's published map.
         images: uint8 [n, ...], needed by `instance_dependent` only.
         human_labels: int [n], needed by `cifar10n` only.
+        matrix: of `matrix` only: [K, K] probabilities by class and label, or the path of a file.
         key: the section of the recipe that messages name.
 
     Returns:
@@ -146,11 +172,11 @@ def corrupt(
     check_choice("The kind of label noise", kind, NOISES)
     check_value("The label noise rate", rate, 0.0 <= rate <= 1.0, "a fraction of the labels, in [0, 1]")
     # At rate 0 the truncated normal of instance_dependent would still flip labels.
-    if rate == 0.0 and kind != "cifar10n":
+    if rate == 0.0 and kind not in ("cifar10n", MATRIX):
         return labels
     if num_classes < 2:
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
-    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "key": key}
+    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "matrix": matrix, "key": key}
     return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
 
 
@@ -239,6 +265,22 @@ def _human(labels: np.ndarray, num_classes: int, human_labels: np.ndarray | None
     return human
 
 
+def _given_matrix(labels: np.ndarray, seed: int, num_classes: int, matrix: Any, key: str, **_: Any) -> np.ndarray:
+    """Each label drawn independently from the row of its class, as in the code of Patrini et al. (2017)."""
+    if matrix is None:
+        raise UserError(_no_matrix(key))
+    upper = np.cumsum(load_matrix(matrix, f"{key}.matrix", num_classes), axis=1)
+    upper /= upper[:, -1:]  # the last is exactly 1, above every draw
+    noisy = np.empty_like(labels)
+    for start in range(0, len(labels), _CHUNK):
+        chunk = slice(start, min(start + _CHUNK, len(labels)))
+        draws = uniform01(derive(seed, "matrix"), np.arange(chunk.start, chunk.stop))
+        for label in range(num_classes):
+            members = labels[chunk] == label
+            noisy[chunk][members] = np.searchsorted(upper[label], draws[members], side="right")
+    return noisy
+
+
 def _instance_dependent(
     labels: np.ndarray, rate: float, seed: int, num_classes: int, images: np.ndarray | None, **_: Any
 ) -> np.ndarray:
@@ -277,10 +319,12 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
     "asymmetric_blocks": _asymmetric_blocks,  # CIFAR-100 in the code of APL; its true superclasses are `asymmetric`
     "cifar10n": _human,
     "instance_dependent": _instance_dependent,
+    MATRIX: _given_matrix,
 }
 
 
 _MAX_LABEL_BYTES = 1 << 30
+_CHUNK = 1 << 20  # labels of one draw, to bound its memory
 # Errors of NumPy and zipfile on a damaged file.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, BadZipFile, zlib.error)
 
@@ -342,6 +386,7 @@ def describe_noise(
         "kind": spec.kind,
         "rate": spec.rate,
         "seed": spec.seed,
+        **({} if spec.matrix is None else {"matrix": load_matrix(spec.matrix, f"{spec.KEY}.matrix").tolist()}),
         "num_labels": len(clean),
         "num_noisy": int((clean != given).sum()),
         "realised_rate": float((clean != given).mean()) if len(clean) else 0.0,

@@ -47,7 +47,8 @@ def _noisy(kind: str, labels: np.ndarray, rate: float, seed: int = 0, num_classe
     """`corrupt` with the extra arguments that the kind needs."""
     images = _images(len(labels)) if kind == "instance_dependent" else None
     human = (labels + 1) % num_classes if kind == "cifar10n" else None
-    return corrupt(labels, kind, rate, seed, num_classes, images=images, human_labels=human)
+    matrix = np.full((num_classes, num_classes), 1 / num_classes) if kind == "matrix" else None
+    return corrupt(labels, kind, rate, seed, num_classes, images=images, human_labels=human, matrix=matrix)
 
 
 # ---- all kinds ------------------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ def _default(field: dataclasses.Field, instance: Any) -> str:
         value = getattr(instance, field.name)
     elif field.default is not dataclasses.MISSING:
         value = field.default
+    elif field.default_factory is list:
+        value = []
     else:
         return "required"
     if isinstance(value, str):
@@ -87,6 +89,10 @@ def _rows(spec: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
         else:
             meaning = comments.get(field.name, "").replace("|", "\\|")
             yield f"{prefix}{field.name}", _default(field, instance), meaning
+            for entry in typing.get_args(hint):  # of a list of specs
+                if dataclasses.is_dataclass(entry):
+                    assert isinstance(entry, type)
+                    yield from _rows(entry, f"{prefix}{field.name}[].")
 
 
 def page() -> str:

@@ -56,7 +56,9 @@ def gallery_attack(attacks: tuple[Attack, ...]) -> Attack | None:
 
 def gallery_key(weights_sha256: str, attack: Attack, images: Images, threat: ThreatSpec, seed: int) -> str:
     """Hex SHA-256 of everything that a gallery depends on."""
-    content = [weights_sha256, attack.name, images.ids.tolist(), asdict(threat), seed]
+    # In training only: galleries of earlier versions keep their keys.
+    spec = {key: value for key, value in asdict(threat).items() if key not in ("attack", "noise", "schedule")}
+    content = [weights_sha256, attack.name, images.ids.tolist(), spec, seed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, constant
 from markupsafe import Markup
 
 import nrat_scale
-from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
+from nrat_scale.attacks import RELEASED_CODE_WARNING, attack_text, fraction_text, threat_text
 from nrat_scale.datasets import DATASETS
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
@@ -52,7 +52,7 @@ def model_card(contents: Contents, curves: str | None = None) -> str:
         notes=left_out_notes(contents.attacks),
         attacked=recipe.objective.name != "natural",
         trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps, recipe.threat.space),
-        step=fraction_text(recipe.threat.step),
+        trained_attack=attack_text(recipe.threat),
         selection_attack=attack_title(recipe.train.validation_attack),
         origin=_origin(contents),
         papers=_papers(contents),

@@ -10,7 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING, threat_text
+from nrat_scale.attacks import RELEASED_CODE_WARNING, PhaseSpec, ThreatSpec, attack_text, threat_text
+from nrat_scale.collapse import catastrophic_epochs
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import RunFolder
@@ -47,6 +48,20 @@ def threat_at(tree: dict[str, Any]) -> str:
     eps = number_at(tree, "threat.eps")
     norm, space = (str(value_at(tree, f"threat.{key}", old)) for key, old in (("norm", "linf"), ("space", "pixel")))
     return "" if eps is None else threat_text(norm, eps, space)
+
+
+def trained_attack(recipe: dict[str, Any]) -> str:
+    """The attack of training in text, such as `10 steps of 2/255`; empty if there is none, or it is not known."""
+    given = value_at(recipe, "threat")
+    known = (
+        {key: given[key] for key in ThreatSpec.__dataclass_fields__ if key in given} if isinstance(given, dict) else {}
+    )
+    try:
+        phases = [PhaseSpec(**phase) for phase in known.pop("schedule", None) or []]
+        threat = ThreatSpec(**known, schedule=phases)
+    except (UserError, TypeError):  # of a version with other keys
+        return ""
+    return attack_text(threat) if threat.num_steps else ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,7 @@ class Run:
     predictions: dict[str, Predictions] = field(default_factory=dict)
     galleries: dict[str, Gallery] = field(default_factory=dict)  # by label
     timing: list[dict[str, Any]] = field(default_factory=list)  # rows of timing.jsonl
+    data: dict[str, Any] = field(default_factory=dict)  # data.json
 
     def record(self, label: str) -> dict[str, Any]:
         """The record of a checkpoint in results.json; empty if there is none."""
@@ -220,6 +236,13 @@ class Run:
         if None not in (evaluated, best) and evaluated != best:
             text = f"The results are of step {evaluated}, but the best checkpoint is now step {best}"
             warnings.append(f"{text}. Evaluate the run again.")
+        if epochs := catastrophic_epochs([*self.train, *self.validation]):
+            what = f"Catastrophic overfitting after epoch {epochs[0]}" + (
+                f" and {len(epochs) - 1} more" if epochs[1:] else ""
+            )
+            warnings.append(
+                f"{what}: the model withstands the attack of training, and {self.attack} breaks nearly all images."
+            )
         return warnings
 
 
@@ -260,6 +283,7 @@ def read_run(path: Path, name: str) -> Run:
         read_predictions(folder.results) if results else {},
         read_galleries(folder.results),
         folder.read_timing(),
+        _read_optional(folder.data),
     )
 
 

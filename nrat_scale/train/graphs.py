@@ -15,10 +15,12 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.graphs import Capture, GraphedCall, Tensors, capture_cuda, relative_difference
 from nrat_scale.core.modes import batchnorms
+from nrat_scale.label_refinement import REMEMBERING
 from nrat_scale.train.batchnorm import GroupedBatchNorm
 from nrat_scale.train.state import RESULTS, MicroBatch, TrainState
 from nrat_scale.train.step import attack, forward_backward, update
 
+_INPUTS = ("x", "y", "clean", "noise", "x_adv", "target", "weights")  # fields of a `MicroBatch`; not those of `RESULTS`
 _ATTACK_SLACK = 0.25  # of eps: mean difference of two x_adv
 _STEP_SLACK = 0.05  # relative difference of a loss, of logits, or of a gradient
 _UPDATE_SLACK = 1e-5  # of weights, momentum and averages: both calls have the same gradients
@@ -29,16 +31,18 @@ class StepGraphs:
 
     def __init__(self, state: TrainState, *, required: bool = False, capture: Capture = capture_cuda) -> None:
         self._state, self._num_parts, attack_model = state, 1, state.attack_model
+        self._inputs: tuple[str, ...] = ()  # the fields of a `MicroBatch` that the training part gets
         options: dict[str, Any] = {"required": required, "capture": capture, "say": state.accelerator.print}
         modules = (attack_model.module, attack_model.low)
-        eps = state.recipe.threat.eps
         self.attack = GraphedCall(
             "attack",
             partial(attack, state),
             reads=lambda: [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())],
             # Kernels that are not deterministic change the sign of tiny gradients; stale inputs change most pixels.
             close=lambda plain, graphed: (
-                "" if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * eps else "its images differ"
+                ""
+                if float((plain[0] - graphed[0]).abs().mean()) <= _ATTACK_SLACK * state.threat.farthest
+                else "its images differ"
             ),
             enabled=True,
             **options,
@@ -92,13 +96,14 @@ class StepGraphs:
         state, self._num_parts = self._state, num_parts
         if state.recipe.objective.loss_weight(state.progress) < 1:
             return forward_backward(state, part, num_parts)  # during a warm start the loss is another one in every step
-        given = (part.x, part.y, part.clean, part.noise, *(() if part.x_adv is None else (part.x_adv,)))
+        self._inputs = tuple(name for name in _INPUTS if getattr(part, name) is not None)
         momenta = tuple(layer.momentum for layer in batchnorms(state.base))
-        found = iter(self.training(*given, key=(num_parts, momenta)))
+        given = [getattr(part, name) for name in self._inputs]
+        found = iter(self.training(*given, key=(num_parts, momenta, self._inputs)))
         return replace(part, **{name: next(found) for name in RESULTS if self._has(name, part)})
 
     def _train(self, *given: Tensor) -> Tensors:
-        done = forward_backward(self._state, MicroBatch(*given), self._num_parts)
+        done = forward_backward(self._state, MicroBatch(**dict(zip(self._inputs, given, strict=True))), self._num_parts)
         return tuple(tensor for tensor in (getattr(done, name) for name in RESULTS) if tensor is not None)
 
     def _has(self, name: str, part: MicroBatch) -> bool:
@@ -134,6 +139,8 @@ def use_graphs(state: TrainState) -> None:
         problem = (
             f"they have not been tested with several processes, and this run has {state.accelerator.num_processes}"
         )
+    elif (kind := state.recipe.objective.refine.kind) in REMEMBERING:
+        problem = f"they do not remember predictions, as objective.refine.kind={kind} does"
     if not problem:
         state.graphs = StepGraphs(state, required=wanted is True)
     elif wanted is True:

@@ -12,7 +12,7 @@ for a GPU: the host reads `TrainState.checks` later.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,8 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
-from nrat_scale.train.state import RESULTS, MicroBatch, TrainState
+from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
+from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
 
@@ -39,6 +40,8 @@ def train_step(state: TrainState, batch: Batch) -> None:
     epoch, place = divmod(state.step, state.data.steps_per_epoch)
     total = partial(state.accelerator.reduce, reduction="sum")
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
+    with state.clock.section("outer"):
+        parts = refined(state, batch, parts)
     state.before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     reuse = reuses_natural(state) and not perturbed
@@ -50,7 +53,10 @@ def train_step(state: TrainState, batch: Batch) -> None:
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
-            state.objective.update(done[-1].logits, part.y, total)
+            state.objective.update(done[-1].logits, part.y, total, part.weights)
+        remember(state, batch, done)
+        if state.class_starts is not None:
+            state.class_starts.update(total)
         if perturbed:  # weight decay acts on the perturbed weights
             with state.clock.section("optimizer"):
                 good = update_weights(state)
@@ -70,16 +76,22 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     x, y = state.data.augmented(batch, device)
     if state.recipe.precision == "fp64":
         x = x.double()
-    generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
-    noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.init, x, generator)
-    noise = noise[batch.first : batch.first + len(x)]
+    if state.class_starts is not None:
+        noise = state.class_starts.noise(y)
+    else:
+        generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
+        noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.start, x, generator)
+        noise = noise[batch.first : batch.first + len(x)]
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
-    pieces = (tensor.chunk(state.recipe.train.accumulate) for tensor in (x, y, clean, noise))
-    yield from (MicroBatch(*piece) for piece in zip(*pieces, strict=True))
+    weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
+    pieces = [tensor.chunk(parts) for tensor in (x, y, clean, noise)]
+    weighted: Sequence[Tensor | None] = [None] * parts if weights is None else weights.chunk(parts)
+    for images, labels, right, unit_noise, weight in zip(*pieces, weighted, strict=True):
+        yield MicroBatch(images, labels, right, unit_noise, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -97,7 +109,7 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
 
 
 def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> MicroBatch:
-    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss and logits."""
+    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what SGLR remembers."""
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(part.x) if state.objective.family != "at" else None
     return _backward(state, logits, part, num_parts)
@@ -105,10 +117,14 @@ def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> Mic
 
 def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_parts: int) -> MicroBatch:
     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
-    loss = state.objective.loss(logits, logits_adv, part.y, state.progress)
+    labels = self_guided(state, part.x, logits_adv, part.history)
+    if labels is not None:
+        part = replace(part, remembered=labels)
+    y = part.trained if labels is None else labels
+    loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
-    found = (None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv))
-    part = replace(part, **dict(zip(RESULTS, found, strict=True)))
+    found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]
+    part = replace(part, loss=found[0], logits=found[1], logits_adv=found[2])
     record_micro_batch(state, part)
     return part
 
@@ -120,18 +136,35 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        given = (part.x, part.y, part.noise) if logits is None else (part.x, part.y, part.noise, logits.detach())
-        x_adv, finite, inside = attack(state, *given) if state.graphs is None else state.graphs.attack(*given)
+        # A soft label would take the place of p in a divergence, as that of CutMix does.
+        y = part.y if state.objective.inner_needs_natural else part.trained
+        given = (part.x, y, part.noise) if logits is None else (part.x, y, part.noise, logits.detach())
+        if state.graphs is None:
+            found = attack(state, *given, history=part.history)
+        else:
+            found = state.graphs.attack(*given, key=state.threat.key)
+        x_adv, finite, inside = found[:3]
+        if state.class_starts is not None:
+            state.class_starts.add(found[3], part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
 
 
 def attack(
-    state: TrainState, x: Tensor, y: Tensor, noise: Tensor, logits: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
-    threat, module = state.recipe.threat, state.attack_model.module
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    noise: Tensor,
+    logits: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host.
+
+    With starts per class the gradient of the first step is a fourth result.
+    """
+    threat, module = state.threat, state.attack_model.module
 
     def mixed(images: Tensor) -> Tensor:
         with state.accelerator.autocast():
@@ -141,11 +174,14 @@ def attack(
     if logits is None and state.objective.inner_needs_natural:
         with torch.no_grad():
             logits = first(x)
-    inner = state.objective.inner(logits, y)
+    inner = inner_loss(state, logits, y, history)
     model, encode, decode = in_space(module, threat.space, mixed)
     first_model, _, _ = in_space(module, threat.space, first)
     found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
-    return decode(found.x_adv), found.finite, found.inside
+    results = decode(found.x_adv), found.finite, found.inside
+    if state.class_starts is None:
+        return results
+    return (*results, torch.zeros_like(x) if found.gradient is None else found.gradient)
 
 
 def reuses_natural(state: TrainState) -> bool:
@@ -171,7 +207,7 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return state.objective.loss(logits, logits_adv, part.y, state.progress)
+        return outer_loss(state, logits, logits_adv, part.trained, part.history, part.weights)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)

@@ -115,6 +115,18 @@ def test_robustbench_gets_only_what_was_measured(run: Path, tmp_path: Path) -> N
     assert "**Threat Model**: Linf" in text and "**Robust accuracy**: not measured" in text
 
 
+def test_the_card_states_the_attack_of_training(run: Path, tmp_path: Path) -> None:
+    """With the phases of its schedule."""
+    plain = (bundle.release(run, tmp_path / "plain") / "README.md").read_text()
+    recipe = OmegaConf.load(run / "recipe.yaml")
+    of = f"{recipe.threat.num_steps} step{'s' if recipe.threat.num_steps > 1 else ''} of 2/255"
+    assert f"attack in training: {of}\n" in plain
+    recipe.threat.schedule = [{"until": 0.3, "num_steps": 1, "step": 8 / 255}]
+    OmegaConf.save(recipe, run / "recipe.yaml")
+    card = (bundle.release(run, tmp_path / "phases") / "README.md").read_text()
+    assert f"attack in training: 1 step of 8/255 until 30 % of training, then {of}\n" in card
+
+
 def _with_noise(run: Path, **rates: float) -> None:
     """Give the run the label noise of the GPU recipes: 154 real and 358 generated images in a batch."""
     recipe = OmegaConf.load(run / "recipe.yaml")

@@ -159,3 +159,36 @@ def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
     assert [run.name for run in read_runs([one, two, one])] == ["a/run", "b/run"]
     assert [run.name for run in read_runs([one])] == ["run"]
+
+
+# ---- the attack of training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"schedule": [{"until": 0.5, "num_steps": 4, "step": 2 / 255, "eps": None}]},
+         "trained with 4 steps of 2/255 until 50 % of training, then 10 steps of 2/255"),
+        ({"attack": "n_fgsm", "num_steps": 1, "step": 8 / 255}, "trained with N-FGSM, 1 step of 8/255 after noise within 2 eps"),
+        ({"init": "class"}, "trained with 10 steps of 2/255 from a start per class"),
+    ],
+)  # fmt: skip
+def test_the_attack_of_training_is_stated(tmp_path: Path, changes: dict, text: str) -> None:
+    """With its phases; a schedule of a later version is not guessed at."""
+    run = make_run(tmp_path / "run", recipe={**RECIPE, "threat": {**RECIPE["threat"], **changes}})
+    assert text in page_of(run)
+    for odd in ("linear", [{"end": 1}], [7]):
+        later = {**RECIPE, "threat": {**RECIPE["threat"], "schedule": odd}}
+        assert "trained with" not in page_of(make_run(tmp_path / str(odd), recipe=later))
+
+
+def test_catastrophic_overfitting_is_flagged(tmp_path: Path) -> None:
+    """In the report of a run whose training accuracy is high while PGD in validation breaks nearly all images."""
+    assert "Catastrophic overfitting" not in page_of(make_run(tmp_path / "good"))
+    lines = [json.loads(line) for line in metrics_lines()]
+    for row in lines[6:]:
+        if row["kind"] == "validation":
+            row["robust"] |= {"correct": 2, "accuracy": 0.01}
+    run = make_run(tmp_path / "bad", metrics="".join(json.dumps(row) + "\n" for row in lines))
+    text = "Catastrophic overfitting after epoch 4 and 1 more: the model withstands the attack of training, and PGD-10 breaks"
+    assert text in page_of(run)

@@ -12,13 +12,15 @@ TOOLS = ROOT / "tools"
 # From the top. A row imports the rows below it, nothing of its own row; the modules of one package import each other.
 ROWS = (
     ("tools",),
+    ("reproduce", "audit"),
     ("train", "release"),
     ("report",),
-    ("evaluate",),
+    ("evaluate", "cost"),
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
-    ("losses", "datasets", "publications"),
+    ("label_refinement",),
+    ("losses", "datasets", "publications", "transition"),
     ("_class_names",),
     ("core",),
 )

@@ -60,6 +60,8 @@ def _assert_equal(one: TrainState, other: TrainState) -> None:
         (["objective.name=trades", "awp.gamma=0.01", "awp.warmup_epochs=0"], "attack training"),
         (["precision=bf16"], "attack training update"),
         (["objective.warm_start=1"], "attack update"),
+        (["objective.name=adr"], "attack training update"),
+        (["objective.name=trades_noilin"], "attack training update"),
         (["model.bn=groups", "model.bn_group_size=4"], "attack"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -21,11 +21,12 @@ from bench.precision import low_precision_losses
 from bench.step import STEPPED, Ours, equality, make_images
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import write_json
+from nrat_scale.cost import forward_equivalents
 from nrat_scale.objectives import build
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.compile import compile_models
 from nrat_scale.train.graphs import use_graphs
-from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
+from nrat_scale.train.throughput import forward_flops, peak_tflops
 
 _WARMUP_STEPS = 3  # after the first: cuDNN's choices, two plain calls before a graph is captured, the capture
 _MOST_STEPS, _LEAST_STEPS, _STEPS_SECONDS = 12, 3, 5.0  # measured steps of a row, and the time after which they end
@@ -282,7 +283,7 @@ def _operations(ours: Ours) -> int:
     state = ours.state
     # Of the attack's module, whose call is not compiled: another batch size would compile `state.base` once more.
     forward = forward_flops(state.attack_model.module, state.data.shards.image_shape)
-    return forward * forward_equivalents(state.recipe, state.objective)
+    return round(forward * forward_equivalents(state.recipe))
 
 
 @contextlib.contextmanager
