@@ -7,6 +7,7 @@ samples of a step depend on the number of ranks, and a resumed run begins a new 
 import itertools
 import random
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
