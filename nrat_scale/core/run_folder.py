@@ -165,3 +165,10 @@ class RunFolder:
                     f"{self.metrics} is damaged: line {number} is not a JSON object. Remove that line or restore the file."
                 )
         return rows
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The runs directly in the folder `path`, at most three."""
+    return sorted(found.parent for found in path.glob(f"*/{RECIPE}") if RunFolder(found.parent).checkpoints.is_dir())[
+        :3
+    ]

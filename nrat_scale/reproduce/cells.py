@@ -79,7 +79,13 @@ class Place:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the cell's result, as JSON values."""
         edition = self.cell.edition
-        asked = {"attacks": edition.attacks.split(","), "images": edition.images, "aa_images": edition.aa_images}
+        asked: dict[str, Any] = {
+            "attacks": edition.attacks.split(","),
+            "images": edition.images,
+            "aa_images": edition.aa_images,
+        }
+        if edition.last_attacks is not None:
+            asked["last_attacks"] = edition.last_attacks.split(",")
         asked["curves"] = self.cell.choices.curves
         return {**recipe_values(self.recipe), **{f"evaluation.{key}": value for key, value in asked.items()}}
 

@@ -69,6 +69,7 @@ class Edition:
     attacks: str  # such as "natural,pgd20,cw20,aa"
     images: int | None = None  # a fixed seeded choice of the test images; None: all
     aa_images: int | None = None  # the same for AutoAttack alone
+    last_attacks: str | None = None  # of the last checkpoint, if they are fewer than those of the best
     seeds: dict[str, int] = field(default_factory=lambda: {"default": 1})  # by method
     overrides: tuple[Override, ...] = ()
 

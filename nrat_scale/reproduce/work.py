@@ -2,7 +2,9 @@
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -49,13 +51,9 @@ def run_cell(place: Place) -> dict[str, Any]:
     Raises:
         UserError, FloatingPointError: see `train` and `evaluate`; cell.json then says so.
     """
-    edition = place.cell.edition
     try:
         train(place.recipe)
-        evaluation = evaluate(
-            place.run, edition.test_shards, attacks=edition.attacks, images=edition.images, aa_images=edition.aa_images
-        )
-        record = _record(place, evaluation)
+        record = _record(place, _evaluated(place))
         write_json(place.result, record)
     except Exception as error:
         place.fail(
@@ -65,6 +63,18 @@ def run_cell(place: Place) -> dict[str, Any]:
         )
         raise
     return record
+
+
+def _evaluated(place: Place) -> Evaluation:
+    """Best and last on the test images of the edition."""
+    edition = place.cell.edition
+    measured = partial(evaluate, place.run, edition.test_shards, images=edition.images, aa_images=edition.aa_images)
+    if edition.last_attacks is None:
+        return measured(attacks=edition.attacks)
+    asked = {"best": edition.attacks, "last": edition.last_attacks}
+    for label, attacks in asked.items():  # one results.json for both
+        evaluation = measured(attacks=attacks, checkpoint=label)
+    return replace(evaluation, labels=tuple(asked))
 
 
 def _record(place: Place, evaluation: Evaluation) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def _results(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
         found[label] = {}
         for name, entry in entries.items():
             ids, right = arrays[f"{label}/{name}"]
-            outcomes = base64.b64encode(np.packbits(right[np.argsort(ids)])).decode()
+            outcomes = base64.b64encode(np.packbits(right[np.argsort(ids)]).tobytes()).decode()
             found[label][name] = {key: entry[key] for key in ("correct", "n", "accuracy", "low", "high")} | {
                 "outcomes": outcomes
             }
@@ -164,7 +174,8 @@ def _noise(run: RunFolder, recipe: RecipeSpec) -> dict[str, float]:
 
 def _cost(run: RunFolder, recipe: RecipeSpec, rows: list[dict[str, Any]], evaluation: Evaluation) -> dict[str, Any]:
     """What the cell cost: seconds of finished epochs and validations, and of attacks, those that were repeated not counted."""
-    timing, entries = run.read_timing(), {}
+    timing = run.read_timing()
+    entries: dict[str, dict[str, Any]] = {}
     for label in evaluation.labels:
         entries |= {entry["key"]: entry for entry in evaluation.entries[label].values()}
     spent = {

@@ -62,6 +62,7 @@ class StepChecks:
         # Counts of WRONG and SIGNALS, on this rank and summed over all.
         self.here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
         self._everywhere = torch.zeros_like(self.here)
+        self.tensors = (self.here, self._everywhere)  # all that change on the device
         # Steps that the host has not read: number, counts, event that marks the end of the copy.
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -77,7 +78,7 @@ class StepChecks:
 
     def agree(self) -> Tensor:
         """Sum over ranks; whether nothing is wrong on any of them so far (bool scalar on the device)."""
-        self._everywhere = self._total(self.here)
+        self._everywhere.copy_(self._total(self.here))  # in place: a graph writes where it was captured
         return ~self._everywhere[: len(WRONG)].any()
 
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:

@@ -65,6 +65,9 @@ class MicroBatch:
         return logits
 
 
+RESULTS = ("loss", "logits", "logits_adv")  # fields of a `MicroBatch` that its training adds
+
+
 @dataclass
 class TrainState:
     """Everything that one process of a run holds."""
@@ -88,6 +91,7 @@ class TrainState:
     sums: Tensor  # float64, named by `metrics.sum_names()`: over this rank's epoch so far, always changed in place
     class_starts: ClassStarts | None = None  # None unless `threat.init` is class
     restored: list[Tensor] = field(default_factory=list)  # under fp16, what a skipped step must not change
+    before: list[Tensor] = field(default_factory=list)  # `restored` as it was when the step began
     step: int = 0  # optimizer steps done
     best: dict[str, Any] | None = None  # step, epoch and accuracies of the best validation so far
     validation_due: bool = False  # a signal interrupted the validation of the epoch that ends at `step`

@@ -1,7 +1,8 @@
 """One training step, to be read beside Algorithm 1 of the paper.
 
     1. take this rank's part of global batch t, augmented, in [0, 1]
-    2. attack it: x' = PGD(inner loss) on the attack model, which shares the weights and needs no gradient for them
+    2. attack it: x' = PGD(inner loss), as the phase of `threat.schedule` says, on the attack model, which shares the weights
+       and needs no gradient for them
     3. with AWP, perturb the weights
     4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
     5. optimizer step, skipped on all ranks if a loss or gradient is not finite on any; EMA
@@ -12,7 +13,7 @@ for a GPU: the host reads `TrainState.checks` later.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -42,7 +43,7 @@ def train_step(state: TrainState, batch: Batch) -> None:
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
     with state.clock.section("outer"):
         parts = refined(state, batch, parts)
-    before = [tensor.clone() for tensor in state.restored]
+    state.before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     reuse = reuses_natural(state) and not perturbed
     if state.objective.attacks and not reuse:
@@ -53,22 +54,20 @@ def train_step(state: TrainState, batch: Batch) -> None:
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
-            record_micro_batch(state, done[-1])
             state.objective.update(done[-1].logits, part.y, total, part.weights)
         remember(state, batch, done)
         if state.class_starts is not None:
             state.class_starts.update(total)
-        with state.clock.section("optimizer"):
-            good = _finish_gradient(state)
-            state.optimizer.step()
+        if perturbed:  # weight decay acts on the perturbed weights
+            with state.clock.section("optimizer"):
+                good = update_weights(state)
     with state.clock.section("optimizer"):
-        graphed = state.graphs is not None and state.graphs.training.enabled
-        state.optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients where they are
-        state.statistics.end_step(len(parts))
-        for tensor, value in zip(state.restored, before, strict=True):
-            tensor.copy_(torch.where(good, tensor, value))
-        if state.ema is not None:
-            state.ema.update(state.base, step=state.step + 1)
+        if perturbed:
+            finish_step(state, len(parts), good)
+        elif state.graphs is None:
+            update(state, len(parts))
+        else:
+            state.graphs.end_step(len(parts))
         state.checks.post(state.step + 1)
 
 
@@ -90,10 +89,10 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
     weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
-    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
-    weighted = [None] * parts if weights is None else weights.chunk(parts)
-    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
-        yield MicroBatch(*piece, weights=weight)
+    pieces = [tensor.chunk(parts) for tensor in (x, y, clean, noise)]
+    weighted: Sequence[Tensor | None] = [None] * parts if weights is None else weights.chunk(parts)
+    for images, labels, right, unit_noise, weight in zip(*pieces, weighted, strict=True):
+        yield MicroBatch(images, labels, right, unit_noise, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -103,54 +102,32 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            given = (part.x, part.trained, part.x_adv, part.history, part.weights)
-            results = _backward(state, num_parts, logits, *given)
-    else:
-        with state.clock.section("outer"):
-            given = [part.x, part.trained, *(tensor for tensor in (part.x_adv, part.weights) if tensor is not None)]
-            if state.graphs is None:
-                results = forward_backward(state, num_parts, *given, history=part.history)
-            else:
-                results = state.graphs.train(num_parts, *given)
-    loss, *found = results
-    logits = found.pop(0) if state.objective.family != "at" else None
-    logits_adv = found.pop(0) if part.x_adv is not None else None
-    remembered = found.pop() if found else part.remembered
-    return replace(part, loss=loss, logits=logits, logits_adv=logits_adv, remembered=remembered)
+            return _backward(state, logits, part, num_parts)
+    with state.clock.section("outer"):
+        if state.graphs is None:
+            return forward_backward(state, part, num_parts)
+        return state.graphs.train(part, num_parts)
 
 
-def forward_backward(
-    state: TrainState, num_parts: int, x: Tensor, y: Tensor, *more: Tensor, history: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Forward of `x`, then of `x_adv`, outer loss, backward.
-
-    `more`: x_adv if the objective attacks, then the weights of the images if they have some. Returns the loss, natural
-    logits unless "at", adversarial ones if attacked, and the rows that `new_rows` has.
-    """
-    rest = list(more)
-    x_adv = rest.pop(0) if state.objective.attacks else None
-    weights = rest.pop(0) if rest else None
+def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> MicroBatch:
+    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what is remembered of them."""
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
-    logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, num_parts, logits, x, y, x_adv, history, weights)
+    logits = state.model(part.x) if state.objective.family != "at" else None
+    return _backward(state, logits, part, num_parts)
 
 
-def _backward(
-    state: TrainState,
-    num_parts: int,
-    logits: Tensor | None,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor | None,
-    history: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[Tensor, ...]:
-    logits_adv = state.model(x_adv) if x_adv is not None else None
-    remembered = new_rows(state, x, logits, logits_adv, history)
-    labels = remembered if remembered is not None and state.objective.spec.refine.kind == "sglr" else y
-    loss = outer_loss(state, logits, logits_adv, labels, history, weights)
+def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_parts: int) -> MicroBatch:
+    logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
+    y, rows = part.trained, new_rows(state, part.x, logits, logits_adv, part.history)
+    if rows is not None:
+        part = replace(part, remembered=rows)
+        y = rows if state.objective.spec.refine.kind == "sglr" else y
+    loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
-    return tuple(tensor.detach() for tensor in (loss, logits, logits_adv, remembered) if tensor is not None)
+    found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]
+    part = replace(part, loss=found[0], logits=found[1], logits_adv=found[2])
+    record_micro_batch(state, part)
+    return part
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
@@ -167,9 +144,9 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
             found = attack(state, *given, history=part.history)
         else:
             found = state.graphs.attack(*given, key=state.threat.key)
-        x_adv, finite, inside, *gradient = found
+        x_adv, finite, inside = found[:3]
         if state.class_starts is not None:
-            state.class_starts.add(*gradient, part.label)
+            state.class_starts.add(found[3], part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
@@ -235,6 +212,32 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
+
+
+def update(state: TrainState, num_parts: int) -> Tensor:
+    """The end of a step after its gradients; whether the step is good (bool scalar)."""
+    good = update_weights(state)
+    finish_step(state, num_parts, good)
+    return good
+
+
+def update_weights(state: TrainState) -> Tensor:
+    """Check and clip the gradient, then the optimizer's step, which a bad step skips; whether it is good (bool scalar)."""
+    good = _finish_gradient(state)
+    state.optimizer.step()
+    return good
+
+
+@torch.no_grad()
+def finish_step(state: TrainState, num_parts: int, good: Tensor) -> None:
+    """Gradients, BatchNorm's statistics and the EMA after the optimizer's step."""
+    graphed = state.graphs is not None and state.graphs.keeps_gradients
+    state.optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients where they are
+    state.statistics.end_step(num_parts)
+    for tensor, value in zip(state.restored, state.before, strict=True):
+        tensor.copy_(torch.where(good, tensor, value))
+    if state.ema is not None:
+        state.ema.update(state.base, step=state.step + 1)
 
 
 @torch.no_grad()
