@@ -18,7 +18,7 @@ Map = Callable[[Tensor], Tensor]
 
 NORMS = {"linf": "l_inf", "l2": "l_2"}  # name in recipes -> in text
 AUTOATTACK_NORMS = {"linf": "Linf", "l2": "L2"}  # as AutoAttack and RobustBench write them
-INITS = ("zero", "normal", "uniform", "normal01", "class")
+INITS = ("zero", "normal", "uniform", "normal01")  # of `start_noise`; in training also `per_class`
 ATTACKS = ("pgd", "n_fgsm")  # of training
 SPACES = ("pixel", "released_code")
 RELEASED_CODE_WARNING = (  # of reports, model cards and results
@@ -51,7 +51,7 @@ class ThreatSpec:
         step: step length in the same unit and norm.
         num_steps: gradient steps.
         init: `zero`; `normal` = x + 0.001 N(0, 1); `uniform` = x + U(-eps, eps), clamped (in l_2: scaled to length eps);
-            `normal01` = x + N(0, 1), projected; `class` = x + a perturbation of the label's class, in training only.
+            `normal01` = x + N(0, 1), projected; `per_class` = x + a perturbation of the label's class, in training only.
         bn: BatchNorm during the attack: `eval`, or `batch` (batch statistics; running statistics unchanged).
         space: `pixel`, or `released_code` (l_inf only).
         norm: `linf` or `l2`.
@@ -83,7 +83,7 @@ class ThreatSpec:
                 hint = f" Write {value:g}/255 if you mean {value:g} grey levels." if value >= 1.0 else ""
                 raise UserError(f"threat.{name} is {value:g}; it is a fraction of the pixel range, in [0, 1).{hint}")
         check_value("threat.num_steps", self.num_steps, self.num_steps >= 0, "0 or more")
-        check_choice("threat.init", self.init, INITS)
+        check_choice("threat.init", self.init, (*INITS, "per_class"))
         check_choice("threat.bn", self.bn, BN_MODES)
         check_choice("threat.space", self.space, SPACES)
         check_choice("threat.norm", self.norm, NORMS)
@@ -95,19 +95,23 @@ class ThreatSpec:
 
     def _check_attack(self) -> None:
         """What N-FGSM and starts per class need."""
-        if self.norm != "linf" and (self.attack == "n_fgsm" or self.init == "class"):
-            key = "threat.attack 'n_fgsm'" if self.attack == "n_fgsm" else "threat.init 'class'"
+        if self.norm != "linf" and (self.attack == "n_fgsm" or self.init == "per_class"):
+            key = "threat.attack 'n_fgsm'" if self.attack == "n_fgsm" else "threat.init 'per_class'"
             raise UserError(f"{key} is defined for threat.norm 'linf' only, and the norm is '{self.norm}'.")
-        if self.init == "class" and self.num_steps == 0:
-            raise UserError("threat.init 'class' needs a step, whose gradient moves the starts: threat.num_steps is 0.")
+        if self.init == "per_class" and self.num_steps == 0:
+            raise UserError(
+                "threat.init 'per_class' needs a step, whose gradient moves the starts: threat.num_steps is 0."
+            )
         if self.attack == "pgd":
             if self.noise != ThreatSpec.noise:
                 unused = f"threat.noise is {self.noise:g}, but it is N-FGSM's and threat.attack is 'pgd'"
                 raise UserError(f"{unused}. Remove it, or use threat.attack=n_fgsm.")
             return
         check_value("threat.noise", self.noise, 0 <= self.noise < math.inf, "finite and 0 or more")
-        if self.init == "class":
-            raise UserError("threat.attack 'n_fgsm' starts from noise: threat.init 'class' needs threat.attack=pgd.")
+        if self.init == "per_class":
+            raise UserError(
+                "threat.attack 'n_fgsm' starts from noise: threat.init 'per_class' needs threat.attack=pgd."
+            )
         if self.space != "pixel":
             raise UserError(f"threat.attack 'n_fgsm' is defined in pixels only, and threat.space is '{self.space}'.")
         if self.num_steps != 1:
@@ -172,7 +176,7 @@ def evaluation_threat(trained: ThreatSpec) -> ThreatSpec:
     would then jump from side to side of the ball, so it is eps / 4.
     """
     step = trained.eps / 4 if 0 < trained.eps / 2 < trained.step else trained.step
-    init = "uniform" if trained.init == "class" else trained.init
+    init = "uniform" if trained.init == "per_class" else trained.init
     return replace(trained, step=step, init=init, attack="pgd", noise=ThreatSpec.noise, schedule=[])
 
 
@@ -226,7 +230,7 @@ def pgd(
             "The loss or gradient of the attack is not finite: the model's logits overflow or are NaN. "
             "Lower the learning rate, or train in bf16 or fp32 instead of fp16."
         )
-    assert found.inside, f"the perturbation exceeds {threat.farthest} or leaves [0, 1]"
+    assert found.inside, f"the perturbation exceeds eps {threat.eps} or leaves [0, 1]"
     return decode(found.x_adv)
 
 
@@ -273,11 +277,11 @@ def search(
 def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Unit noise of `shape` for `apply_noise`: N(0, 1), or U(-1, 1) for `uniform`; zeros for `zero`.
 
-    Raises `UserError` for `class`, whose perturbations are part of the state of training.
+    Raises `UserError` for `per_class`, whose perturbations are part of the state of training.
     """
-    if init == "class":
+    if init == "per_class":
         raise UserError(
-            "threat.init 'class' is for training, which keeps the perturbations. Give a start, or another init."
+            "threat.init 'per_class' is for training, which keeps the perturbations. Give a start, or another init."
         )
     if init == "zero":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -287,12 +291,12 @@ def start_noise(shape: torch.Size, init: str, like: Tensor, generator: torch.Gen
 
 
 def apply_noise(x: Tensor, noise: Tensor, threat: ThreatSpec) -> Tensor:
-    """The starting point that `threat` makes from unit `noise` (shaped like `x`): for `class` perturbations in [-1, 1]."""
+    """The starting point that `threat` makes from unit `noise` (shaped like `x`): for `per_class` perturbations in [-1, 1]."""
     if threat.attack == "n_fgsm":
         return (x + threat.noise * threat.eps * noise).clamp(0, 1)
     if threat.init == "zero":
         return x.clone()
-    if threat.init in ("uniform", "class"):
+    if threat.init in ("uniform", "per_class"):
         return (x + threat.eps * (noise if threat.norm == "linf" else noise / _lengths(noise))).clamp(0, 1)
     if threat.init == "normal":
         return x + 0.001 * noise  # not clamped, as in TRADES: the first projection clamps
@@ -390,7 +394,7 @@ def attack_text(threat: ThreatSpec) -> str:
         if attack.eps != radius:
             text, radius = f"{text} at eps = {fraction_text(attack.eps)}", attack.eps
         parts.append(text if until == 1.0 else f"{text} until {100 * until:g} % of training")
-    start = " from a start per class" if threat.init == "class" else ""
+    start = " from a start per class" if threat.init == "per_class" else ""
     return ", then ".join(parts) + start
 
 

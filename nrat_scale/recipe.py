@@ -160,8 +160,8 @@ class RecipeSpec:
         check_choice("resume", self.resume, ("auto", "never"))
         if self.objective.family == "mart" and self.data.augment.cutmix:
             raise UserError("data.augment.cutmix mixes labels, but MART needs hard labels. Set it to 0.")
-        if self.threat.init == "class":
-            what, way_out = "threat.init is 'class', a perturbation of the label's class", "use threat.init=uniform"
+        if self.threat.init == "per_class":
+            what, way_out = "threat.init is 'per_class', a perturbation of the label's class", "use threat.init=uniform"
             if self.data.augment.cutmix:
                 raise UserError(f"{what}, but data.augment.cutmix mixes labels. Set it to 0, or {way_out}.")
             if self.objective.family == "natural":
