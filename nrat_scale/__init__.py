@@ -26,7 +26,7 @@ _FUNCTIONS = {
     "results": "report.data_frames",
 }
 _MODULES = (
-    "attacks", "datasets", "evaluate", "labels", "loading", "losses", "models", "objectives", "optim", "prepare", "recipe",
+    "attacks", "audit", "datasets", "evaluate", "labels", "loading", "losses", "models", "objectives", "optim", "prepare", "recipe",
     "release", "report", "train", "weights",
 )  # fmt: skip
 

@@ -23,11 +23,13 @@ def forward_equivalents(recipe: RecipeSpec, epoch: int | None = None, *, reuses_
     """
     objective = recipe.objective
     training = TRAINED * (2 if objective.family in ("trades", "mart") else 1)
+    training *= 1 + _perturbed_share(recipe, epoch)
+    training += FORWARD * _refined_share(recipe, epoch)
     if objective.family == "natural":
-        return training + _perturbed_share(recipe, epoch) * training
+        return training
     needs_natural = objective.inner in DIVERGENCES and not reuses_natural
     attack = ATTACKED * _attack_steps(recipe, epoch) + FORWARD * needs_natural
-    return attack + training + _perturbed_share(recipe, epoch) * training
+    return attack + training
 
 
 def _attack_steps(recipe: RecipeSpec, epoch: int | None) -> float:
@@ -50,3 +52,13 @@ def _perturbed_share(recipe: RecipeSpec, epoch: int | None) -> float:
         return 0.0
     first, epochs = recipe.awp.warmup_epochs, recipe.train.epochs
     return max(0.0, 1 - first / epochs) if epoch is None else float(epoch >= first)
+
+
+def _refined_share(recipe: RecipeSpec, epoch: int | None) -> float:
+    """The fraction of steps with the one forward more of ADR's teacher, or of the predictions that TE and SGLR remember."""
+    refine, epochs = recipe.objective.refine, recipe.train.epochs
+    counted = range(epochs) if epoch is None else (epoch,)
+    if refine.kind == "scores":  # of the training forward
+        return 0.0
+    needed = [refine.kind == "adr" or refine.starts_by((number + 1) / epochs) for number in counted]
+    return sum(needed) / len(needed)

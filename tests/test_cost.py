@@ -39,6 +39,16 @@ def test_weight_perturbation_repeats_the_training_passes_once_it_begins(recipe_p
     assert forward_equivalents(late) == 27
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("adr", 24), ("trades_adr", 28), ("te", 23 + 0.55), ("sglr", 23 + 0.55), ("noilin", 23), ("trades_te", 27.55)],
+)
+def test_label_refinement_costs_the_forwards_of_its_predictions(recipe_path: Path, name: str, expected: float) -> None:
+    """One for ADR's teacher; one for TE and SGLR from the epoch on in which they begin, the ninth of 20."""
+    recipe = load_recipe(recipe_path, [f"objective.name={name}", "threat.num_steps=10", "train.epochs=20"])
+    assert forward_equivalents(recipe) == pytest.approx(expected + (0.05 if name in ("te", "sglr", "trades_te") else 0))
+
+
 def test_the_variants_of_the_page_cost_what_it_says() -> None:
     """Each line of the table in docs/training.md is a valid override of the recipe, with its two costs."""
     page, recipe = (ROOT / "docs" / "training.md").read_text(), ROOT / "recipes" / "fashion_mnist.yaml"

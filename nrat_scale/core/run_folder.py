@@ -9,7 +9,7 @@ from typing import Any
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import read_json
 
-RECIPE, RESULTS, OUTCOMES = "recipe.yaml", "results.json", "results.npz"  # also of a release folder
+RECIPE, RESULTS, OUTCOMES, DATA = "recipe.yaml", "results.json", "results.npz", "data.json"  # also of a release folder
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")  # `core.files.temporary_sibling`
 _IN_ALIVE = re.compile(r"lock|owner\.json|\.owner\.json\.[0-9a-f]{12}\.tmp|rank-[0-9]+|now-[0-9a-f]{8}|\.nfs[0-9a-f]+")
 QUEUED = "queued.json"  # in a folder of `RunFolder.releases`: describes its weights
@@ -22,11 +22,14 @@ class RunFolder:
         self.path = path
         self.recipe = path / RECIPE  # the resolved recipe; written first: a folder without it is not a run
         self.model = path / "model.json"  # architecture, its arguments, image shape, class names
-        self.data = path / "data.json"  # fingerprints and held-out samples of the training data
+        self.data = path / DATA  # fingerprints and held-out samples of the training data
         self.label_noise = path / "label_noise.json"  # kind, rate, realised transition matrix; only with label noise
         self.label_noise_arrays = path / "label_noise.npz"  # clean and given labels, in source order
         self.generated_noise = path / "label_noise_generated.json"  # the same of data.generated.noise
         self.generated_noise_arrays = path / "label_noise_generated.npz"
+        self.label_scores = (
+            path / "label_scores.npy"
+        )  # with `objective.refine.kind: scores`: for the label noise `badlabel`
         self.metrics = path / "metrics.jsonl"  # one JSON object per epoch and per validation
         self.timing = path / "timing.jsonl"  # hardware, seconds and throughput; a resumed run appends
         self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
@@ -162,3 +165,10 @@ class RunFolder:
                     f"{self.metrics} is damaged: line {number} is not a JSON object. Remove that line or restore the file."
                 )
         return rows
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The runs directly in the folder `path`, at most three."""
+    return sorted(found.parent for found in path.glob(f"*/{RECIPE}") if RunFolder(found.parent).checkpoints.is_dir())[
+        :3
+    ]

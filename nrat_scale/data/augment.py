@@ -67,6 +67,26 @@ def cutmix(
     Returns the images, and float32 [b] on their device: the fraction of each image's area that is still its own.
     """
     height, width = images.shape[2:]
+    corners, own = _boxes(places, spec, global_size, seed, step, (height, width))
+    box = corners.to(images.device, non_blocking=True)[:, :, None]
+    rows, columns = (torch.arange(n, device=images.device)[None] for n in (height, width))
+    inside_rows, inside_columns = (rows >= box[0]) & (rows < box[1]), (columns >= box[2]) & (columns < box[3])
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return torch.where(inside, partners, images), own.to(images.device, non_blocking=True)
+
+
+def cutmix_areas(
+    places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int, shape: tuple[int, int]
+) -> Tensor:
+    """float32 [b]: the fraction of each image's area that `cutmix` leaves its own; `shape` is (H, W)."""
+    return _boxes(places, spec, global_size, seed, step, shape)[1]
+
+
+def _boxes(
+    places: Tensor, spec: AugmentSpec, global_size: int, seed: int, step: int, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(top, bottom, left, right of each rectangle as int64 [4, b]; the fraction of the area outside, float32 [b])."""
+    height, width = shape
     generator = torch_generator("cpu", seed, "cutmix", step)
     draws = torch.rand(global_size, 4, generator=generator, dtype=torch.float64)[places]
     chosen = draws[:, 0] < spec.cutmix
@@ -74,11 +94,7 @@ def cutmix(
     top, bottom = _interval(draws[:, 2], half, height)
     left, right = _interval(draws[:, 3], half, width)
     own = 1.0 - ((bottom - top) * (right - left)).double() / (height * width)
-    box = torch.stack([top, bottom, left, right]).to(images.device, non_blocking=True)[:, :, None]
-    rows, columns = (torch.arange(n, device=images.device)[None] for n in (height, width))
-    inside_rows, inside_columns = (rows >= box[0]) & (rows < box[1]), (columns >= box[2]) & (columns < box[3])
-    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    return torch.where(inside, partners, images), own.float().to(images.device, non_blocking=True)
+    return torch.stack([top, bottom, left, right]), own.float()
 
 
 def _interval(centre: Tensor, half: Tensor, length: int) -> tuple[Tensor, Tensor]:

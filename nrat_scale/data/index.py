@@ -204,6 +204,17 @@ class ShardIndex:
         return hashlib.sha256("\n".join(self._sha256).encode()).hexdigest()
 
     @property
+    def shards_sha256(self) -> list[str]:
+        """Of each shard, the sha256 that the index states."""
+        return list(self._sha256)
+
+    @property
+    def files_sha256(self) -> list[str]:
+        """The sha256 of the files that the shards were made from, of those that have one."""
+        known = (file.get("sha256") for file in self.source_files if isinstance(file, dict))
+        return [value for value in known if isinstance(value, str)]
+
+    @property
     def num_ids(self) -> int:
         """The source ids are in 0 .. num_ids - 1."""
         return max(segment.first_id + segment.num_ids for segment in self.segments)

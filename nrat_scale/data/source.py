@@ -17,9 +17,12 @@ from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import write_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive, hash64
+from nrat_scale.data.audit_action import AuditAction
 from nrat_scale.data.shards import ShardSet, ShardUnusable
+from nrat_scale.data.spec import WEIGHT
 from nrat_scale.datasets import DATASETS
-from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256, load_human_labels
+from nrat_scale.label_files import load_human_labels, load_scores
+from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256
 
 T = TypeVar("T")
 UNKNOWN_LABEL = -1
@@ -71,7 +74,7 @@ class SkipLog:
 class TrainingSource:
     """One source of training images.
 
-    Samples are numbered 0 .. len(self) - 1 in the order of their positions, without the held-out and excluded ones.
+    Samples are numbered 0 .. len(self) - 1 in the order of their positions, without the held-out, excluded and dropped ones.
     """
 
     kind: str  # `real` or `generated`
@@ -81,9 +84,12 @@ class TrainingSource:
     given: np.ndarray | None  # labels by position [N]; None: the stored ones
     clean: np.ndarray | None  # labels by position [N]; None: unknown
     log: SkipLog
+    action: AuditAction | None = None  # on labels that an audit doubts; `given` are those before it
 
     def __post_init__(self) -> None:
         self.untrained = np.union1d(self.held_out, self.excluded)
+        if self.action is not None:
+            self.untrained = np.union1d(self.untrained, self.action.dropped)
         # Sample k comes after all untrained positions u_j with u_j - j <= k.
         self._gaps = self.untrained - np.arange(len(self.untrained))
         bounds = self.shards.shard_starts
@@ -98,7 +104,23 @@ class TrainingSource:
 
     def given_labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m], as training sees them."""
-        return self.shards.labels(positions) if self.given is None else self.given[positions]
+        return self.acted_labels(
+            positions, self.shards.labels(positions) if self.given is None else self.given[positions]
+        )
+
+    def acted_labels(self, positions: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """int64 [m]: `given`, the labels at `positions`, after what is done about those that an audit doubts."""
+        return given if self.action is None else self.action.labels(positions, given)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the losses of its samples have different weights."""
+        return self.action is not None and self.action.spec.action == WEIGHT
+
+    def weights(self, positions: np.ndarray) -> np.ndarray:
+        """float32 [m]: the weight of each sample's loss, 1 unless the audit says otherwise."""
+        weights = None if self.action is None else self.action.weights(positions)
+        return np.ones(len(positions), np.float32) if weights is None else weights
 
     def clean_labels(self, positions: np.ndarray) -> np.ndarray:
         """int64 [m]; `UNKNOWN_LABEL` if unknown."""
@@ -195,7 +217,9 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
     images = shards.images(order) if noise.kind == "instance_dependent" else None
     human = load_human_labels(noise.human_labels, noise.human_set, key) if noise.human_labels else None
     sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
-    given = corrupt(clean, *sizes, class_map=class_map, images=images, human_labels=human, key=key)
+    scores = load_scores(noise.scores, key) if noise.scores else None
+    extra = {"images": images, "human_labels": human, "matrix": noise.matrix, "scores": scores, "key": key}
+    given = corrupt(clean, *sizes, class_map=class_map, **extra)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean
     return by_position[0], by_position[1]

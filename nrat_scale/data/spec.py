@@ -11,6 +11,7 @@ from nrat_scale.remote.address import is_remote
 from nrat_scale.remote.cache import DEFAULT_CACHE_GB
 
 REAL, GENERATED = "real", "generated"
+DROP, RELABEL, WEIGHT = "drop", "relabel", "weight"  # what training does about labels that an audit doubts
 VALIDATION = "validation"  # in data.json, the entry of `data.validation.shards`
 
 
@@ -29,6 +30,40 @@ def _check_not_empty(kind: str, shards: str | None, exclude: str | None) -> None
 
 
 @dataclass(frozen=True)
+class AuditSpec:
+    """What training does about labels that an audit doubts, after label noise is injected; `data.audit_action` acts."""
+
+    KEY = "data.real.audit"  # the section of the recipe, for messages; not a field
+
+    scores: str | None = (
+        None  # folder that `python -m nrat_scale.audit` wrote, of these shards and this noise; None: no action
+    )
+    # `drop`: samples of doubted labels are not trained on; `relabel`: they get the suggested label; `weight`: their loss is
+    # multiplied by the probability that the label is right, and all weights of the source by one number, so that their mean is 1.
+    action: str = DROP
+    below: float = 0.5  # doubted are labels that are right with an estimated probability below this, in (0, 1]
+
+    def __post_init__(self) -> None:
+        check_value(f"{self.KEY}.scores", self.scores, self.scores != "", "the folder of an audit or null")
+        check_choice(f"{self.KEY}.action", self.action, (DROP, RELABEL, WEIGHT))
+        check_value(f"{self.KEY}.below", self.below, 0.0 < self.below <= 1.0, "in (0, 1]")
+        if self.scores is None and (self.action, self.below) != (DROP, 0.5):
+            raise UserError(f"{self.KEY} has an action but no scores. Set {self.KEY}.scores to the folder of an audit.")
+
+
+@dataclass(frozen=True)
+class GeneratedAuditSpec(AuditSpec):
+    """The same for the generated images."""
+
+    KEY = "data.generated.audit"
+
+
+def _check_has_shards(kind: str, shards: str | None, audit: AuditSpec) -> None:
+    if shards is None and audit.scores is not None:
+        raise UserError(f"{audit.KEY}.scores is set, but data.{kind}.shards is not. Set it, or remove {audit.KEY}.")
+
+
+@dataclass(frozen=True)
 class RealSpec:
     """Real, labelled training images."""
 
@@ -36,9 +71,11 @@ class RealSpec:
     noise: NoiseSpec = field(default_factory=NoiseSpec)  # drawn over the whole set before the validation split
     exclude: str | None = None  # .npy of source ids (integers [m]) never trained on, such as a test split in the shards
     prepare: str | None = None  # the commands that make the shards, one a line, shown if the shards are missing
+    audit: AuditSpec = field(default_factory=AuditSpec)  # what is done about doubted labels
 
     def __post_init__(self) -> None:
         _check_not_empty(REAL, self.shards, self.exclude)
+        _check_has_shards(REAL, self.shards, self.audit)
 
 
 @dataclass(frozen=True)
@@ -52,9 +89,11 @@ class GeneratedSpec:
     noise: GeneratedNoiseSpec = field(
         default_factory=GeneratedNoiseSpec
     )  # as `data.real.noise`; publications inject none
+    audit: GeneratedAuditSpec = field(default_factory=GeneratedAuditSpec)  # as `data.real.audit`
 
     def __post_init__(self) -> None:
         _check_not_empty(GENERATED, self.shards, self.exclude)
+        _check_has_shards(GENERATED, self.shards, self.audit)
         check_value("data.generated.fraction", self.fraction, 0.0 < self.fraction <= 1.0, "in (0, 1]")
         if self.noise.injects and self.shards is None:
             noise = f"data.generated.noise.kind is '{self.noise.kind}'"
@@ -128,6 +167,10 @@ class DataSpec:
     def noise_of(self, kind: str) -> NoiseSpec:
         """The label noise of the source `real` or `generated`."""
         return self.real.noise if kind == REAL else self.generated.noise
+
+    def audit_of(self, kind: str) -> AuditSpec:
+        """What is done about doubted labels of the source `real` or `generated`."""
+        return self.real.audit if kind == REAL else self.generated.audit
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epoch_samples", "window", "max_bad_shards"):

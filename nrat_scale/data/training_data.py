@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nrat_scale.core.errors import UserError, quoted, warn
 from nrat_scale.core.seeds import derive
-from nrat_scale.data.augment import crop_and_flip, cutmix, to_float
+from nrat_scale.data.audit_action import act
+from nrat_scale.data.augment import crop_and_flip, cutmix, cutmix_areas, to_float
 from nrat_scale.data.batches import Batch, PlannedBatches, to_nchw
 from nrat_scale.data.plan import SamplePlan, SourceOrder, mix_counts
 from nrat_scale.data.prefetch import prefetched
@@ -60,7 +61,9 @@ class TrainingData:
         for count, source in zip(counts, self.sources, strict=True):
             if not len(source):
                 left_out = len(source.untrained)
-                raise UserError(f"No {source.kind} image is left for training after {left_out} were held out.")
+                raise UserError(
+                    f"No {source.kind} image is left for training after {left_out} were held out, excluded or dropped."
+                )
             orders.append(SourceOrder(count, tuple(source.starts.tolist()), _window(spec, source.shards)))
         self.plan = SamplePlan(tuple(orders), derive(seed, "plan"))
         self.epoch_samples = spec.epoch_samples or len(self.sources[0])
@@ -70,6 +73,11 @@ class TrainingData:
     def shards(self) -> ShardSet:
         """The shards of the first source, which name the classes and the image shape."""
         return self.sources[0].shards
+
+    @property
+    def num_images(self) -> int:
+        """The images of all sources, those that are not trained on included: what `Batch.image_numbers` are below."""
+        return sum(len(source.shards) for source in self.sources)
 
     @property
     def real(self) -> TrainingSource | None:
@@ -113,7 +121,7 @@ class TrainingData:
         for count, source in zip(self.plan.counts, self.sources, strict=True):
             left, left_out = len(source), len(source.untrained)
             if count > left:
-                without = f" besides the {left_out} that are held out or excluded" if left_out else ""
+                without = f" besides the {left_out} that are held out, excluded or dropped" if left_out else ""
                 raise UserError(
                     f"With data.batch_size {self.spec.batch_size} every batch has {count} {source.kind} images, but "
                     f"{source.shards.folder} has only {left} to train on{without}. "
@@ -176,7 +184,30 @@ class TrainingData:
         x, own = cutmix(x, partners, batch.places, spec, size, seed, batch.step)
         other = batch.partners.labels.to(device, non_blocking=True)
         one_hot = [F.one_hot(labels, self.shards.num_classes).float() for labels in (y, other)]
+        if batch.weights is not None:
+            own = self._mixed_weights(batch, own)[1]
         return to_float(x), own[:, None] * one_hot[0] + (1 - own[:, None]) * one_hot[1]
+
+    def loss_weights(self, batch: Batch, device: torch.device) -> Tensor | None:
+        """float32 [b] on `device`: the weight of each image's loss; None if all are 1.
+
+        An image that CutMix has mixed has its parts' weights in proportion to their areas, and `augmented` mixes the labels
+        in proportion to area and weight, so that cross-entropy is the sum of the parts' weighted losses.
+        """
+        if batch.weights is None:
+            return None
+        if batch.partners is None:
+            return batch.weights.to(device, non_blocking=True)
+        spec, shape = self.spec.augment, self.shards.image_shape
+        own = cutmix_areas(batch.places, spec, self.spec.batch_size, self._seed, batch.step, (shape[0], shape[1]))
+        return self._mixed_weights(batch, own.to(device, non_blocking=True))[0]
+
+    def _mixed_weights(self, batch: Batch, own: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights [b], share of an image's own label [b]); `own` is the share of its area."""
+        assert batch.weights is not None and batch.partners is not None and batch.partners.weights is not None
+        first = own * batch.weights.to(own.device)
+        total = first + (1 - own) * batch.partners.weights.to(own.device)
+        return total, torch.where(total > 0, first / total, own)
 
     def describe(self) -> dict[str, Any]:
         """The description that a run stores: by source, its fingerprint and the samples that are not trained on."""
@@ -184,11 +215,15 @@ class TrainingData:
             source.kind: {
                 "fingerprint": source.shards.fingerprint,
                 "num_images": len(source.shards),
+                "num_ids": source.shards.num_ids,
+                "shards_sha256": source.shards.shards_sha256,
+                "files_sha256": source.shards.files_sha256,
                 "num_held_out": len(source.held_out),
                 "held_out_sha256": source.ids_sha256(source.held_out),
                 "num_excluded": len(source.excluded),
                 "excluded_sha256": source.ids_sha256(source.excluded),
                 **({"given_labels_sha256": source.given_sha256} if _has_generated_noise(source) else {}),
+                **({} if source.action is None else {"audit": source.action.describe(source.shards)}),
             }
             for source in (*self.sources, *([] if self._apart is None else [self._apart]))
         }
@@ -286,7 +321,8 @@ def _source(kind: str, shards: ShardSet, spec: DataSpec, skips: SkipLog) -> Trai
     given, clean = noisy_labels(shards, noise) if known else (None, None)
     if given is not None:
         _warn_of_filled_classes(shards, given, noise)
-    return TrainingSource(kind, shards, held_out, excluded, given, clean, skips)
+    action = act(kind, spec.audit_of(kind), shards, given, np.union1d(held_out, excluded))
+    return TrainingSource(kind, shards, held_out, excluded, given, clean, skips, action)
 
 
 def _warn_of_filled_classes(shards: ShardSet, given: np.ndarray, noise: NoiseSpec) -> None:

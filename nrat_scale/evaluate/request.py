@@ -8,7 +8,6 @@ from torch import nn
 
 from nrat_scale.attacks import NORMS, ThreatSpec
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.files import read_json
 from nrat_scale.core.float32 import float32_mode
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import ShardSet
@@ -17,6 +16,7 @@ from nrat_scale.evaluate.attacks import ATTACKS, TRANSFER, Attack, gradient_thre
 from nrat_scale.evaluate.curves import CURVE_IMAGES, Curve, Point, curve_points
 from nrat_scale.evaluate.key import EvaluationKey
 from nrat_scale.evaluate.measures import Images
+from nrat_scale.evaluate.overlap import SEEN, training_overlap
 from nrat_scale.evaluate.results import package_versions
 from nrat_scale.evaluate.targets import Target
 
@@ -163,12 +163,10 @@ def check_fits(model: nn.Module, shards: ShardSet, what: str) -> None:
 
 def check_unseen(run: RunFolder, shards: ShardSet) -> None:
     """Refuse images that the run was trained on or its checkpoint was selected on."""
-    if run.data.is_file():
-        for kind, entry in read_json(run.data, "record of the training data").items():
-            if entry.get("fingerprint") == shards.fingerprint:
-                where = (
-                    f"{shards.folder} is the {kind} training data of {run.path}, which includes its validation images"
-                )
-                if kind == VALIDATION:
-                    where = f"{shards.folder} has the validation images that selected the checkpoint of {run.path}"
-                raise UserError(f"{where}. Give the test split with --data.")
+    found = training_overlap(run.path, shards)
+    if found.verdict != SEEN:
+        return
+    where = f"{shards.folder} is {found.source} training data: {run.path} {found.reason}, validation images included"
+    if found.source == VALIDATION:
+        where = f"{shards.folder} has the validation images that selected the checkpoint of {run.path}"
+    raise UserError(f"{where}. Give the test split with --data.")

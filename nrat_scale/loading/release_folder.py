@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import MANIFEST, make_folder, manifest_mismatch, parse_json, read_json, write_atomically
-from nrat_scale.core.run_folder import RECIPE, RESULTS
+from nrat_scale.core.run_folder import DATA, RECIPE, RESULTS, runs_in
 from nrat_scale.loading.file_kind import recognise
 from nrat_scale.remote.address import is_bucket
 from nrat_scale.remote.cache import Cache
@@ -48,6 +48,8 @@ def resolve(source: str | Path) -> Path:
         folder = (_from_bucket if is_bucket(str(source)) else _download)(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
+            if runs := runs_in(folder):
+                raise UserError(f"{source} is not a release, but holds runs. Name one: {', '.join(map(str, runs))}.")
             way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
             raise UserError(f"{source} is not a release: it has no {name}. {way_out}")
     if what := recognise(folder / WEIGHTS):  # before the manifest, which would only say that the bytes differ
@@ -70,7 +72,9 @@ def verify(folder: Path, *, everything: bool = False) -> None:
     if not isinstance(files, dict):
         raise UserError(f"The manifest {folder / MANIFEST} is damaged: it lists no files.")
     for name, entry in files.items():
-        if (everything or name in (CONFIG, WEIGHTS)) and (mismatch := manifest_mismatch(folder / name, entry)):
+        # An earlier version did not download the record of the training data.
+        read = name in (CONFIG, WEIGHTS) or (name == DATA and (folder / DATA).exists())
+        if (everything or read) and (mismatch := manifest_mismatch(folder / name, entry)):
             raise UserError(f"{folder} differs from its {MANIFEST}: {mismatch}. Fetch or release it again.")
 
 
@@ -116,7 +120,7 @@ def _download(source: str) -> Path:
         folder = Path(fetch(CONFIG, revision=revision or None)).parent
         commit = folder.name  # `revision` may move between two downloads
         fetch(WEIGHTS, revision=commit)
-        for name in (RECIPE, RESULTS, MANIFEST):
+        for name in (RECIPE, RESULTS, DATA, MANIFEST):
             with suppress(EntryNotFoundError, LocalEntryNotFoundError):
                 fetch(name, revision=commit)
         try:
@@ -124,6 +128,8 @@ def _download(source: str) -> Path:
         except UserError:  # damaged in transit, which hf_hub_download does not check: bypass its cache once
             for name in (CONFIG, WEIGHTS, MANIFEST):
                 hf_hub_download(repo, name, revision=commit, force_download=True)
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repo, DATA, revision=commit, force_download=True)
     except (EntryNotFoundError, HFValidationError, OSError) as error:
         known = (text for kind, text in _REASONS.items() if isinstance(error, kind))
         reason = next(known, first_line(error).rstrip("."))
@@ -143,7 +149,7 @@ def _from_bucket(address: str) -> Path:
         raise UserError(f"The manifest {address}/{MANIFEST} is damaged: it does not list {CONFIG} and {WEIGHTS}.")
     folder = Cache().folder / "releases" / hashlib.sha256(manifest).hexdigest()[:32]
     make_folder(folder)
-    for name in (CONFIG, WEIGHTS, RECIPE, RESULTS):
+    for name in (CONFIG, WEIGHTS, RECIPE, RESULTS, DATA):
         entry = entries.get(name)
         if entry is None or not manifest_mismatch(folder / name, entry):
             continue

@@ -22,7 +22,7 @@ from nrat_scale.prepare.info import info
 from nrat_scale.prepare.merge import merge
 from nrat_scale.prepare.push import push, push_address
 from nrat_scale.prepare.readers import READERS, Argument, Reader, argument
-from nrat_scale.prepare.subset import subset
+from nrat_scale.prepare.subset import BESIDE, subset
 from nrat_scale.prepare.template import write_template
 from nrat_scale.prepare.verify import verify
 from nrat_scale.prepare.writer import BLOCK_SIZE, SHARD_SIZE, convert
@@ -125,11 +125,20 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ("data/all/first data/all/second --out data/all/index.json",),
     ),
     "subset": Command(
-        lambda given: [subset(given.where, given.out, **_options(given, "per_class", "ids", "scores", "keep"))],
+        lambda given: [
+            subset(given.where, given.out, **_options(given, "per_class", "by_confidence", "ids", "scores", "keep"))
+        ],
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
             argument("--per-class", help="N of each class, drawn with --seed", **_SIZE),
+            argument(
+                "--by-confidence",
+                nargs="?",
+                const=BESIDE,
+                metavar="AUDIT",
+                help="with --per-class: the N whose label is most probable in an audit (default: DIR-audit), not drawn",
+            ),
             argument("--ids", type=Path, metavar="FILE", help="source ids: .npy (integers), or .txt (one per line)"),
             argument("--scores", type=Path, metavar="FILE.npy", help="one number for each source id; see --keep"),
             argument("--keep", metavar="N", help="with --scores: keep the N highest, or a fraction such as 0.8"),
@@ -137,6 +146,7 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ),
         (
             "data/cifar10_1m --per-class 500 --out data/cifar10_5k",
+            "data/cifar10_5m --by-confidence data/audit --per-class 100000 --out data/cifar10_best",
             "data/cifar10_1m --ids data/kept.txt --out data/kept",
             "data/cifar10_1m --scores data/scores.npy --keep 0.8 --out data/best",
         ),

@@ -7,9 +7,12 @@ import numpy as np
 
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.seeds import derive, hash64
+from nrat_scale.data.audit_scores import read_audit_scores
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
+
+BESIDE = ""  # the audit whose folder is that of the shards with -audit at its end
 
 
 class _ChosenImages:
@@ -31,6 +34,7 @@ def subset(
     ids: Path | None = None,
     scores: Path | None = None,
     keep: str | None = None,
+    by_confidence: str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> str:
@@ -38,6 +42,8 @@ def subset(
 
     Args:
         per_class: that many of each class, the first ones in an order drawn with `seed`.
+        by_confidence: with `per_class`: the folder of an audit of these shards (`BESIDE`: the one beside them); those with the
+            highest out-of-sample probability of their label, ties by lowest id.
         ids: file of source ids, .npy (integers [m]) or .txt (one per line).
         scores: .npy of numbers [number of source ids]; the samples with the highest are kept, ties by lowest id.
         keep: with `scores`: how many, as a number or as a fraction such as 0.8.
@@ -48,11 +54,18 @@ def subset(
     """
     if [per_class, ids, scores].count(None) != 2 or (scores is None) != (keep is None):
         raise UserError("Give exactly one selection: --per-class N, --ids FILE, or --scores FILE with --keep.")
+    if by_confidence is not None and per_class is None:
+        raise UserError("--by-confidence needs --per-class N, the number of images to keep of each class.")
     shards = open_shards(where, where)
     shards.verify()
     all_ids = shards.source_ids(np.arange(len(shards)))
     if per_class is not None:
-        positions = _first_of_each_class(shards, all_ids, per_class, seed)
+        rank = hash64(derive(seed, "subset"), all_ids)  # of the id: the choice does not depend on the stored order
+        if by_confidence is not None:
+            confidence = read_audit_scores(_audit_folder(shards, by_confidence), "--by-confidence")
+            confidence.check_fits(shards)
+            rank = -confidence.p_given.astype(np.float64)
+        positions = _first_of_each_class(shards, all_ids, per_class, rank)
     elif ids is not None:
         positions = _positions_of_ids(shards, ids)
     else:
@@ -65,15 +78,24 @@ def subset(
     return f"{out}: {len(positions)} of the {len(shards)} images of {where}"
 
 
-def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    rank = hash64(derive(seed, "subset"), ids)  # of the id, so that the choice does not depend on the stored order
+def _audit_folder(shards: ShardSet, given: str) -> str:
+    if given != BESIDE:
+        return given
+    if shards.is_remote:
+        raise UserError(f"{shards.folder} is an address. Name the folder of its audit: --by-confidence AUDIT.")
+    path = Path(shards.folder)
+    return str(path.with_name(f"{path.resolve().name}-audit"))
+
+
+def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, rank: np.ndarray) -> np.ndarray:
+    """The positions of the `per_class` samples of each class with the lowest `rank` [N]; ties are broken by the lowest id."""
     labels = shards.labels(np.arange(len(shards)))
     chosen = []
     for label, name in enumerate(shards.class_names):
         members = np.flatnonzero(labels == label)
         if len(members) < per_class:
             raise UserError(f"The class '{name}' has only {len(members)} images. Lower --per-class ({per_class}).")
-        chosen.append(members[np.argsort(rank[members], kind="stable")[:per_class]])
+        chosen.append(members[np.lexsort((ids[members], rank[members]))[:per_class]])
     return np.concatenate(chosen)
 
 

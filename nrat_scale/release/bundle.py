@@ -3,6 +3,7 @@
     model.safetensors   the evaluated weights (the EMA, if the run has one), byte for byte those of the checkpoint
     config.json         timm's format: architecture, model_args, mean and std of the normalisation, class names
     recipe.yaml         the resolved recipe without local paths
+    data.json           fingerprints of the training data, to tell whether the model has seen some images
     results.json, .npz  accuracies of exactly these weights; outcomes per image
     curves.png          learning curves
     README.md           model card
@@ -28,7 +29,7 @@ from torch import nn
 from nrat_scale import models
 from nrat_scale.core import files
 from nrat_scale.core.errors import UserError
-from nrat_scale.core.run_folder import OUTCOMES, RECIPE, RESULTS, RunFolder
+from nrat_scale.core.run_folder import DATA, OUTCOMES, RECIPE, RESULTS, RunFolder
 from nrat_scale.evaluate.results import write_arrays
 from nrat_scale.loading.load import load
 from nrat_scale.loading.release_folder import CONFIG, WEIGHTS
@@ -48,6 +49,7 @@ FILES = (
     WEIGHTS,
     CONFIG,
     RECIPE,
+    DATA,
     RESULTS,
     OUTCOMES,
     CURVES,
@@ -134,6 +136,8 @@ def _write(folder: Path, run: Path, contents: Contents, exports: Sequence[str], 
     model = models.create(name, dict(description["model_args"]), trust_code=trust_code).eval()
     files.write_json(folder / CONFIG, _timm_config(model, description))
     (folder / RECIPE).write_text(to_yaml(contents.recipe))
+    if contents.data is not None:
+        files.write_json(folder / DATA, contents.data)
     if contents.results is not None:
         files.write_json(folder / RESULTS, contents.results)
     if contents.outcomes:

@@ -11,6 +11,7 @@ from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import read_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
+from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.spec import GENERATED, REAL, VALIDATION
 from nrat_scale.evaluate.results import Outcome, read_arrays
 from nrat_scale.labels import BEFORE, UNKNOWN
@@ -72,7 +73,21 @@ class Contents:
     flags: list[str]  # reasons to doubt the results
     outcomes: dict[str, Outcome]  # <label>/<attack> -> outcomes per image
     publication: Publication
-    num_validation: int | None = None  # images that selected the checkpoint, if they are of data.validation.shards
+    data: dict[str, Any] | None = None  # data.json: fingerprints of the training data; None in runs of early versions
+
+    @property
+    def num_validation(self) -> int | None:
+        """The number of images that selected the checkpoint, if they are of data.validation.shards."""
+        return (self.data or {}).get(VALIDATION, {}).get("num_held_out")
+
+    def fingerprint(self, source: str) -> str:
+        """The first digits of the fingerprint of the `real` or `generated` images; empty if the run has no record."""
+        return str((self.data or {}).get(source, {}).get("fingerprint", ""))[:16]
+
+    def audit_texts(self) -> list[str]:
+        """What the run did about labels that an audit doubted, a sentence's end for each source."""
+        records = {source: (self.data or {}).get(source, {}).get("audit") for source in (REAL, GENERATED)}
+        return [action_text(source, record) for source, record in records.items() if record]
 
     def noise_text(self, source: str) -> str:
         """`20.0 % of its real training labels (6.0 % of a batch's labels, the effective rate)`."""
@@ -151,14 +166,9 @@ def gather(run: Path, weights: Weights, name: str, publication: Publication) -> 
         attacks=record.get("attacks", {}),
         flags=flags,
         outcomes=outcomes,
-        num_validation=_num_validation(folder),
+        data=read_json(folder.data, "record of the training data") if folder.data.is_file() else None,
         publication=publication,
     )
-
-
-def _num_validation(folder: RunFolder) -> int | None:
-    facts = read_json(folder.data, "record of the training data") if folder.data.is_file() else {}
-    return facts.get(VALIDATION, {}).get("num_held_out")
 
 
 def init_text(init: dict[str, Any] | None) -> str:
@@ -183,8 +193,12 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     """The recipe with only the last name of absolute paths, and addresses without user, password and query."""
 
     def without(source: Any) -> Any:
-        noise = replace(source.noise, human_labels=public(source.noise.human_labels))
-        return replace(source, shards=public(source.shards), exclude=public(source.exclude), noise=noise, prepare=None)
+        matrix = source.noise.matrix
+        known = public(matrix) if isinstance(matrix, str) else matrix
+        files = {name: public(getattr(source.noise, name)) for name in ("human_labels", "scores")}
+        noise = replace(source.noise, **files, matrix=known)
+        kept = {"shards": public(source.shards), "exclude": public(source.exclude), "prepare": None}
+        return replace(source, **kept, noise=noise, audit=replace(source.audit, scores=public(source.audit.scores)))
 
     data = replace(
         recipe.data,

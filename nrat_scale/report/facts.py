@@ -5,6 +5,7 @@ from pathlib import PurePath
 from typing import Any
 
 from nrat_scale.attacks import fraction_text
+from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import objective_title
@@ -27,7 +28,8 @@ def run_facts(run: Run) -> dict[str, str]:
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
     name, loss, divergence = (phrase(f"objective.{key}") for key in ("name", "loss", "divergence"))
-    title = objective_title(name, loss, divergence, number_at(run.recipe, "objective.warm_start") or 0.0)
+    refine, warm = phrase("objective.refine.kind"), number_at(run.recipe, "objective.warm_start") or 0.0
+    title = objective_title(name, loss, divergence, warm, refine)
     weights = [phrase("objective.lam", "λ = {}")]
     if value_at(run.recipe, "objective.divergence") == "ikl":
         weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]
@@ -36,6 +38,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "Model": [phrase("model.name")],
         "Threat": [threat_at(run.recipe), f"trained with {attack}" if attack else ""],
         "Label noise": list(_noise_texts(run)),
+        "Label audit": list(_audit_texts(run)),
         "Data": _shares(run.recipe),
         "Training": [_epochs_text(run), images, phrase("data.batch_size", "batch {}"), rate, phrase("precision")],
         "Weights": [phrase("ema.decay", "EMA {}"), phrase("awp.gamma", "AWP γ = {}")],
@@ -76,6 +79,15 @@ def _noise_texts(run: Run) -> Iterator[str]:
     rates = [rate for source in run.noise if (rate := effective_rate(run, source))]
     if rates:
         yield f"{100 * sum(rates):.1f} % of a batch's labels"
+
+
+def _audit_texts(run: Run) -> Iterator[str]:
+    """What the run did about labels that an audit doubted."""
+    for source in (REAL, GENERATED):
+        record = value_at(run.data, f"{source}.audit", {})
+        counts = [number_at(record, key) for key in ("num_acted", "num_trained", "below")]
+        if None not in counts and {"action", "scores_sha256"} <= record.keys():
+            yield action_text(source, record)
 
 
 def effective_rate(run: Run, source: str) -> float | None:

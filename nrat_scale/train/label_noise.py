@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -9,21 +10,26 @@ import numpy as np
 from nrat_scale.core.errors import UserError, warn
 from nrat_scale.core.files import read_json, write_atomically, write_json
 from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.source import TrainingSource
 from nrat_scale.data.training_data import TrainingData
-from nrat_scale.labels import describe_noise, labels_sha256
+from nrat_scale.labels import BEFORE, BEFORE_AUDIT, describe_noise, labels_sha256
 
 
 def write_noise(run: RunFolder, data: TrainingData) -> None:
-    """Write description and arrays of the label noise of each source, and print the rate that training sees."""
+    """Write description and arrays of the label noise of each source, and print the rate that training sees.
+
+    The arrays are those from before an audit's action, from which a resumed run restores its labels; the description counts
+    what is left after it.
+    """
     for source in data.sources:
+        if source.action is not None:
+            print(f"audit: {action_text(source.kind, source.action.describe(source.shards))}")
         if source.given is None or source.clean is None:
             continue
         order = source.shards.in_source_order()
         clean, given = source.clean[order], source.given[order]
-        spec = data.spec.noise_of(source.kind)
-        known = spec.known_before(source.shards.dataset)
-        noise = describe_noise(clean, given, source.shards.num_classes, spec, known_before=known)
+        noise = _description(source, data, order)
         file, arrays = run.noise_files(source.kind)
         content = io.BytesIO()
         np.savez(content, clean=clean, given=given, noisy=clean != given)
@@ -33,10 +39,30 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
         if noise["num_noisy"]:
             rate, share = noise["realised_rate"], data.spec.shares[source.kind]
             print(
-                f"label noise: {spec.kind}, {100 * rate:.1f} % of the {source.kind} labels, "
+                f"label noise: {noise['kind']}, {100 * rate:.1f} % of the {source.kind} labels, "
                 f"{100 * rate * share:.1f} % of a batch's labels"
-                + ("" if known else "; whether the labels before injection were right is unknown")
+                + (
+                    f" ({100 * noise[BEFORE_AUDIT]['realised_rate']:.1f} % before the audit)"
+                    if BEFORE_AUDIT in noise
+                    else ""
+                )
+                + ("; whether the labels before injection were right is unknown" if BEFORE in noise else "")
             )
+
+
+def _description(source: TrainingSource, data: TrainingData, order: np.ndarray) -> dict[str, Any]:
+    """`describe_noise` of the labels after an audit's action, with those before it; the hash is of those before."""
+    assert source.given is not None and source.clean is not None
+    spec, num_classes = data.spec.noise_of(source.kind), source.shards.num_classes
+    known = spec.known_before(source.shards.dataset)
+    drawn = describe_noise(source.clean[order], source.given[order], num_classes, spec, known_before=known)
+    if source.action is None:
+        return drawn
+    kept = order[~np.isin(order, source.action.dropped)]
+    labels = source.acted_labels(kept, source.given[kept])
+    noise = describe_noise(source.clean[kept], labels, num_classes, spec, known_before=known)
+    before = {key: drawn[key] for key in ("num_labels", "num_noisy", "realised_rate", "transition_matrix")}
+    return {**noise, "sha256": drawn["sha256"], BEFORE_AUDIT: before}
 
 
 def keep_stored_noise(run: RunFolder, data: TrainingData) -> None:

@@ -30,6 +30,7 @@ from nrat_scale.core.seeds import derive
 from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.data.training_data import TrainingData, normalisation, open_training_data
 from nrat_scale.evaluate.attacks import parse_attack
+from nrat_scale.evaluate.overlap import with_initial_weights
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.loading.initial_weights import (
     InitialWeights,
@@ -190,6 +191,13 @@ def _check_data(run: RunFolder, data: TrainingData) -> None:
                     f"{run.path} began with other {kind} {what} than data.{kind}.shards has now (see {key} in {run.data}). "
                     "Restore those shards, or start a new run with run_dir=PATH."
                 )
+        scores = ((record or {}).get("audit", {}).get("scores_sha256") for record in (began, entry))
+        before, now = scores if isinstance(began, dict) else (None, None)
+        if before != now:
+            raise UserError(
+                f"{run.path} began with other scores of an audit than data.{kind}.audit.scores has now (see audit in {run.data}). "
+                "Restore those scores, or start a new run with run_dir=PATH."
+            )
 
 
 def _initial_weights(
@@ -292,7 +300,9 @@ def _build(
         # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = Objective(recipe.objective, num_classes).to(device)
+    objective = Objective(recipe.objective, num_classes, data.num_images).to(device)
+    if recipe.precision == "fp64":
+        objective.refinement.double()
     guard = Guard(recipe.guard, num_classes, device)
     sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
     checks = StepChecks(device, partial(accelerator.reduce, reduction="sum"))
@@ -330,7 +340,12 @@ def _describe(state: TrainState, arguments: dict[str, Any], init: dict[str, Any]
         **({} if init is None else {"init": init}),
     }
     write_json(state.run.model, description)
-    write_json(state.run.data, state.data.describe())
+    trained_on, source = state.data.describe(), state.recipe.model.init
+    if source is not None:
+        resumed = bool(checkpoint_folders(state.run.path)) or state.run.data.is_file()
+        stored = read_json(state.run.data, "record of the training data") if state.run.data.is_file() else {}
+        trained_on = with_initial_weights(trained_on, source, stored if resumed else None)
+    write_json(state.run.data, trained_on)
     write_noise(state.run, state.data)
     if state.recipe.data.validation.shards is not None:
         of = state.data.validation_shards

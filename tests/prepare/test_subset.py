@@ -12,6 +12,7 @@ from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.prepare.subset import subset
 from nrat_scale.prepare.verify import verify
 from tests.support.preparation import assert_refused, small_shards
+from tests.support.sidecars import write_sidecar
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,44 @@ def test_the_ids_of_a_file(ids, text):
             subset(str(folder / source), folder / out, ids=path, progress=False)
             assert _is_part_of(open_shards(folder / out), shards).tolist() == sorted(wanted)
             verify(str(folder / out))
+
+
+def test_the_most_confident_of_each_class(tmp_path, cli):
+    """The N of each class whose label an audit finds most probable, ties by lowest id, as the published 1M set was selected."""
+    shards = open_shards(small_shards(tmp_path / "a"))
+    p_given = np.random.default_rng(0).integers(0, 6, 70).astype(np.float32) / 8  # many ties
+    write_sidecar(tmp_path / "a-audit", shards, np.ones(70), p_given=p_given)
+    ids, labels = shards.source_ids(np.arange(70)), shards.labels(np.arange(70))
+    expected = []
+    for label in range(3):
+        members = sorted(np.flatnonzero(labels == label), key=lambda row: (-p_given[row], ids[row]))
+        expected += ids[members[:9]].tolist()
+    for number, audit in enumerate(([], [tmp_path / "a-audit"], [tmp_path / "a-audit" / "scores"])):
+        out = tmp_path / f"out{number}"
+        argv = ["subset", tmp_path / "a", "--per-class", "9", "--seed", number, "--out", out]
+        assert cli(*argv, "--by-confidence", *audit).status == 0
+        assert _is_part_of(open_shards(out), shards).tolist() == sorted(expected)
+        verify(str(out))
+    assert len({(tmp_path / f"out{number}" / "shard-00000.tar").read_bytes() for number in range(3)}) == 1
+
+
+def test_confidences_that_do_not_fit(tmp_path, cli):
+    """Of other shards, of noisy labels, of nothing, or without a number: refused, and nothing is written."""
+    shards, other = open_shards(small_shards(tmp_path / "a")), open_shards(small_shards(tmp_path / "b", seed=1))
+    labels = shards.labels(np.arange(70))
+    write_sidecar(tmp_path / "others", other, np.ones(70))
+    write_sidecar(tmp_path / "noisy", shards, np.ones(70), given=(labels + 1) % 3, noise={"kind": "symmetric"})
+    write_sidecar(tmp_path / "good", shards, np.ones(70))
+    for audit, more, message in (
+        ([tmp_path / "others"], ["--per-class", "2"], "are of other shards"),
+        ([tmp_path / "noisy"], ["--per-class", "2"], "are of other labels"),
+        ([], ["--per-class", "2"], "a-audit (--by-confidence) has no scores of an audit"),
+        ([tmp_path / "good"], ["--ids", tmp_path / "x.npy"], "--by-confidence needs --per-class N"),
+        ([tmp_path / "good"], ["--per-class", "60"], "has only"),
+    ):
+        found = cli("subset", tmp_path / "a", "--out", tmp_path / "out", *more, "--by-confidence", *audit)
+        assert found.status == 2 and message in found.err, found.err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
