@@ -2,13 +2,14 @@
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
@@ -105,7 +106,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         return 0
     outcome = Outcome()
     if missing:
-        check_data(missing, finished)
+        check_start(missing, finished)
         command = [sys.executable, *request.words, "--cell"]
         if jobs in SCRIPTS:
             path = request.out / f"{grid.name}-{request.edition}{request.choices.suffix}.{SCRIPTS[jobs]}"
@@ -114,7 +115,8 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         outcome = run_local(missing, command)
     for outputs in write_tables(grid, request, places):
         print(f"\n{outputs}\nwritten: {', '.join(map(str, outputs.files))}")
-    print(outcome.text, flush=True)
+    if outcome.text:
+        print(outcome.text, flush=True)
     return 1 if outcome.failed else 0
 
 
@@ -125,13 +127,13 @@ def write_tables(grid: Grid, request: Request, places: Sequence[Place]) -> list[
     titles = {method: str(facts["title"]) for method, facts in grid.methods.items() if "title" in facts}
     for edition in dict.fromkeys(place.cell.edition for place in places):
         mine = [place for place in places if place.cell.edition == edition]
-        settings = dict.fromkeys(Setting(p.cell.method, p.cell.noise.kind, p.cell.noise.rate) for p in mine)
-        methods = [setting.method for setting in settings]
+        seeds = Counter(Setting(p.cell.method, p.cell.noise.kind, p.cell.noise.rate) for p in mine)
+        methods = [setting.method for setting in seeds]
         plan = Plan(
             grid.name,
             edition.name,
-            tuple(settings),
-            seeds=max(place.cell.seed for place in mine) + 1,
+            tuple(seeds),
+            seeds=seeds,
             title=grid.title,
             space=request.choices.space,
             split=request.choices.curves,

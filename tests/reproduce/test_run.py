@@ -184,6 +184,32 @@ def test_other_test_images_than_those_of_finished_cells_are_refused(finished, re
         write_grid(finished.grid.parent, shards=False)
 
 
+def test_a_wrong_method_is_found_before_anything_is_run(reproduce, tmp_path):
+    """A key that no recipe has, in the line of the last method: the message names the cell and the nearest key."""
+    methods = "nrat: {objective.name: nrat}\ntrades: {objective.name: trades, objective.lamb: 5}"
+    path = write_grid(tmp_path, methods=methods)
+    result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
+    assert refused(result, "tiny/trades/none-0/seed-0", "'objective.lamb'", "Did you mean 'lam'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.medium
+def test_a_damaged_result_is_refused_by_name(finished, reproduce):
+    """Half a cell.json, one of another version, or one without its recipe."""
+    path = finished.cell / "cell.json"
+    whole = path.read_text()
+    try:
+        for content, word in (
+            (whole[:400], "not valid JSON"),
+            (whole.replace('"version": 1', '"version": 2'), "version"),
+            (json.dumps({"version": 1, "status": "finished"}), "another recipe"),
+        ):
+            path.write_text(content)
+            assert refused(reproduce(*finished.words), "cell.json", word)
+    finally:
+        path.write_text(whole)
+
+
 def test_missing_data_give_the_commands(reproduce, tmp_path):
     """Both commands, of the training and the test images, and nothing is run."""
     path = write_grid(tmp_path, shards=False)
@@ -207,6 +233,11 @@ def test_missing_data_give_the_commands(reproduce, tmp_path):
         (["table1", "--curves", "training"], "--curves"),
         (["table1", "--cells", "no/such/folder"], "no/such/folder"),
         (["table1", "epochs"], "key=value"),
+        (["table1", "objective.name=trades"], "--only"),
+        (["table1", "seed=3"], "--seeds"),
+        (["table1", "threat.space=released_code"], "--space"),
+        (["table1", "train.epoch=3"], "Did you mean 'epochs'"),
+        (["noise-benchmark", "objective.lam=5"], "nrat-lam3"),
         (["train.epochs=2"], "Name the grid before it"),
         (["claims", "--out", "no/such/folder", "--cells", "none"], "no/such/folder"),
     ],
