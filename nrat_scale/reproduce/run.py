@@ -113,40 +113,47 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
             print(f"written: {write_script(jobs, path, grid.title, missing, command)}")
             return 0
         outcome = run_local(missing, command)
-    for outputs in write_tables(grid, request, places):
+    for outputs in write_tables(grid, request):
         print(f"\n{outputs}\nwritten: {', '.join(map(str, outputs.files))}")
     if outcome.text:
         print(outcome.text, flush=True)
     return 1 if outcome.failed else 0
 
 
-def write_tables(grid: Grid, request: Request, places: Sequence[Place]) -> list[Outputs]:
-    """Write the tables, figures and page of the cells of each edition, finished or not."""
-    found = []
-    command = shlex.join(["python", *request.words, *(["--only", ",".join(request.only)] if request.only else [])])
+def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> list[Outputs]:
+    """Write the tables, figures and page of all cells of the grid, whether `request.only` names them and are finished or not.
+
+    Args:
+        folder: the tables of an edition are written to FOLDER/EDITION; by default `request.out`, beside the cells.
+    """
+    found, places = [], request.places(grid)
+    command = shlex.join(["python", *request.words])
     titles = {method: str(facts["title"]) for method, facts in grid.methods.items() if "title" in facts}
     for edition in dict.fromkeys(place.cell.edition for place in places):
         mine = [place for place in places if place.cell.edition == edition]
-        seeds = Counter(Setting(p.cell.method, p.cell.noise.kind, p.cell.noise.rate) for p in mine)
-        methods = [setting.method for setting in seeds]
+        seeds = Counter(Setting(place.cell.method, place.cell.noise.kind, place.cell.noise.rate) for place in mine)
+        methods = {setting.method for setting in seeds}
+        changed = f". Changed in all cells: {', '.join(request.choices.settings)}" if request.choices.settings else ""
         plan = Plan(
             grid.name,
             edition.name,
             tuple(seeds),
             seeds=seeds,
-            title=grid.title,
+            title=grid.title + changed,
             space=request.choices.space,
             split=request.choices.curves,
             measures=tuple(edition.attacks.split(",")),
             titles=titles,
-            reference="nrat" if "nrat" in methods else methods[0],
-            paper={table: names or {method: method for method in methods} for table, names in grid.paper.items()},
+            reference="nrat" if "nrat" in methods else next(iter(seeds)).method,
+            paper=grid.paper,
         )
         facts = PageFacts(
             f"{grid.title}: {edition.title}", command, omissions=grid.omissions, costs=grid.name == "noise-benchmark"
         )
-        cells = [read_cell(path) for place in mine if (path := place.found) is not None]
-        found.append(write_outputs(plan, cells, request.out / (edition.name + request.choices.suffix), facts))
+        # `state` refuses finished cells of another recipe.
+        cells = [read_cell(path) for place in mine if place.state() and (path := place.found) is not None]
+        target = (folder or request.out) / (edition.name + request.choices.suffix)
+        found.append(write_outputs(plan, cells, target, facts))
     return found
 
 
