@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
@@ -106,7 +106,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         return 0
     outcome = Outcome()
     if missing:
-        check_data(missing, finished)
+        check_start(missing, finished)
         command = [sys.executable, *request.words, "--cell"]
         if jobs in SCRIPTS:
             path = request.out / f"{grid.name}-{request.edition}{request.choices.suffix}.{SCRIPTS[jobs]}"
@@ -115,7 +115,8 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         outcome = run_local(missing, command)
     for outputs in write_tables(grid, request):
         print(f"\n{outputs}\nwritten: {', '.join(map(str, outputs.files))}")
-    print(outcome.text, flush=True)
+    if outcome.text:
+        print(outcome.text, flush=True)
     return 1 if outcome.failed else 0
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from nrat_scale.core.errors import run_cli
 from nrat_scale.evaluate.results import read_arrays
+from nrat_scale.prepare import __main__ as prepare_cli
 from nrat_scale.reproduce import __main__ as command_line
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.reproduce.grid_files import read_grid
@@ -182,6 +184,32 @@ def test_other_test_images_than_those_of_finished_cells_are_refused(finished, re
         write_grid(finished.grid.parent, shards=False)
 
 
+def test_a_wrong_method_is_found_before_anything_is_run(reproduce, tmp_path):
+    """A key that no recipe has, in the line of the last method: the message names the cell and the nearest key."""
+    methods = "nrat: {objective.name: nrat}\ntrades: {objective.name: trades, objective.lamb: 5}"
+    path = write_grid(tmp_path, methods=methods)
+    result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
+    assert refused(result, "tiny/trades/none-0/seed-0", "'objective.lamb'", "Did you mean 'lam'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.medium
+def test_a_damaged_result_is_refused_by_name(finished, reproduce):
+    """Half a cell.json, one of another version, or one without its recipe."""
+    path = finished.cell / "cell.json"
+    whole = path.read_text()
+    try:
+        for content, word in (
+            (whole[:400], "not valid JSON"),
+            (whole.replace('"version": 1', '"version": 2'), "version"),
+            (json.dumps({"version": 1, "status": "finished"}), "another recipe"),
+        ):
+            path.write_text(content)
+            assert refused(reproduce(*finished.words), "cell.json", word)
+    finally:
+        path.write_text(whole)
+
+
 def test_missing_data_give_the_commands(reproduce, tmp_path):
     """Both commands, of the training and the test images, and nothing is run."""
     path = write_grid(tmp_path, shards=False)
@@ -205,6 +233,11 @@ def test_missing_data_give_the_commands(reproduce, tmp_path):
         (["table1", "--curves", "training"], "--curves"),
         (["table1", "--cells", "no/such/folder"], "no/such/folder"),
         (["table1", "epochs"], "key=value"),
+        (["table1", "objective.name=trades"], "--only"),
+        (["table1", "seed=3"], "--seeds"),
+        (["table1", "threat.space=released_code"], "--space"),
+        (["table1", "train.epoch=3"], "Did you mean 'epochs'"),
+        (["noise-benchmark", "objective.lam=5"], "nrat-lam3"),
         (["train.epochs=2"], "Name the grid before it"),
         (["claims", "--out", "no/such/folder", "--cells", "none"], "no/such/folder"),
     ],
@@ -245,6 +278,39 @@ def test_test_curves_and_the_released_space_are_stamped(tmp_path, reproduce):
     assert cell["curve"][-1]["natural"] == last["natural"]["accuracy"]  # the same images and weights
     result = reproduce(*words, "--only", "nrat/symmetric-0.4/seed-0")
     assert "released_code" in result.out and "--curves test" in result.out
+
+
+# ---- the paper's edition --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_papers_edition_runs_on_images_of_cifars_shape(tmp_path, reproduce, monkeypatch):
+    """An npz becomes the shards that the edition names; ResNet-18 is trained and attacked by all four attacks."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 10)):
+        images = generator.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8)
+        np.savez(f"{split}.npz", image=images, label=np.arange(n) % 10)
+        prepare_cli.main(["npz", f"{split}.npz", "--dataset", "cifar10", "--out", f"data/cifar10_{split}"])
+    short = [
+        "train.epochs=1",
+        "data.epoch_samples=8",
+        "data.batch_size=8",
+        "data.validation.size=10",
+        "threat.num_steps=4",
+    ]
+    words = ["table1", *short, "--cells", "none", "--only", "nrat/symmetric-0.2"]
+    result = reproduce(*words)
+    assert result.status == 0, result.err
+    (path,) = Path("runs/reproduce/paper/cells").rglob("cell.json")
+    cell = json.loads(path.read_text())
+    assert cell["recipe"]["model.name"] == "resnet18_cifar" and cell["recipe"]["optim.lr"] == 0.05
+    assert {name: entry["n"] for name, entry in cell["results"]["best"].items()} == dict.fromkeys(
+        ("natural", "pgd20", "cw20", "aa"), 10
+    )
+    assert cell["evaluation"]["threat"] == "l_inf, eps = 8/255"
+    table = Path("runs/reproduce/paper/table1.md").read_text()
+    assert "NRAT" in table and "83.88" in table  # the printed natural accuracy
 
 
 # ---- interruption ---------------------------------------------------------------------------------------------------
