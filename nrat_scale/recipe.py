@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nrat_scale.added_losses import stand_in
@@ -23,14 +22,13 @@ from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, quoted, warn
 from nrat_scale.core.imports import import_code
-from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
 from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
-from nrat_scale.overrides import check_norm_change, meant_key, near_recipe, nearest_key, one_line, with_overrides
+from nrat_scale.overrides import check_norm_change, meant_key, nearest_key, one_line, read_yaml, with_overrides
 from nrat_scale.threat import TRAINING_ONLY, read_phases
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
@@ -237,7 +235,7 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
 
 def outdated(path: Path) -> str:
     """What a stored recipe of an older version trained that this version cannot: the end of a sentence, or empty."""
-    raw = OmegaConf.to_container(_read_yaml(path), resolve=True)
+    raw = OmegaConf.to_container(read_yaml(path), resolve=True)
     assert isinstance(raw, dict)
     objective, augment = raw.get("objective"), (raw.get("data") or {}).get("augment") or {}
     if not isinstance(objective, dict) or not _is_former(objective):
@@ -292,7 +290,7 @@ def load_recipe(
             that its spec refuses.
     """
     path = Path(path)
-    stored = _read_yaml(path)
+    stored = read_yaml(path)
     given, changes = with_overrides(stored, overrides, path)
     try:
         container = OmegaConf.to_container(given, resolve=True)
@@ -327,22 +325,6 @@ def load_recipe(
         raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
     return recipe
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no recipe {path}.{near_recipe(path)}") from None
-    except IsADirectoryError:
-        recipe = RunFolder(path).recipe
-        way_out = f"a run: its recipe is {recipe}" if recipe.is_file() else "a folder. Name a YAML file in it"
-        raise UserError(f"The recipe {path} is {way_out}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"The recipe {path} must be a mapping of keys to values.")
-    return loaded
 
 
 def _import(modules: list[str], path: Path) -> None:
