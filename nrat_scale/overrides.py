@@ -145,9 +145,16 @@ def with_overrides(
 
 
 def _drop_objective(merged: Any, was: str, path: Path) -> None:
-    """Drop what is the objective `was`'s own: its losses and IKL's constants, and whatever it has by default."""
+    """Drop what is the objective `was`'s own: its losses, label refinement and IKL's constants, and whatever it has by default."""
     usual = OBJECTIVES[was]
     own = ("loss", "divergence", *IKL_DEFAULTS)
+    refine, ema = _section(merged, "objective").get("refine"), _section(merged, "ema")
+    if refine is not None:
+        del merged["objective"]["refine"]
+        if isinstance(refine, dict) and not dataclasses.asdict(usual.refine).items() >= refine.items():
+            warn(f"{path}: objective.refine {quoted(refine)} is that of {quoted(was)} and is not used.")
+    if usual.ema_decay and ema.get("decay") == usual.ema_decay:
+        del merged["ema"]["decay"]
     for section, keys in (("objective", (*own, *_CONSTANTS)), ("threat", ("init", "bn"))):
         for key, value in _section(merged, section).items():
             if key in keys and (key in own or value == getattr(usual, key)):
@@ -170,6 +177,8 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
         return
     old = before.get("norm", "linf")
     kept = [f"threat.{key}" for key in ("eps", "step") if key in before and key not in threat]
+    phases = bool(before.get("schedule")) and "schedule" not in threat
+    kept += ["threat.schedule"] if phases else []
     if kept and threat.get("norm", old) != old:
         eps = _number(threat.get("eps", 0.5))
         example = (
@@ -177,9 +186,10 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
             if isinstance(eps, float)
             else "threat.eps=0.5 threat.step=0.125"
         )
+        example += " threat.schedule=[]" if phases else ""
         raise UserError(
             f"threat.norm is changed from {printable(old)} to {printable(threat.norm)}, but {' and '.join(kept)} would stay "
-            f"as in the recipe, in the other norm. Give both, for instance {example}."
+            f"as in the recipe, in the other norm. Give {'all' if phases else 'both'}, for instance {example}."
         )
 
 

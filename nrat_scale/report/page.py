@@ -39,7 +39,8 @@ def environment(package: str, *, autoescape: bool) -> Environment:
     )
 
 
-def _as_data(png: bytes) -> Markup:
+def as_data(png: bytes) -> Markup:
+    """A PNG as the address of an <img>."""
     return Markup("data:image/png;base64,") + base64.b64encode(png).decode()
 
 
@@ -52,7 +53,7 @@ class Figure:
 
 
 _TEMPLATES = environment("nrat_scale.report", autoescape=True)
-_TEMPLATES.filters["data"] = _as_data
+_TEMPLATES.filters["data"] = as_data
 _TEMPLATES.globals["shared_n"] = shared_n
 _TEMPLATES.tests["score"] = lambda cell: isinstance(cell, Score)
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError, run_cli
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.grid import ASYMMETRIC, Choices
 from nrat_scale.reproduce.grid_files import grid_names, read_grid
 from nrat_scale.reproduce.jobs import LOCK_VARIABLE
-from nrat_scale.reproduce.run import JOBS, OUT, Request, collect, listing, one_cell, reproduce
+from nrat_scale.reproduce.run import JOBS, OUT, Request, collect, listing, one_cell, reproduce, write_tables
 
 CLAIMS = "claims"
 
@@ -45,6 +45,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cells = "finished cells that count, too; none: only those of --out (default: docs/reproduction of the repository)"
     add("--cells", default=str(STORED), metavar="DIR", help=cells)
     add("--collect", type=Path, metavar="DIR", help="copy the cell.json of finished cells to DIR, and end")
+    tables = "only write the tables, figures and page of the finished cells to DIR/EDITION, and end"
+    add("--tables", type=Path, metavar="DIR", help=tables)
     add("--cell", metavar="KEY", help="run this one cell in this process, as the scripts of --jobs do")
     parsed = parser.parse_intermixed_args(argv)
     if parsed.what is None and not parsed.list:
@@ -74,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run_here(one_cell(request, given.cell))
     elif given.list:
         print(listing(request))
+    elif given.tables is not None:
+        for written in write_tables(read_grid(given.what), request, given.tables):
+            print(f"{written}\nwritten: {', '.join(map(str, written.files))}")
     elif given.collect is not None:
         copied = collect(request, given.collect)
         print(f"{len(copied)} finished cell(s) copied to {given.collect}")
@@ -94,7 +99,7 @@ def _run_here(place: Place) -> None:
         if lock is None:
             raise UserError(f"{place.key} is being run by another process. Wait for it, or choose another cell.")
         if place.state() != FINISHED:
-            check_data([place])
+            check_start([place])
             run_cell(place)
     print(f"{place.key} is finished: {place.result}")
 

@@ -1,10 +1,11 @@
 """How a claim is decided by finished cells: effects, their intervals, the rule."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.reproduce.contrasts import Estimate
-from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, by_setting
+from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, by_setting, strongest_attack
 from nrat_scale.reproduce.paper import printed
 from nrat_scale.reproduce.table import estimate
 
@@ -100,15 +101,27 @@ class Finding:
 
 
 def decide(claim: Claim, cells: Sequence[Measured], edition: str) -> Finding:
-    """The claim by the cells of an edition."""
+    """The claim by the cells of an edition. If they have parts of AutoAttack only, these stand for it, by their name."""
     groups = {space: by_setting(cells, edition, space) for space in ("pixel", RELEASED)}
-    found = [(effect, _measured(effect, groups)) for effect in claim.effects]
-    return Finding(claim, edition, [(effect, value, effect.verdict(value)) for effect, value in found])
+    attack = strongest_attack(cell for cell in cells if cell.edition == edition)
+    found = []
+    for effect in claim.effects:
+        value = _measured(effect, groups, attack)
+        named = replace(effect, text=effect.text.replace("AutoAttack", attack_title(attack)))
+        found.append((named, value, effect.verdict(value)))
+    return Finding(claim, edition, found)
 
 
-def _measured(effect: Effect, groups: Mapping[str, Mapping[Setting, Sequence[Measured]]]) -> Estimate | str:
+def _measured(
+    effect: Effect, groups: Mapping[str, Mapping[Setting, Sequence[Measured]]], attack: str
+) -> Estimate | str:
     parts = [
-        (term.coefficient, groups[term.space].get(term.setting, ()), term.checkpoint, term.measure)
+        (
+            term.coefficient,
+            groups[term.space].get(term.setting, ()),
+            term.checkpoint,
+            attack if term.measure == "aa" else term.measure,
+        )
         for term in effect.terms
     ]
     return estimate(parts, effect.constant, across_threats=len({term.space for term in effect.terms}) > 1)

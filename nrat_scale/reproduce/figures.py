@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.curves import safe_label
 from nrat_scale.report.run import number_at
-from nrat_scale.reproduce.measured import Measured, Setting, summarise
+from nrat_scale.reproduce.measured import Measured, Setting, strongest_attack, summarise
 from nrat_scale.reproduce.table import estimate
 
 # Okabe and Ito 2008: one colour per method; dashes distinguish noise rates.
@@ -298,8 +298,9 @@ def total_cost(cell: Measured) -> float | None:
     return math.prod(known) / 1e6 if len(known) == len(numbers) else None
 
 
-def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str = "aa") -> Drawing | None:
+def frontier(groups: Groups, title: Title, name: str = "frontier") -> Drawing | None:
     """AutoAttack of the best checkpoint against the cost of training, a panel per noise; None without both."""
+    measure = strongest_attack(cell for cells in groups.values() for cell in cells)
     points = {
         setting: (float(np.mean(costs)), found)
         for setting, cells in groups.items()
@@ -332,7 +333,7 @@ def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str 
             )
         setting = next(iter(here))
         axes.set_title(setting.noise_text, fontsize=10, loc="left")
-        axes.set(xlabel="forward-equivalents of training, millions of images", ylabel="AutoAttack, %")
+        axes.set(xlabel="forward-equivalents of training, millions of images", ylabel=f"{_attack(measure)}, %")
         _clean(axes)
     for axes in panels[len(noises) :]:
         axes.set_visible(False)
@@ -350,7 +351,7 @@ def frontier(groups: Groups, title: Title, name: str = "frontier", measure: str 
     figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
     _stamp_space(figure, groups)
     caption = (
-        "AutoAttack accuracy of the best checkpoint (mean over seeds, 95 % Wilson interval) against the cost of training: forward "
+        f"{attack_title(measure)} accuracy of the best checkpoint (mean over seeds, 95 % Wilson interval) against the cost of training: forward "
         "passes, in millions of images; a backward pass to the images or to the weights counts as one each. The dotted line is the frontier."
     )
     return drawing(name, caption, figure)

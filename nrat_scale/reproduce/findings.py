@@ -12,7 +12,7 @@ from nrat_scale.report.run import signed, value_at
 from nrat_scale.reproduce.cells import STORED
 from nrat_scale.reproduce.claims import claims
 from nrat_scale.reproduce.decision import RULE, UNDECIDED, Claim, Finding, decide
-from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, read_cells
+from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, read_cells, strongest_attack
 from nrat_scale.reproduce.page import protocol
 from nrat_scale.reproduce.paper import PAPER
 from nrat_scale.reproduce.table_text import counted, markdown_lines, markdown_text, shown_path
@@ -152,6 +152,10 @@ def _runs(edition: str, cells: Sequence[Measured], folder: Path) -> list[str]:
     finished = [cell for cell in cells if cell.finished]
     facts = "; ".join(f"{name}: {text}" for name, text in protocol(finished).items())
     lines = [f"### {edition}", "", f"{markdown_text(facts)}.", ""]
+    attack = strongest_attack(finished)
+    if attack != "aa":
+        part = f"{attack_title(attack)} runs parts of AutoAttack and stands for it in the claims about this edition"
+        lines += [f"{markdown_text(part)}: its accuracies are upper bounds of AutoAttack's.", ""]
     rows: dict[tuple[str, Setting, str], list[Measured]] = {}
     for cell in finished:
         rows.setdefault((cell.space, cell.setting, cell.split), []).append(cell)

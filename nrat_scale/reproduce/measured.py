@@ -216,3 +216,9 @@ def by_setting(
         if cell.finished and (cell.edition, cell.space, cell.split) == (edition, space, split):
             groups.setdefault(cell.setting, []).append(cell)
     return groups
+
+
+def strongest_attack(cells: Iterable[Measured]) -> str:
+    """What stands for AutoAttack in these cells: `aa`, or the parts of it that were run, such as `aa:apgd-ce+apgd-t`."""
+    names = {attack for cell in cells for _, attack in cell.outcomes if attack.partition(":")[0] == "aa"}
+    return "aa" if "aa" in names else min(names, default="aa")

@@ -30,6 +30,7 @@ def write_outputs(plan: Plan, cells: Iterable[Measured], folder: Path, facts: Pa
     Raises:
         UserError: the folder cannot be written to, or the seeds of a cell were evaluated differently.
     """
+    make_folder(folder)
     table = grid_table(plan, cells)
     groups = {row.setting: row.cells for row in table.rows if row.cells}
     drawings = draw_all(groups, plan.method_title)
@@ -43,7 +44,6 @@ def write_outputs(plan: Plan, cells: Iterable[Measured], folder: Path, facts: Pa
         ".html": render_page(table, drawings, folder, facts),
     }
     contents |= {f"-{one.name}.svg": one.svg for one in drawings} | {f"-{one.name}.png": one.png for one in drawings}
-    make_folder(folder)
     files = []
     for ending, content in contents.items():
         files.append(folder / f"{plan.name}{ending}")

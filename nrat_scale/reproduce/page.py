@@ -18,7 +18,7 @@ from nrat_scale.report.run import value_at
 from nrat_scale.reproduce.figures import Drawing, total_cost
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
 from nrat_scale.reproduce.paper import PAPER
-from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row
+from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
 from nrat_scale.reproduce.table_text import counted
 
 _TEMPLATES = environment("nrat_scale.reproduce", autoescape=True)
@@ -151,7 +151,7 @@ def _results_sheet(table: GridTable, costs: bool) -> Sheet:
 
 def _value(row: Row, measure: str) -> Value | None:
     found, paper = row.numbers[measure], row.printed[measure]
-    printed = () if paper is None else (f"paper {paper:.2f}",)
+    printed = () if paper is None else (f"{paper_label(measure)} {paper:.2f}",)
     if found is None:
         return Value(row.missing, "", printed)
     return Value(found.text, round(found.mean, 4), (*_interval(found), *printed), f"#{_anchor(row)}-{found.seeds[0]}")

@@ -2,13 +2,14 @@
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
@@ -17,6 +18,7 @@ from nrat_scale.reproduce.measured import Setting, read_cell
 from nrat_scale.reproduce.outputs import Outputs, write_outputs
 from nrat_scale.reproduce.page import PageFacts
 from nrat_scale.reproduce.table import Plan
+from nrat_scale.reproduce.table_text import counted
 
 OUT = Path("runs/reproduce")
 SCRIPTS = {"shell": "sh", "slurm": "sbatch"}  # `--jobs` -> ending of the script
@@ -94,7 +96,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
     finished = [record for record in records if record is not None]
     for edition in dict.fromkeys(place.cell.edition for place in places):
         print(f"{edition.title} ({edition.name})")
-    print(f"{grid.title}: {len(places)} cells, {len(finished)} finished", flush=True)
+    print(f"{grid.title}: {counted(len(places), 'cell')}, {len(finished)} finished", flush=True)
     for omission in grid.omissions:
         print(f"  not in the paper: {omission}")
     if dry_run:
@@ -104,46 +106,54 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         return 0
     outcome = Outcome()
     if missing:
-        check_data(missing, finished)
+        check_start(missing, finished)
         command = [sys.executable, *request.words, "--cell"]
         if jobs in SCRIPTS:
             path = request.out / f"{grid.name}-{request.edition}{request.choices.suffix}.{SCRIPTS[jobs]}"
             print(f"written: {write_script(jobs, path, grid.title, missing, command)}")
             return 0
         outcome = run_local(missing, command)
-    for outputs in write_tables(grid, request, places):
+    for outputs in write_tables(grid, request):
         print(f"\n{outputs}\nwritten: {', '.join(map(str, outputs.files))}")
-    print(outcome.text, flush=True)
+    if outcome.text:
+        print(outcome.text, flush=True)
     return 1 if outcome.failed else 0
 
 
-def write_tables(grid: Grid, request: Request, places: Sequence[Place]) -> list[Outputs]:
-    """Write the tables, figures and page of the cells of each edition, finished or not."""
-    found = []
-    command = shlex.join(["python", *request.words, *(["--only", ",".join(request.only)] if request.only else [])])
+def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> list[Outputs]:
+    """Write the tables, figures and page of all cells of the grid, whether `request.only` names them and are finished or not.
+
+    Args:
+        folder: the tables of an edition are written to FOLDER/EDITION; by default `request.out`, beside the cells.
+    """
+    found, places = [], request.places(grid)
+    command = shlex.join(["python", *request.words])
     titles = {method: str(facts["title"]) for method, facts in grid.methods.items() if "title" in facts}
     for edition in dict.fromkeys(place.cell.edition for place in places):
         mine = [place for place in places if place.cell.edition == edition]
-        settings = dict.fromkeys(Setting(p.cell.method, p.cell.noise.kind, p.cell.noise.rate) for p in mine)
-        methods = [setting.method for setting in settings]
+        seeds = Counter(Setting(place.cell.method, place.cell.noise.kind, place.cell.noise.rate) for place in mine)
+        methods = {setting.method for setting in seeds}
+        changed = f". Changed in all cells: {', '.join(request.choices.settings)}" if request.choices.settings else ""
         plan = Plan(
             grid.name,
             edition.name,
-            tuple(settings),
-            seeds=max(place.cell.seed for place in mine) + 1,
-            title=grid.title,
+            tuple(seeds),
+            seeds=seeds,
+            title=grid.title + changed,
             space=request.choices.space,
             split=request.choices.curves,
             measures=tuple(edition.attacks.split(",")),
             titles=titles,
-            reference="nrat" if "nrat" in methods else methods[0],
-            paper={table: names or {method: method for method in methods} for table, names in grid.paper.items()},
+            reference="nrat" if "nrat" in methods else next(iter(seeds)).method,
+            paper=grid.paper,
         )
         facts = PageFacts(
             f"{grid.title}: {edition.title}", command, omissions=grid.omissions, costs=grid.name == "noise-benchmark"
         )
-        cells = [read_cell(path) for place in mine if (path := place.found) is not None]
-        found.append(write_outputs(plan, cells, request.out / (edition.name + request.choices.suffix), facts))
+        # `state` refuses finished cells of another recipe.
+        cells = [read_cell(path) for place in mine if place.state() and (path := place.found) is not None]
+        target = (folder or request.out) / (edition.name + request.choices.suffix)
+        found.append(write_outputs(plan, cells, target, facts))
     return found
 
 

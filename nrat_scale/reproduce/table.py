@@ -128,7 +128,7 @@ def _ordered(settings: Sequence[Setting]) -> list[Setting]:
 def _row(plan: Plan, setting: Setting, checkpoint: str, cells: Sequence[Measured]) -> Row:
     finished = tuple(cell for cell in cells if cell.finished)
     names = names_for(plan.edition, plan.paper)
-    paper = {measure: printed(setting, checkpoint, measure, names) for measure in plan.measures}
+    paper = {measure: printed(setting, checkpoint, measure.partition(":")[0], names) for measure in plan.measures}
     numbers = {measure: summarise(finished, checkpoint, measure, paper[measure]) for measure in plan.measures}
     failed = tuple(cell for cell in cells if not cell.finished)
     return Row(setting, plan.method_title(setting.method), checkpoint, numbers, paper, finished, failed)
@@ -168,6 +168,11 @@ def _differences(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> li
                 title = plan.method_title(setting.method)
                 found.append(Difference(setting, title, checkpoint, measure, estimate(terms)))
     return found
+
+
+def paper_label(measure: str) -> str:
+    """What precedes a printed number: the paper has AutoAttack beside ours under a part of it."""
+    return "paper, AutoAttack" if measure.startswith("aa:") else "paper"
 
 
 Part = tuple[float, Sequence[Measured], str, str]  # coefficient, cells of one setting, checkpoint, attack

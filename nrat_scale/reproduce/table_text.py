@@ -10,7 +10,7 @@ from nrat_scale.core.errors import printable
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.tables import spreadsheet_cell
 from nrat_scale.reproduce.measured import summarise
-from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row
+from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
 
 _Lines = tuple[str, list[str], list[list[str]]]  # caption, head, rows
 
@@ -40,7 +40,7 @@ def number_text(row: Row, measure: str, *, with_n: bool = True) -> str:
     """`61.8 ± 0.4 [58.7, 64.8], n = 1000 (paper 47.02)`."""
     found, paper = row.numbers[measure], row.printed[measure]
     ours = row.missing if found is None else f"{found.text} {found.interval}" + (f", n = {found.n}" if with_n else "")
-    return ours if paper is None else f"{ours} (paper {paper:.2f})"
+    return ours if paper is None else f"{ours} ({paper_label(measure)} {paper:.2f})"
 
 
 def difference_text(difference: Difference, *, with_n: bool = True) -> str:

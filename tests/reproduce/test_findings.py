@@ -13,7 +13,7 @@ from nrat_scale.reproduce.claims import claims
 from nrat_scale.reproduce.contrasts import Estimate
 from nrat_scale.reproduce.decision import FAILS, HOLDS, RULE, UNDECIDED, Claim, Effect, Term, decide
 from nrat_scale.reproduce.findings import findings_page, verdict_lines, write_findings
-from nrat_scale.reproduce.grid import read_grid
+from nrat_scale.reproduce.grid_files import read_grid
 from nrat_scale.reproduce.measured import Measured, Setting, read_cells
 from tests.support.synthetic_cells import MEASURES, cell, record, write_cell
 
@@ -170,6 +170,22 @@ def test_cells_of_another_space_decide_nothing_but_their_own_claim(tmp_path: Pat
     page = tmp_path / "findings.md"
     write_findings(cells, page)
     assert "--space released_code" in page.read_text() and "a different threat model" in page.read_text()
+
+
+def test_parts_of_autoattack_stand_for_it_by_their_name(tmp_path: Path) -> None:
+    """An edition without full AutoAttack decides the claims by its parts, and says so."""
+    for method, correct in (("nrat", 600), ("trades", 500)):
+        for seed in range(3):
+            results = {"best": {"aa:apgd-ce+apgd-t": record(np.arange(1000) < correct + seed)}}
+            write_cell(tmp_path, cell(method, seed=seed, results=results))
+    cells = read_cells(tmp_path)
+    (claim,) = [one for one in claims() if one.name == "NRAT is the most robust under noise"]
+    texts = {effect.text: verdict for effect, _, verdict in decide(claim, cells, "fashion").effects}
+    assert texts["NRAT − TRADES, aa:apgd-ce+apgd-t, best, symmetric 0.4"] == HOLDS
+    write_findings(cells, tmp_path / "findings.md")
+    page = (tmp_path / "findings.md").read_text()
+    assert "| NRAT − TRADES, aa:apgd-ce+apgd-t, best, symmetric 0.4 | +3.3 |" in page
+    assert "aa:apgd-ce+apgd-t runs parts of AutoAttack and stands for it" in page
 
 
 def test_failed_cells_are_listed(tmp_path: Path) -> None:

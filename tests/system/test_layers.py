@@ -19,8 +19,8 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
-    ("label_refinement",),
-    ("losses", "datasets", "publications", "transition"),
+    ("label_refinement", "label_files"),
+    ("losses", "datasets", "publications", "threat", "transition"),
     ("_class_names",),
     ("core",),
 )
