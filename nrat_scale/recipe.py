@@ -315,12 +315,11 @@ def load_recipe(
         }
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
-        if isinstance(error, MissingMandatoryValue):
-            missing = ", ".join(
-                f"threat.{key}" for key in ("eps", "step", "num_steps") if key not in raw.get("threat", {})
-            )
+        threat = raw.get("threat", {}) if isinstance(error, MissingMandatoryValue) else {}
+        missing = [f"threat.{key}" for key in ("eps", "step", "num_steps") if threat.get(key, "???") == "???"]
+        if isinstance(error, MissingMandatoryValue) and missing:
             way_out = "Every recipe sets them; `prepare template SHARDS` writes one that fits your data"
-            raise UserError(f"{path}: {missing} not set. {way_out}.") from error
+            raise UserError(f"{path}: {', '.join(missing)} not set. {way_out}.") from error
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)

@@ -116,6 +116,7 @@ def test_other_words_for_keys_name_keys(recipe: Path) -> None:
     ("content", "message"),
     [
         ("", "threat.eps, threat.step, threat.num_steps not set"),
+        ("threat: {eps: 0.1, step: ???, num_steps: 1}\n", r"r.yaml: threat.step not set"),
         ("threat: {eps: 0.1, step: 0.1}\n", r"r.yaml: threat.num_steps not set. .*prepare template"),
     ],
 )
