@@ -118,8 +118,8 @@ def test_other_words_for_keys_name_keys(recipe: Path) -> None:
         ("", r"threat\.eps, threat\.step, threat\.num_steps, data\.real\.shards not set"),
         ("threat: {eps: 0.1, step: 0.1, num_steps: 1}\n", r"r\.yaml: data\.real\.shards not set"),
         (
-            "threat: {eps: 0.1, step: '???', num_steps: 1}\ndata: {real: {shards: x}}\n",
-            r"r\.yaml: threat\.step not set",
+            "threat: {eps: 0.1, step: 0.1, num_steps: '???'}\ndata: {real: {shards: x}}\n",
+            r"r\.yaml: threat\.num_steps not set",
         ),
         (
             "threat: {eps: 0.1, step: 0.1}\ndata: {real: {shards: x}}\n",
