@@ -98,6 +98,8 @@ class ThreatSpec:
         if self.norm != "linf" and (self.attack == "n_fgsm" or self.init == "class"):
             key = "threat.attack 'n_fgsm'" if self.attack == "n_fgsm" else "threat.init 'class'"
             raise UserError(f"{key} is defined for threat.norm 'linf' only, and the norm is '{self.norm}'.")
+        if self.init == "class" and self.num_steps == 0:
+            raise UserError("threat.init 'class' needs a step, whose gradient moves the starts: threat.num_steps is 0.")
         if self.attack == "pgd":
             if self.noise != ThreatSpec.noise:
                 unused = f"threat.noise is {self.noise:g}, but it is N-FGSM's and threat.attack is 'pgd'"

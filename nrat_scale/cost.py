@@ -58,5 +58,7 @@ def _refined_share(recipe: RecipeSpec, epoch: int | None) -> float:
     """The fraction of steps with the one forward more of ADR's teacher, or of the predictions that TE and SGLR remember."""
     refine, epochs = recipe.objective.refine, recipe.train.epochs
     counted = range(epochs) if epoch is None else (epoch,)
+    if refine.kind == "scores":  # of the training forward
+        return 0.0
     needed = [refine.kind == "adr" or refine.starts_by((number + 1) / epochs) for number in counted]
     return sum(needed) / len(needed)

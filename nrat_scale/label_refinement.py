@@ -4,6 +4,7 @@
     adr     q = l softmax(z_t / T) + (1 - l) y, t the EMA                                   none but the EMA
     te      y                                                    w / K ||p' - h / |h| ||^2  h <- m h + (1 - m) p
     sglr    h <- m h + (1 - m) (n p + (1 - n) p')                                           h, at first y
+    scores  y                                                                               h <- h + s log p, at first y
     noilin  y, to another class with probability r                                          r, last accuracies
 
 h is one row of probabilities per training image, on every rank the same; p and p' are predictions of x and x'.
@@ -29,10 +30,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "adr": ("natural", "at", "trades"),
     "te": ("at", "trades"),
     "sglr": ("at",),
+    "scores": ("natural",),
     "noilin": ("natural", "at", "trades", "mart"),
 }
-REMEMBERING = ("te", "sglr")  # they keep probabilities of every training image
-_CONSTANTS_OF = {"momentum": REMEMBERING}  # of the fields whose name does not begin with their kind
+REMEMBERING = ("te", "sglr", "scores")  # they keep a row of numbers for every training image
+_CONSTANTS_OF = {"momentum": ("te", "sglr")}  # of the fields whose name does not begin with their kind
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class RefineSpec:
     """
 
     # `adr`: of the EMA's tempered prediction and the label; `te`: also a distance to the mean prediction of each image so far;
-    # `sglr`: that mean itself; `noilin`: the label, changed at random at a rate that follows validation; `none`.
+    # `sglr`: that mean itself; `noilin`: the label, changed at random at a rate that follows validation; `scores`: the label,
+    # while what the label noise `badlabel` needs is recorded; `none`.
     kind: str = "none"
     momentum: float = 0.9  # of the mean predictions of `te` and `sglr`
     adr_temperature_first: float = 2.5  # T of the EMA's prediction at the first step of training
@@ -56,6 +59,7 @@ class RefineSpec:
     te_weight: float = 300.0  # w, of the squared distance of probabilities, a mean over the classes
     sglr_start: float = 0.45  # fraction of training at which the labels are refined (epoch 90 of 200)
     sglr_natural: float = 0.2  # n, the share of the natural prediction; the adversarial one has the rest
+    scores_step: float = 0.1  # s, of the logarithm of each epoch's prediction
     noilin_first: float = 0.05  # r at the beginning
     noilin_most: float = 0.6  # the largest r; the code for TRADES has 0.4
     # r grows by this fraction when the mean robust accuracy of the last `noilin_window` validations falls.
@@ -117,7 +121,7 @@ class RefineSpec:
 
     def starts_by(self, done: float) -> bool:
         """Whether predictions are remembered in an epoch that ends when the fraction `done` of training is done."""
-        return self.kind in REMEMBERING and done >= (self.te_start if self.kind == "te" else self.sglr_start)
+        return self.kind in REMEMBERING and done >= {"te": self.te_start, "sglr": self.sglr_start}.get(self.kind, 0.0)
 
 
 def cosine(first: float, last: float, progress: float) -> float:
@@ -183,17 +187,19 @@ class LabelRefinement(nn.Module):
             self.register_buffer(name, buffer)
 
     def rows(self, images: Tensor, y: Tensor) -> Tensor:
-        """float32 [B, K]: what is remembered of the images numbered `images`; SGLR begins with their labels `y`."""
+        """float32 [B, K]: what is remembered of the images numbered `images`; but for TE it begins with their labels `y`."""
         assert self.history is not None
         rows = self.history[images]
-        if self.spec.kind == "sglr":
-            rows = torch.where(rows.sum(1, keepdim=True) == 0, label_probabilities(y, rows), rows)
-        return rows
+        if self.spec.kind == "te":
+            return rows
+        return torch.where((rows == 0).all(1, keepdim=True), label_probabilities(y, rows), rows)
 
     @torch.no_grad()
     def updated(self, rows: Tensor, logits: Tensor, logits_adv: Tensor | None = None) -> Tensor:
         """`rows` after the predictions of a step: of natural images; for SGLR of adversarial ones too."""
         p, spec = upcast(logits).softmax(1), self.spec
+        if spec.kind == "scores":
+            return rows + spec.scores_step * upcast(logits).log_softmax(1).to(rows.dtype)
         if logits_adv is not None:
             p = spec.sglr_natural * p + (1 - spec.sglr_natural) * upcast(logits_adv).softmax(1)
         return spec.momentum * rows + (1 - spec.momentum) * p.to(rows.dtype)

@@ -16,20 +16,21 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nrat_scale.added_losses import stand_in
 from nrat_scale.attacks import PhaseSpec, ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted, warn
+from nrat_scale.core.errors import UserError, check_choice, check_value, quoted, warn
 from nrat_scale.core.imports import import_code
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
 from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
-from nrat_scale.overrides import check_norm_change, meant_key, one_line, with_overrides
+from nrat_scale.overrides import check_norm_change, meant_key, near_recipe, nearest_key, one_line, with_overrides
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
@@ -48,6 +49,7 @@ _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     "data.generated.noise.kind": NONE,
     "data.real.noise.matrix": None,
+    "data.real.noise.scores": None,
     **{
         f"data.{kind}.audit.{key}": value
         for kind in (REAL, GENERATED)
@@ -321,6 +323,12 @@ def load_recipe(
         }
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
+        if isinstance(error, MissingMandatoryValue):
+            missing = ", ".join(
+                f"threat.{key}" for key in ("eps", "step", "num_steps") if key not in raw.get("threat", {})
+            )
+            way_out = "Every recipe sets them; `prepare template SHARDS` writes one that fits your data"
+            raise UserError(f"{path}: {missing} not set. {way_out}.") from error
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
@@ -331,7 +339,11 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"There is no recipe {path}.") from None
+        raise UserError(f"There is no recipe {path}.{near_recipe(path)}") from None
+    except IsADirectoryError:
+        recipe = RunFolder(path).recipe
+        way_out = f"a run: its recipe is {recipe}" if recipe.is_file() else "a folder. Name a YAML file in it"
+        raise UserError(f"The recipe {path} is {way_out}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
@@ -366,7 +378,7 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
             if dotted == "threat.schedule":
                 kept[key] = _known_phases(value, path)
         elif dotted not in RETIRED:
-            raise UserError(f"unknown key {quoted(dotted)}. {did_you_mean(str(key), hints)}")
+            raise UserError(f"unknown key {quoted(dotted)}. {nearest_key(dotted, hints, RecipeSpec)}")
         elif value != RETIRED[dotted][0]:
             warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
@@ -402,11 +414,14 @@ def _as_number(value: Any, key: str, kind: type) -> Any:
 
 
 def _normalise(raw: dict[str, Any]) -> None:
-    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one module in `imports`."""
+    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one name for a list."""
     objective, threat, imports = raw.get("objective", {}), raw.get("threat", {}), raw.get("imports") or []
     raw["imports"] = [imports] if isinstance(imports, str) else imports
     if not isinstance(raw["imports"], list) or not all(isinstance(name, str) for name in raw["imports"]):
         raise UserError(f"imports is {quoted(imports)}; it must be a list of modules, for instance [my_losses].")
+    train = raw.get("train", {})
+    if isinstance(train.get("trackers"), str):
+        train["trackers"] = [train["trackers"]]
     if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
     for key in ("eps", "step"):

@@ -166,6 +166,26 @@ def test_presets_set_their_method_and_names_say_it(recipe_path: Path) -> None:
     assert build("nrat", refine=RefineSpec("te")).spec.title == "nrat + refine=te"
 
 
+def test_another_objective_drops_the_method_of_a_stored_recipe(
+    recipe_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The resolved recipe of an ADR run with `objective.name=trades` is TRADES without a teacher; a changed method is named."""
+    path = recipe_path.with_name("stored.yaml")
+    text = recipe_path.read_text().replace("ema: {decay: 0.9, warmup_fraction: 0.25}\n", "")
+    path.write_text(text)
+    path.write_text(to_yaml(load_recipe(path, ["objective.name=adr"])))
+    other = load_recipe(path, ["objective.name=trades"])
+    assert (other.objective.title, other.ema.decay) == ("trades", 0)
+    assert load_recipe(path, ["objective.name=te"]).objective.title == "te"
+    assert "refine" not in capsys.readouterr().err
+    path.write_text(text)
+    path.write_text(to_yaml(load_recipe(path, ["objective.name=pgd_at", "objective.refine.kind=te"])))
+    assert load_recipe(path, ["objective.name=trades"]).objective.title == "trades"
+    assert "is that of 'pgd_at' and is not used" in capsys.readouterr().err
+    kept = ["objective.name=trades", "objective.refine.kind=te"]
+    assert load_recipe(path, kept).objective.title == "trades + refine=te"
+
+
 def test_old_recipes_keep_their_identity(recipe_path: Path) -> None:
     """Keys at their defaults do not count; a method or a constant of it does."""
     usual = load_recipe(recipe_path, ["objective.name=pgd_at"]).identity

@@ -138,6 +138,12 @@ TABLE = {
     "dm_at": ("trades", "ce", "kl", 5, "kl", "uniform", "batch", 0.1, "mixed"),
     "trades_gce": ("trades", "gce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
     "trades_sce": ("trades", "sce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "trades_nfl_rce": ("trades", "nfl_rce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "trades_agce": ("trades", "agce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    **dict.fromkeys(("adr", "te", "sglr", "noilin"), ("at", "ce", "", None, "ce", "uniform", "eval", 0.0, "off")),
+    **dict.fromkeys(
+        ("trades_adr", "trades_te", "trades_noilin"), ("trades", "ce", "kl", 6, "kl", "normal", "eval", 0.0, "off")
+    ),
     "score": ("trades", "lse", "lse", 4, "lse", "uniform", "batch", 0.1, "mixed"),
     "trades_ikl": ("trades", "ce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),
     "nrat_ikl": ("trades", "nce_rce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),

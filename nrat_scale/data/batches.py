@@ -29,8 +29,7 @@ class Batch:
     clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
     generated: Tensor  # bool [b]
     ids: Tensor  # int64 [b], source ids
-    # int64 [b]: positions of the images in their source, after the images of the sources before
-    image_numbers: Tensor
+    image_numbers: Tensor  # int64 [b]: positions in their source, counted on from the images of the sources before
     weights: Tensor | None = None  # float32 [b], of each sample's loss; None: 1 for all
     partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
@@ -123,6 +122,6 @@ class PlannedBatches:
             images = to_nchw(copied.reshape(len(numbers), *self.sources[0].shards.image_shape))
         else:
             images = self.resident.gather(rows)
-        columns: Any = map(torch.from_numpy, (given, clean, generated, ids, image_numbers))
+        columns: Any = [torch.from_numpy(column) for column in (given, clean, generated, ids, image_numbers)]
         weighted = None if weights is None else torch.from_numpy(weights)
-        return Batch(step, torch.from_numpy(places), images, *columns, weights=weighted)
+        return replace(Batch(step, torch.from_numpy(places), images, *columns), weights=weighted)

@@ -7,6 +7,7 @@ samples of a step depend on the number of ranks, and a resumed run begins a new 
 import itertools
 import random
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -50,9 +51,9 @@ def webdataset_batches(
         places = torch.arange(rank * len(rows), (rank + 1) * len(rows))
         firsts = [sum(len(earlier.shards) for earlier in sources[:number]) for number in numbers]
         image_numbers = [first + position for first, position in zip(firsts, positions, strict=True)]
-        columns: Any = map(torch.tensor, (given, clean, generated, ids, image_numbers))
+        columns: Any = [torch.tensor(column) for column in (given, clean, generated, ids, image_numbers)]
         weighted = torch.tensor(weights) if any(source.is_weighted for source in sources) else None
-        yield Batch(step, places, to_nchw(np.stack(images)), *columns, weights=weighted).pinned()
+        yield replace(Batch(step, places, to_nchw(np.stack(images)), *columns), weights=weighted).pinned()
 
 
 def _samples(source: TrainingSource, plan_seed: int, start: int) -> Iterator[Sample]:

@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import RELEASED_CODE_WARNING, PhaseSpec, ThreatSpec, attack_text, threat_text
 from nrat_scale.collapse import catastrophic_epochs
-from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.errors import UserError, first_line, missing_folder
 from nrat_scale.core.files import read_json
-from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.core.run_folder import RunFolder, runs_in
 from nrat_scale.data.spec import REAL
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.gallery import Gallery, read_galleries
@@ -253,9 +253,12 @@ def read_run(path: Path, name: str) -> Run:
         UserError: `path` is not a run, or one of its files is damaged.
     """
     folder = RunFolder(path)
+    if not path.is_dir():
+        raise UserError(f"{missing_folder(path)} Give a folder that nrat_scale.train has written.")
     if not folder.recipe.is_file() and not folder.metrics.is_file():
-        files = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
-        problem = files if path.is_dir() else "there is no such folder"
+        if runs := runs_in(path):
+            raise UserError(f"{path} is not a run, but holds runs. Name some: {' '.join(map(str, runs))}.")
+        problem = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
         raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
     optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.model)
     results, best, last, model = map(_read_optional, optional)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nrat_scale.core.errors import UserError, run_cli
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.grid import ASYMMETRIC, Choices
 from nrat_scale.reproduce.grid_files import grid_names, read_grid
 from nrat_scale.reproduce.jobs import LOCK_VARIABLE
@@ -99,7 +99,7 @@ def _run_here(place: Place) -> None:
         if lock is None:
             raise UserError(f"{place.key} is being run by another process. Wait for it, or choose another cell.")
         if place.state() != FINISHED:
-            check_data([place])
+            check_start([place])
             run_cell(place)
     print(f"{place.key} is finished: {place.result}")
 

@@ -9,7 +9,7 @@ STORED/EDITION/METHOD/NOISE-RATE/seed-S.json           a finished cell.json kept
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from nrat_scale.core.locks import try_lock
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.shards import open_shards
 from nrat_scale.recipe import RecipeSpec, identity_values
+from nrat_scale.report.run import value_at
 from nrat_scale.reproduce.grid import Cell
 
 VERSION = 1  # of cell.json
@@ -128,7 +129,7 @@ class Place:
             raise UserError(f"{path} is of version {version}; this version reads {VERSION}. Move it away.")
         if content.get("recipe_hash") == self.hash:
             return
-        before, now = content.get("recipe", {}), self.settings
+        before, now = value_at(content, "recipe", {}), self.settings
         known = [key for key in {**now, **before} if before.get(key) != now.get(key)]
         change = "its hash differs"
         if known:
@@ -178,12 +179,14 @@ def recipe_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def check_data(places: Iterable[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Refuse to begin without the data sets of these cells, or with other test images than those of finished cells.
+def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Refuse to begin with a wrong recipe, without a data set, or with other test images than those of finished cells.
 
     Raises:
         UserError: the message has the commands that make the data.
     """
+    for place in {(place.cell.edition, place.cell.method, place.cell.noise): place for place in places}.values():
+        assert place.recipe  # of one seed of each method and noise: a wrong key is found before anything is run
     for place in {place.cell.edition.name: place for place in places}.values():
         edition, data = place.cell.edition, place.recipe.data
         needed = {
@@ -199,7 +202,7 @@ def check_data(places: Iterable[Place], finished: Iterable[Mapping[str, Any]] = 
         }
         now = opened["the test images"].fingerprint
         for record in finished:
-            before = record["evaluation"]["data"]
+            before = value_at(record, "evaluation.data", "")
             if record["edition"] == edition.name and before != now:
                 raise UserError(
                     f"{edition.test_shards} has other images than those that finished cells of edition {edition.name} were "

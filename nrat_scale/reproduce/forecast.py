@@ -12,11 +12,13 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.cost import TRAINED, forward_equivalents
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.training_data import normalisation
+from nrat_scale.report.run import number_at
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.reproduce.jobs import duration
+from nrat_scale.reproduce.table_text import counted
 
 _TIMED_SECONDS = 2.0  # of forward and backward passes
-_SECONDS = ("train_seconds", "evaluate_seconds")
+_COSTS = ("train_seconds", "evaluate_seconds", "steps", "images", "forward_equivalents")
 
 
 def forecast(missing: Sequence[Place], finished: Sequence[Mapping[str, Any]]) -> str:
@@ -25,6 +27,7 @@ def forecast(missing: Sequence[Place], finished: Sequence[Mapping[str, Any]]) ->
     Args:
         finished: content of cell.json of cells of the same grid.
     """
+    finished = [cell for cell in finished if all(number_at(cell, f"cost.{key}") for key in _COSTS)]
     lines = []
     for name in dict.fromkeys(place.cell.edition.name for place in missing):
         places = [place for place in missing if place.cell.edition.name == name]
@@ -37,21 +40,23 @@ def _of_edition(places: Sequence[Place], finished: Sequence[Mapping[str, Any]]) 
     try:
         shards = open_shards(str(places[0].recipe.data.real.shards or places[0].recipe.data.generated.shards))
     except UserError:
-        return f"{len(places)} cells; their hours are not known without the training data. Prepare them first."
+        return (
+            f"{counted(len(places), 'cell')}; their hours are not known without the training data. Prepare them first."
+        )
     passes = [_passes(place, shards) for place in places]
     if finished:
         done = sum(
             cell["cost"]["steps"] * cell["cost"]["images"] * cell["cost"]["forward_equivalents"] for cell in finished
         )
-        train, attack = (sum(cell["cost"][key] for cell in finished) for key in _SECONDS)
+        train, attack = (sum(cell["cost"][key] for cell in finished) for key in _COSTS[:2])
         seconds, evaluation = train / done * sum(passes), attack / len(finished) * len(places)
         hardware = ", ".join(sorted({cell["cost"]["hardware"] for cell in finished}))
         parts = f"training {duration(seconds)}, evaluation {duration(evaluation)}"
-        source = f"by {len(finished)} finished cell(s) on {hardware}"
-        return f"{len(places)} cells: about {(seconds + evaluation) / 3600:.3g} {device}-hours ({parts}; {source})."
+        source = f"by {counted(len(finished), 'finished cell')} on {hardware}"
+        return f"{counted(len(places), 'cell')}: about {(seconds + evaluation) / 3600:.3g} {device}-hours ({parts}; {source})."
     seconds = _seconds_per_pass(places[0], shards) * sum(passes)
     return (
-        f"{len(places)} cells: about {seconds / 3600:.3g} {device}-hours of training, by the speed of a few passes of the model "
+        f"{counted(len(places), 'cell')}: about {seconds / 3600:.3g} {device}-hours of training, by the speed of a few passes of the model "
         "here; evaluation comes on top and is known once a cell is finished."
     )
 

@@ -23,6 +23,18 @@ PAPER_SPACE = "released_code"
 # `--noise`: the kind that stands for `asymmetric` in the grids.
 ASYMMETRIC = {"default": "asymmetric", "text": "asymmetric_bidirectional", "released": "asymmetric_released"}
 _FACTS = ("title", "source")  # of a method; its other keys are recipe keys
+# Keys that no override may set: they are the axes of a grid, or follow from the cell. Key -> what sets it.
+_AXES = {
+    "objective.name": "its methods; choose some with --only",
+    "data.real.noise.kind": "its noises; choose some with --only",
+    "data.real.noise.rate": "its noises; choose some with --only",
+    "data.real.noise.seed": "its seeds; choose their number with --seeds",
+    "seed": "its seeds; choose their number with --seeds",
+    "threat.space": "--space",
+    "run_dir": "--out",
+    "name": "the cell",
+    "release.every_epochs": "--curves",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,20 @@ class Choices:
         check_choice("--space", self.space, SPACES)
         check_choice("--noise", self.noise, ASYMMETRIC)
         check_choice("--curves", self.curves, ("held-out", "test"))
+        for key in self.overrides:
+            if key in _AXES:
+                raise UserError(f"{key} cannot be set for all cells of a grid: it is set by {_AXES[key]}.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`settings` as keys and values; raises `UserError` for what is no override."""
+        found = {}
+        for word in self.settings:
+            key, equals, value = word.partition("=")
+            if not equals or not key:
+                raise UserError(f"'{word}' is not an override. Write key=value, for instance train.epochs=2.")
+            found[key] = _scalar(value, word)
+        return found
 
     @property
     def suffix(self) -> str:
@@ -130,14 +156,13 @@ class Cell:
             settings["threat.space"] = PAPER_SPACE
         if self.choices.curves == "test":
             settings["release.every_epochs"] = 1
-        for word in self.choices.settings:
-            key, equals, value = word.partition("=")
-            if not equals or not key:
-                raise UserError(f"'{word}' is not an override. Write key=value, for instance train.epochs=2.")
-            settings[key] = _scalar(value, word)
+        settings |= self.choices.overrides
         if run_dir is not None:
             settings["run_dir"] = str(run_dir)
-        return load_recipe(self.edition.base, settings)
+        try:
+            return load_recipe(self.edition.base, settings)
+        except UserError as error:
+            raise UserError(f"{self.edition.name}/{self.id}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -195,6 +220,9 @@ class Grid:
 
     def _cell(self, edition: Edition, method: str, noise: Noise, seed: int, choices: Choices, stage: str) -> Cell:
         settings = {key: value for key, value in self.methods[method].items() if key not in _FACTS}
+        for key in choices.overrides:
+            if key in settings:
+                raise UserError(f"{key} cannot be set for all cells of this grid: the method {method} has its own.")
         given: dict[str, Any] = {}
         for override in edition.overrides:
             if override.applies(method, noise):

@@ -9,8 +9,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, first_line, quoted
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted
 from nrat_scale.labels import NOISES
+from nrat_scale.overrides import one_line
 from nrat_scale.reproduce.grid import Edition, Grid, Noise, Override, Stage
 
 GRIDS = Path(__file__).parent / "grids"  # recipes/grids of the repository; in an installed package a folder of its own
@@ -72,7 +73,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read as YAML: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must be a mapping of names to values.")
     return content

@@ -15,7 +15,8 @@ from typing import Any
 
 from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import write_atomically
-from nrat_scale.reproduce.cells import FAILED, FINISHED, Place
+from nrat_scale.reproduce.cells import FAILED, FINISHED, STARTED, Place
+from nrat_scale.reproduce.table_text import counted
 
 LOCK_VARIABLE = "NRAT_SCALE_CELL_LOCK"  # the descriptor of the claim, which the process of a cell inherits
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -36,9 +37,13 @@ class Outcome:
         """The cells that are not finished, in sentences; empty if all are."""
         lines = [f"FAILED {key}: {error}" for key, error in self.failed.items()]
         if self.failed:
-            lines.append(f"{len(self.failed)} cell(s) failed. The same command tries them again; finished cells stay.")
+            lines.append(
+                f"{counted(len(self.failed), 'cell')} failed. The same command tries them again; finished cells stay."
+            )
         if self.busy:
-            lines.append(f"{len(self.busy)} cell(s) are being run by another process: {', '.join(self.busy)}.")
+            lines.append(
+                f"{counted(len(self.busy), 'cell')} left to another process, which runs: {', '.join(self.busy)}."
+            )
         return "\n".join(lines)
 
 
@@ -81,7 +86,7 @@ def _run_claimed(place: Place, lock: int, command: list[str], outcome: Outcome, 
     elif state == FAILED and place.result.stat().st_mtime >= began:
         outcome.failed[place.key] = str((place.record() or {}).get("error"))
     else:
-        print(f"{count} {place.key}: {'resumes' if state == 'started' else 'starts'}; log: {place.log}", flush=True)
+        print(f"{count} {place.key}: {'resumes' if state == STARTED else 'starts'}; log: {place.log}", flush=True)
         before = time.perf_counter()
         error = _run(place, lock, command)
         spent = duration(time.perf_counter() - before)
@@ -158,14 +163,14 @@ def _last_error(log: Path) -> str:
 
 
 _SHELL = """#!/usr/bin/env bash
-# {title}: {count} cells that are not finished, one a line. Run it as it is, or several lines at once.
+# {title}: {count} not finished, one a line. Run it as it is, or several lines at once.
 set -u
 failed=0
 {lines}
 exit "$failed"
 """
 _SLURM = """#!/usr/bin/env bash
-# {title}: {count} cells that are not finished, one task of the array each. A task that Slurm stops saves, goes back into the
+# {title}: {count} not finished, one task of the array each. A task that Slurm stops saves, goes back into the
 # queue, and resumes. Afterwards the same command without --jobs slurm prints the table.
 #
 #   sbatch {path}
@@ -201,7 +206,7 @@ def write_script(kind: str, path: Path, title: str, places: Sequence[Place], com
         command: as for `run_local`.
     """
     given, keys = shlex.join(command), [shlex.quote(place.key) for place in places]
-    facts = {"title": printable(title), "count": len(places), "path": shlex.quote(str(path))}
+    facts = {"title": printable(title), "count": counted(len(places), "cell"), "path": shlex.quote(str(path))}
     if kind == "shell":
         content = _SHELL.format(**facts, lines="\n".join(f"{given} {key} || failed=1" for key in keys))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_data
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
@@ -18,6 +18,7 @@ from nrat_scale.reproduce.measured import Setting, read_cell
 from nrat_scale.reproduce.outputs import Outputs, write_outputs
 from nrat_scale.reproduce.page import PageFacts
 from nrat_scale.reproduce.table import Plan
+from nrat_scale.reproduce.table_text import counted
 
 OUT = Path("runs/reproduce")
 SCRIPTS = {"shell": "sh", "slurm": "sbatch"}  # `--jobs` -> ending of the script
@@ -95,7 +96,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
     finished = [record for record in records if record is not None]
     for edition in dict.fromkeys(place.cell.edition for place in places):
         print(f"{edition.title} ({edition.name})")
-    print(f"{grid.title}: {len(places)} cells, {len(finished)} finished", flush=True)
+    print(f"{grid.title}: {counted(len(places), 'cell')}, {len(finished)} finished", flush=True)
     for omission in grid.omissions:
         print(f"  not in the paper: {omission}")
     if dry_run:
@@ -105,7 +106,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         return 0
     outcome = Outcome()
     if missing:
-        check_data(missing, finished)
+        check_start(missing, finished)
         command = [sys.executable, *request.words, "--cell"]
         if jobs in SCRIPTS:
             path = request.out / f"{grid.name}-{request.edition}{request.choices.suffix}.{SCRIPTS[jobs]}"
@@ -114,7 +115,8 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         outcome = run_local(missing, command)
     for outputs in write_tables(grid, request):
         print(f"\n{outputs}\nwritten: {', '.join(map(str, outputs.files))}")
-    print(outcome.text, flush=True)
+    if outcome.text:
+        print(outcome.text, flush=True)
     return 1 if outcome.failed else 0
 
 

@@ -65,7 +65,8 @@ class Progress:
         state.trackers.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
         shown = {name: METRICS[name] for name in known if METRICS[name].progress}
         texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
-        used = f" ({self._utilisation(speed)})" if self._utilisation else ""
+        place = (state.step - 1) // state.data.steps_per_epoch
+        used = f" ({self._utilisation(speed, place)})" if self._utilisation else ""
         if phases := state.recipe.threat.schedule:
             texts.append(
                 f"phase {state.recipe.threat.phase((state.step - 1) / state.total_steps) + 1}/{len(phases) + 1}"
@@ -74,7 +75,7 @@ class Progress:
         if self._terminal:
             self._bar.set_postfix_str(text)
             return
-        epoch = f"epoch {(state.step - 1) // state.data.steps_per_epoch + 1}/{state.recipe.train.epochs}"
+        epoch = f"epoch {place + 1}/{state.recipe.train.epochs}"
         left = timedelta(seconds=round((state.last_step - state.step) * elapsed / steps))
         self._line(f"step {state.step}/{state.last_step}  {epoch}  {text}  ETA {left}")
 
@@ -114,21 +115,25 @@ class Progress:
         steps = state.step - self._first_step
         if steps > 0 and self._training_seconds > 0:
             speed = steps * state.recipe.data.batch_size / self._training_seconds
-            used = f", {self._utilisation(speed)}" if self._utilisation else ""
+            used = f", {self._utilisation(speed, None)}" if self._utilisation else ""
             self._line(f"speed: {speed:.4g} images/s over {steps} steps{used}; validation not counted")
 
 
-def _utilisation(state: TrainState) -> Callable[[float], str] | None:
-    """Images/s -> the share of the bf16 peak of the cards in words; None without a card whose peak is known."""
+def _utilisation(state: TrainState) -> Callable[[float, int | None], str] | None:
+    """(images/s, epoch from 0, None for all) -> the share of the cards' bf16 peak in words; None without a card in the table."""
     device = state.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = peak_tflops(name)
     if peak is None:
         return None
     flops: float = forward_flops(state.attack_model.module, state.data.shards.image_shape)
-    flops *= forward_equivalents(state.recipe, reuses_natural=reuses_natural(state))
-    available = peak * 1e12 * state.accelerator.num_processes
-    return lambda speed: f"{100 * speed * flops / available:.0f} % of the bf16 peak of {name}"
+    available, reuses = peak * 1e12 * state.accelerator.num_processes, reuses_natural(state)
+
+    def share(speed: float, epoch: int | None) -> str:
+        cost = flops * forward_equivalents(state.recipe, epoch, reuses_natural=reuses)
+        return f"{100 * speed * cost / available:.0f} % of the bf16 peak of {name}"
+
+    return share
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from nrat_scale.train.metrics import close_epoch, log, log_partial, partial_row,
 from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
 from nrat_scale.train.recovery import rewind, save
-from nrat_scale.train.refinement import after_validation, memory_note
+from nrat_scale.train.refinement import after_validation, memory_note, write_scores
 from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, StopSignals, resume_command
 from nrat_scale.train.state import TrainState
@@ -129,6 +129,7 @@ def _run(state: TrainState, profile: int) -> None:
     recipe, run, accelerator = state.recipe, state.run.path, state.accelerator
     if state.step >= state.last_step and not state.validation_due:
         log_partial(state, _partial_row(state))  # resuming has removed it
+        write_scores(state)
         accelerator.print(f"{run} is complete: {state.step} of {state.last_step} steps are done. Nothing to train.")
         return
     state.trackers = Trackers(state.run if accelerator.is_main_process else None, recipe.train.trackers)
@@ -156,6 +157,7 @@ def _run(state: TrainState, profile: int) -> None:
     tracked, timed = contextlib.closing(state.trackers), contextlib.closing(Timing(state))
     with alive, state.signals.watched(), tracked, state.saver or nothing, timed as timing:
         _fit(state, profile, timing)
+    write_scores(state)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(

@@ -4,6 +4,7 @@ Predictions are remembered by image number. Every rank stores the rows of the wh
 the others whatever their number; a checkpoint holds it once, with the other buffers of the objective.
 """
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor
 
+from nrat_scale.core.files import write_atomically
 from nrat_scale.core.modes import attack_mode
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.data.batches import Batch
@@ -34,7 +36,7 @@ def refined(state: TrainState, batch: Batch, parts: list[MicroBatch]) -> list[Mi
         return parts
     pieces = batch.image_numbers.to(device, non_blocking=True).chunk(len(parts))
     rows = [state.objective.refinement.rows(images, part.y) for images, part in zip(pieces, parts, strict=True)]
-    if spec.kind == "sglr":
+    if spec.kind in ("sglr", "scores"):
         return [replace(part, history=row) for part, row in zip(parts, rows, strict=True)]
     with attack_mode(state.base, "eval"):
         new = [
@@ -101,15 +103,18 @@ def outer_loss(
 
 
 @torch.no_grad()
-def self_guided(state: TrainState, x: Tensor, logits_adv: Tensor | None, history: Tensor | None) -> Tensor | None:
-    """SGLR's labels [b, K], which are also its new rows; None without it.
+def new_rows(
+    state: TrainState, x: Tensor, logits: Tensor | None, logits_adv: Tensor | None, history: Tensor | None
+) -> Tensor | None:
+    """The rows [b, K] that the training forwards give: SGLR's, which are also its labels, or scores; None without them.
 
-    The natural forward comes after the adversarial one, in training mode and without a gradient, as in the authors' code.
+    SGLR's natural forward comes after the adversarial one, in training mode and without a gradient, as in the authors' code.
     """
-    if history is None or state.objective.spec.refine.kind != "sglr":
+    kind = state.objective.spec.refine.kind
+    if history is None or kind not in ("sglr", "scores"):
         return None
-    assert logits_adv is not None
-    return state.objective.refinement.updated(history, state.model(x), logits_adv)
+    natural = state.model(x) if logits is None else logits
+    return state.objective.refinement.updated(history, natural, logits_adv if kind == "sglr" else None)
 
 
 def remember(state: TrainState, batch: Batch, done: list[MicroBatch]) -> None:
@@ -125,7 +130,7 @@ def memory_note(state: TrainState) -> str:
     history, spec = state.objective.refinement.history, state.recipe.objective.refine
     if history is None:
         return ""
-    start = spec.te_start if spec.kind == "te" else spec.sglr_start
+    start = {"te": spec.te_start, "sglr": spec.sglr_start}.get(spec.kind, 0.0)
     steps = math.ceil(state.total_steps * (1 - start))
     sources = zip(state.data.plan.counts, state.data.sources, strict=True)
     passes = ", ".join(f"{source.kind} images {steps * count / len(source):.3g} times" for count, source in sources)
@@ -141,3 +146,24 @@ def after_validation(state: TrainState, row: dict[str, Any]) -> None:
     if refinement.rate is not None:
         refinement.validated(row["robust"]["accuracy"], row["epoch"] / state.recipe.train.epochs)
         row["noilin_rate"] = float(refinement.rate)
+
+
+def write_scores(state: TrainState) -> None:
+    """Write RUN/label_scores.npy of a finished run with `objective.refine.kind: scores`: float32 [n, K] of the real images.
+
+    Rows are in source order. Images that were not trained on keep their label's row, so that `badlabel` changes them last.
+    """
+    history, real = state.objective.refinement.history, state.data.real
+    if state.recipe.objective.refine.kind != "scores" or history is None or real is None:
+        return
+    if state.step < state.total_steps or not state.accelerator.is_main_process:
+        return
+    order = real.shards.in_source_order()
+    rows = torch.from_numpy(order).to(history.device)
+    labels = torch.from_numpy(real.given_labels(order)).to(history.device)
+    content = io.BytesIO()
+    np.save(content, state.objective.refinement.rows(rows, labels).float().cpu().numpy())
+    write_atomically(state.run.label_scores, content.getvalue())
+    state.accelerator.print(
+        f"scores of {len(order):,} labels: {state.run.label_scores}, for data.real.noise.scores with kind badlabel"
+    )

@@ -1,7 +1,8 @@
 """One training step, to be read beside Algorithm 1 of the paper.
 
     1. take this rank's part of global batch t, augmented, in [0, 1]
-    2. attack it: x' = PGD(inner loss) on the attack model, which shares the weights and needs no gradient for them
+    2. attack it: x' = PGD(inner loss), as the phase of `threat.schedule` says, on the attack model, which shares the weights
+       and needs no gradient for them
     3. with AWP, perturb the weights
     4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
     5. optimizer step, skipped on all ranks if a loss or gradient is not finite on any; EMA
@@ -25,7 +26,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
-from nrat_scale.train.refinement import inner_loss, outer_loss, refined, remember, self_guided
+from nrat_scale.train.refinement import inner_loss, new_rows, outer_loss, refined, remember
 from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
@@ -109,7 +110,7 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
 
 
 def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> MicroBatch:
-    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what SGLR remembers."""
+    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what is remembered of them."""
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
     logits = state.model(part.x) if state.objective.family != "at" else None
     return _backward(state, logits, part, num_parts)
@@ -117,10 +118,10 @@ def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> Mic
 
 def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_parts: int) -> MicroBatch:
     logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
-    labels = self_guided(state, part.x, logits_adv, part.history)
-    if labels is not None:
-        part = replace(part, remembered=labels)
-    y = part.trained if labels is None else labels
+    y, rows = part.trained, new_rows(state, part.x, logits, logits_adv, part.history)
+    if rows is not None:
+        part = replace(part, remembered=rows)
+        y = rows if state.objective.spec.refine.kind == "sglr" else y
     loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
     found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.loading.release_folder import resolve
 from nrat_scale.report.page import render_page, write_report
 from nrat_scale.report.run import read_run, read_runs, result_rows
 from tests.support.evaluated_runs import CURVE, RECIPE, changed, dotted_keys, make_run, metrics_lines, results
@@ -136,10 +137,16 @@ def test_damaged_files_are_named(tmp_path: Path, key: str, content: str, message
 
 def test_folders_that_are_not_runs(tmp_path: Path) -> None:
     """A missing folder, a folder without a run and an empty list are refused."""
-    with pytest.raises(UserError, match="nothing is not a run: there is no such folder"):
+    with pytest.raises(UserError, match=r"There is no folder .*nothing\. Give a folder"):
         write_report(read_runs([tmp_path / "nothing"]))
     with pytest.raises(UserError, match=r"is not a run: it has neither recipe\.yaml nor metrics\.jsonl"):
         write_report(read_runs([tmp_path]))
+    for name in ("b", "a"):
+        (make_run(tmp_path / "runs" / name) / "checkpoints").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=r"runs is not a run, but holds runs\. Name some: .*/runs/a .*/runs/b\."):
+        write_report(read_runs([tmp_path / "runs"]))
+    with pytest.raises(UserError, match=r"runs is not a release, but holds runs\. Name one: .*/runs/a, .*/runs/b\."):
+        resolve(tmp_path / "runs")
     with pytest.raises(UserError, match="No run was given"):
         write_report(read_runs([]))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from bench import __main__ as command
 from bench import against_package, data, gpu, loaders
+from bench.attack_profile import Profile, Spent, print_profile
 from bench.gpu import CONTENDERS, Case, Contender, step_gpu, step_seconds
 from bench.step import make_images
 from nrat_scale.core.errors import UserError
@@ -180,6 +181,27 @@ def test_autoattack_gives_the_outcomes_of_a_direct_call(tmp_path: Path, capsys: 
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["differing"] == [] and report["robust"]["direct"] == report["robust"]["ours"]
     assert "time of ours by component:" in capsys.readouterr().out
+
+
+def test_the_profile_of_an_attack_counts_its_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each pass belongs to the component that runs; gradients are those of the model; the shares add up."""
+    ticks = iter(range(1000))
+    profile = Profile(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), lambda: float(next(ticks)))
+    x = torch.rand(5, 3, 2, 2, requires_grad=True)
+    profile(x)  # before the first component: not counted
+    profile.begin("gradients")
+    (gradient,) = torch.autograd.grad(profile(x).logsumexp(1).sum(), x)
+    (expected,) = torch.autograd.grad(profile.model(x).logsumexp(1).sum(), x)
+    assert torch.equal(gradient, expected)
+    profile.begin("queries")
+    with torch.no_grad():
+        profile(x), profile(x[:2])
+    profile.begin("")
+    assert profile.components == {"gradients": Spent(5, 1, 1, 1, 5), "queries": Spent(5, 2, 0, 2, 7)}
+    print_profile(profile.components)
+    printed = capsys.readouterr().out
+    assert "| gradients | 5.0 | 50 % | 20 % | 20 % | 60 % | 1 | 5.0 |" in printed
+    assert "| all | 10.0 | 100 % | 30 % | 10 % | 60 % | 3 | 4.0 |" in printed
 
 
 def test_an_outcome_that_differs_ends_the_command_with_an_error(

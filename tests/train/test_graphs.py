@@ -15,7 +15,7 @@ from nrat_scale.train.loop import train
 from nrat_scale.train.setup import start
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import train_step
-from tests.support.captured import capture_fx
+from tests.support.captured import capture_operations
 from tests.support.runs import digest
 
 CONSTANT_EMA = ["ema.decay=0.1", "ema.warmup_fraction=0"]  # (1 + t) / (10 + t) is never smaller
@@ -25,7 +25,7 @@ def _trained(recipe_path: Path, run: Path, options: list[str], *, graphs: bool, 
     """The state after some steps; the learning rate changes after four."""
     state = start(load_recipe(recipe_path, [*CONSTANT_EMA, *options, f"run_dir={run}"]))
     if graphs:
-        state.graphs = StepGraphs(state, required=True, capture=capture_fx)
+        state.graphs = StepGraphs(state, required=True, capture=capture_operations)
     momenta = {layer: layer.momentum for layer in batchnorms(state.base)}
     for batch in state.data.batches(0, num_steps):
         set_rates(state.optimizer, 0.01 * (1 + state.step // 4), 0.9 - 0.1 * (state.step // 4))
@@ -109,7 +109,7 @@ def test_a_run_resumes_between_replays(recipe_path: Path, tmp_path: Path, monkey
     made: list[StepGraphs] = []
 
     def use_graphs(state: TrainState) -> None:
-        state.graphs = StepGraphs(state, required=True, capture=capture_fx)
+        state.graphs = StepGraphs(state, required=True, capture=capture_operations)
         made.append(state.graphs)
 
     monkeypatch.setattr(loop, "use_graphs", use_graphs)

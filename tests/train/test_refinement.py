@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.core.seeds import derive, hash64, uniform01
+from nrat_scale.labels import corrupt
 from nrat_scale.optim import build_optimizer, set_rates
 from nrat_scale.recipe import load_recipe
 from nrat_scale.train.graphs import use_graphs
@@ -176,3 +177,26 @@ def test_graphs_are_refused_where_predictions_are_remembered(recipe_path: Path, 
     state.recipe = load_recipe(recipe_path, ["objective.name=sglr", "train.graphs=true"])
     with pytest.raises(UserError, match=r"train\.graphs is true, but they do not remember .*kind=sglr does\. Use"):
         use_graphs(state)
+
+
+def test_scores_of_a_run_are_the_noise_of_another(recipe_path: Path, tmp_path: Path) -> None:
+    """A natural run adds 0.1 log p of every step to the rows of its images; its file is the next run's `badlabel`."""
+    keys = ["data.real.noise.kind=none", "data.real.noise.rate=0", "objective.name=natural"]
+    recipe = load_recipe(recipe_path, [*keys, "objective.refine.kind=scores", f"run_dir={tmp_path / 'scores'}"])
+    run = RunFolder(train(recipe))
+    scores = np.load(run.label_scores)
+    assert scores.shape == (120, 10) and scores.dtype == np.float32
+    run.label_scores.unlink()
+    train(recipe)  # complete: only the file is missing
+    np.testing.assert_array_equal(np.load(run.label_scores), scores)
+
+    given = ["data.real.noise.kind=badlabel", "data.real.noise.rate=0.3", f"data.real.noise.scores={run.label_scores}"]
+    state = start(load_recipe(recipe_path, [*given, f"run_dir={tmp_path / 'noisy'}"]))
+    real = state.data.real
+    assert real is not None and real.given is not None and real.clean is not None
+    order = real.shards.in_source_order()
+    expected = corrupt(real.clean[order], "badlabel", 0.3, 0, 10, scores=scores.astype(np.float64))
+    np.testing.assert_array_equal(real.given[order], expected)
+    assert (real.given != real.clean).sum() == 36
+    seen = np.abs(scores.sum(1) - 1) > 1e-6  # an image of the validation split keeps the row of its label
+    assert 80 <= seen.sum() <= 100 and (scores[~seen].max(1) == 1).all()

@@ -17,7 +17,7 @@ from nrat_scale.train.loop import train
 from nrat_scale.train.setup import start
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import attacked, micro_batches, train_step
-from tests.support.captured import capture_fx
+from tests.support.captured import capture_operations
 from tests.support.runs import digest, torchrun
 
 SCHEDULE = "threat.schedule=[{until: 0.4, num_steps: 1, step: 0.1}, {until: 0.7, eps: 0.05, step: 0.03}]"
@@ -33,7 +33,7 @@ def _trained(recipe_path: Path, run: Path, options: list[str], *, graphs: bool =
     """The state after all 12 steps."""
     state = start(load_recipe(recipe_path, [*options, f"run_dir={run}"]))
     if graphs:
-        state.graphs = StepGraphs(state, required=True, capture=capture_fx)
+        state.graphs = StepGraphs(state, required=True, capture=capture_operations)
     for batch in state.data.batches(0, state.total_steps):
         train_step(state, batch)
         state.step += 1

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
 from bench import loaders
-from bench.against_package import autoattack
+from bench.against_package import autoattack, autoattack_profile
 from bench.collapse import collapse, parse_seeds
 from bench.data import convert, data, plan, run_contender, run_plan
 from bench.gpu import step_gpu
@@ -40,6 +40,7 @@ from bench.precision import precision
 from bench.processes import processes, starts
 from bench.soak import run_soak, soak
 from bench.step import step
+from nrat_scale.attacks import parse_fraction
 from nrat_scale.core.errors import run_cli
 
 
@@ -92,6 +93,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     attacked.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
     attacked.add_argument("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
     attacked.add_argument("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
+    attacked.add_argument("--eps", type=parse_fraction, default=8 / 255, help="radius (default: 8/255)")
+    attacked.add_argument(
+        "--profile", action="store_true", help="no comparison: share of forward, backward and the attack's own work"
+    )
     attacked.add_argument("--out", type=Path, help="JSON file (default: none)")
     attacked.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
@@ -119,7 +124,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _autoattack(work: Path, given: argparse.Namespace) -> None:
-    autoattack(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides)
+    run = autoattack_profile if given.profile else autoattack
+    run(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides, eps=given.eps)
 
 
 def _start(work: Path, given: argparse.Namespace) -> None:
