@@ -120,6 +120,6 @@ class PlannedBatches:
             images = to_nchw(copied.reshape(len(numbers), *self.sources[0].shards.image_shape))
         else:
             images = self.resident.gather(rows)
-        columns: Any = map(torch.from_numpy, (given, clean, generated, ids))
         weighted = None if weights is None else torch.from_numpy(weights)
-        return Batch(step, torch.from_numpy(places), images, *columns, weighted)
+        columns: Any = (*map(torch.from_numpy, (given, clean, generated, ids)), weighted)
+        return Batch(step, torch.from_numpy(places), images, *columns)

@@ -46,9 +46,9 @@ def webdataset_batches(
         numbers, images, given, clean, ids, weights = zip(*(rows[i] for i in order), strict=True)
         generated = [sources[number].kind == GENERATED for number in numbers]
         places = torch.arange(rank * len(rows), (rank + 1) * len(rows))
-        columns: Any = map(torch.tensor, (given, clean, generated, ids))
         weighted = torch.tensor(weights) if any(source.is_weighted for source in sources) else None
-        yield Batch(step, places, to_nchw(np.stack(images)), *columns, weighted).pinned()
+        columns: Any = (*map(torch.tensor, (given, clean, generated, ids)), weighted)
+        yield Batch(step, places, to_nchw(np.stack(images)), *columns).pinned()
 
 
 def _samples(source: TrainingSource, plan_seed: int, start: int) -> Iterator[Sample]:

@@ -84,7 +84,7 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
     weighted = [None] * parts if weights is None else weights.chunk(parts)
     for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
-        yield MicroBatch(*piece, weights=weight)
+        yield replace(MicroBatch(*piece), weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
