@@ -5,6 +5,7 @@ to 0.05 or 0.01. Over windows of training steps the guard measures the share of 
 the training labels, gradient norm and spread of the logits. The sums stay on the device and are read once per window.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,27 @@ class WindowStats:
     accuracy: float
     grad_norm: float
     logit_scale: float
+
+
+# Catastrophic overfitting (Wong et al. 2020): accuracy under the attack of training, mean over an epoch, and of validation.
+_OVERFITTED, _BROKEN = 0.3, 0.05
+
+
+def catastrophic_epochs(rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The epochs that end with catastrophic overfitting: robust to the attack of training, and hardly to that of validation.
+
+    Args:
+        rows: of metrics.jsonl; training accuracy counts from 30 %, validation accuracy up to 5 %.
+    """
+    trained, validated = dict[Any, Any](), dict[Any, Any]()
+    for row in rows:
+        robust = row.get("robust")
+        if row.get("kind") == "train":
+            trained[row.get("epoch")] = row.get("robust_accuracy")
+        elif row.get("kind") == "validation" and isinstance(robust, dict):
+            validated[row.get("epoch")] = robust.get("accuracy")
+    pairs = ((epoch, trained.get(epoch), accuracy) for epoch, accuracy in validated.items())
+    return [epoch for epoch, fit, held in pairs if None not in (fit, held) and fit >= _OVERFITTED and held <= _BROKEN]
 
 
 def near_chance(num_classes: int) -> float:

@@ -7,31 +7,20 @@ library versions, except that `instance_dependent` takes normal variates from Nu
 
 import hashlib
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Self
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
+from nrat_scale.core.errors import UserError, check_choice, check_value
 from nrat_scale.core.seeds import derive, hash64, uniform01
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, blocks_map
+from nrat_scale.label_files import CIFAR10N, HUMAN_SETS, NO_SCORES
 from nrat_scale.transition import checked_matrix, load_matrix
 
-# CIFAR-10N (Wei et al. 2022): name in a recipe -> key in the published file. Three people labelled every image: `aggre`
-# is the majority of their labels, `worse` a wrong one, if any.
-HUMAN_SETS = {
-    "aggre": "aggre_label",
-    "worse": "worse_label",
-    "random1": "random_label1",
-    "random2": "random_label2",
-    "random3": "random_label3",
-}
-_CIFAR10N = "the .npz that python -m nrat_scale.prepare cifar10n writes"
 REAL_KEY, GENERATED_KEY = "data.real.noise", "data.generated.noise"  # of the recipe
 MATRIX = "matrix"  # the kind with a given transition matrix
 NONE, UNKNOWN, UNSET = "none", "unknown", "auto"  # kinds that inject nothing: labels as they are stored
@@ -64,6 +53,7 @@ class NoiseSpec:
     # Of `matrix`: for each class a row with the probabilities of its labels, which sum to 1; nested lists, or the path of a
     # JSON file with them or of a CSV file.
     matrix: Any = None
+    scores: str | None = None  # of `badlabel`: the label_scores.npy of a run with `objective.refine.kind: scores`
 
     def __post_init__(self) -> None:
         key = self.KEY
@@ -78,6 +68,12 @@ class NoiseSpec:
             raise UserError(_no_human_labels(key))
         if self.kind == "asymmetric_blocks" and self.class_map:
             raise UserError(_own_map(key))
+        if self.kind == "badlabel" and self.scores is None:
+            raise UserError(NO_SCORES.format(key))
+        if self.kind != "badlabel" and self.scores is not None:
+            raise UserError(
+                f"{key}.scores is for the kind badlabel, and {key}.kind is '{self.kind}'. Remove one of them."
+            )
         self._check_matrix()
 
     def _check_matrix(self) -> None:
@@ -124,7 +120,7 @@ class GeneratedNoiseSpec(NoiseSpec):
 
 
 def _no_human_labels(key: str) -> str:
-    return f"Label noise 'cifar10n' needs {key}.human_labels: {_CIFAR10N}, or an .npy file."
+    return f"Label noise 'cifar10n' needs {key}.human_labels: {CIFAR10N}, or an .npy file."
 
 
 def _no_matrix(key: str) -> str:
@@ -146,6 +142,7 @@ def corrupt(
     images: np.ndarray | None = None,
     human_labels: np.ndarray | None = None,
     matrix: Any = None,
+    scores: np.ndarray | None = None,
     key: str = REAL_KEY,
 ) -> np.ndarray:
     """Noisy labels for the clean `labels`.
@@ -160,6 +157,7 @@ def corrupt(
         images: uint8 [n, ...], needed by `instance_dependent` only.
         human_labels: int [n], needed by `cifar10n` only.
         matrix: of `matrix` only: [K, K] probabilities by class and label, or the path of a file.
+        scores: float [n, K], needed by `badlabel` only.
         key: the section of the recipe that messages name.
 
     Returns:
@@ -176,8 +174,8 @@ def corrupt(
         return labels
     if num_classes < 2:
         raise UserError(f"Label noise needs at least 2 classes, not {num_classes}.")
-    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "matrix": matrix, "key": key}
-    return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, **extra)
+    extra = {"class_map": class_map, "images": images, "human_labels": human_labels, "matrix": matrix, "scores": scores}
+    return NOISES[kind](labels, rate=rate, seed=seed, num_classes=num_classes, key=key, **extra)
 
 
 def _checked(labels: np.ndarray, num_classes: int, what: str) -> np.ndarray:
@@ -310,6 +308,27 @@ def _instance_dependent(
     return noisy
 
 
+def _badlabel(
+    labels: np.ndarray, rate: float, num_classes: int, scores: np.ndarray | None, key: str, **_: Any
+) -> np.ndarray:
+    """BadLabel (Zhang et al. 2024): an image's candidate is its class of the smallest z, or of the second if that is its label.
+
+    `scores` are z; of all images, those whose candidate has the smallest log softmax(z) get it, equal ones in source order.
+    """
+    if scores is None:
+        raise UserError(NO_SCORES.format(key))
+    if scores.shape != (len(labels), num_classes):
+        raise UserError(f"{key}.scores has the shape {list(scores.shape)}, expected {[len(labels), num_classes]}.")
+    order = np.argsort(scores, axis=1, kind="stable")
+    candidate = np.where(order[:, 0] == labels, order[:, 1], order[:, 0])
+    largest = scores.max(1)
+    value = scores[np.arange(len(labels)), candidate] - largest - np.log(np.exp(scores - largest[:, None]).sum(1))
+    chosen = np.argsort(value, kind="stable")[: num_flipped(rate, len(labels))]
+    noisy = labels.copy()
+    noisy[chosen] = candidate[chosen]
+    return noisy
+
+
 NOISES: dict[str, Callable[..., np.ndarray]] = {
     "none": lambda labels, **_: labels,
     "symmetric": _symmetric,
@@ -320,48 +339,11 @@ NOISES: dict[str, Callable[..., np.ndarray]] = {
     "cifar10n": _human,
     "instance_dependent": _instance_dependent,
     MATRIX: _given_matrix,
+    "badlabel": _badlabel,
 }
 
 
-_MAX_LABEL_BYTES = 1 << 30
 _CHUNK = 1 << 20  # labels of one draw, to bound its memory
-# Errors of NumPy and zipfile on a damaged file.
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError, RuntimeError, BadZipFile, zlib.error)
-
-
-def load_human_labels(path: str, which: str, key: str = REAL_KEY) -> np.ndarray:
-    """int [n] from an .npy file, or the labels `which` (a key of `HUMAN_SETS`) of an .npz; never unpickled.
-
-    `key` is the section of the recipe that messages name.
-
-    Raises:
-        UserError: a missing file, or not such an array.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
-                with ZipFile(file) as archive, archive.open(f"{HUMAN_SETS[which]}.npy") as member:
-                    return _npy_labels(member, archive.getinfo(member.name).file_size)
-            size = file.seek(0, 2)
-            file.seek(0)
-            return _npy_labels(file, size)
-    except FileNotFoundError:
-        raise UserError(f"There is no file of human labels at {path} ({key}.human_labels).") from None
-    except _UNREADABLE as error:
-        formats = f"an .npy array of integers, nor as {_CIFAR10N}"
-        raise UserError(f"The human labels {path} cannot be read as {formats} ({first_line(error)}).") from error
-
-
-def _npy_labels(stream: Any, size: int) -> np.ndarray:
-    """int [n] of the .npy file of `size` bytes in `stream`; its header is checked before anything is allocated."""
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
-    needed = math.prod(shape) * dtype.itemsize
-    whole = stream.tell() + needed == size <= _MAX_LABEL_BYTES
-    if not whole or dtype.kind not in "iu" or len(shape) != 1 or shape[0] < 0:
-        raise ValueError(f"it holds {dtype} {list(shape)} in {size} bytes")
-    return np.frombuffer(stream.read(needed), dtype, shape[0]).astype(np.int64)
 
 
 def transition_matrix(clean: np.ndarray, given: np.ndarray, num_classes: int) -> np.ndarray:

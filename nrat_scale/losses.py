@@ -6,6 +6,7 @@ round to 1 and its logarithm diverge.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,14 @@ def _weighted(*terms: tuple[float, Callable[[Tensor], Tensor]]) -> Loss:
     return loss
 
 
-def _probabilities(y: Tensor, like: Tensor) -> Tensor:
+def label_probabilities(y: Tensor, like: Tensor) -> Tensor:
     """Labels as probabilities [B, K], with the shape and dtype of `like`."""
     return (y if y.ndim == 2 else nn.functional.one_hot(y, like.shape[1])).to(like.dtype)
 
 
 def _smoothed(y: Tensor, like: Tensor, smoothing: float) -> Tensor:
     """The smoothed label q = (1 - s) y + s / K, [B, K]."""
-    return (1 - smoothing) * _probabilities(y, like) + smoothing / like.shape[1]
+    return (1 - smoothing) * label_probabilities(y, like) + smoothing / like.shape[1]
 
 
 def _squared_error(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -112,6 +113,7 @@ LOSSES: dict[str, Loss] = {
     "nfl_rce": _weighted((1.0, _nfl), (1.0, _rce)),
     "mae": _weighted((1.0, _mae)),
     "agce": _weighted((1.0, _agce)),
+    "nce_agce": _weighted((1.0, _nce), (4.0, partial(_agce, a=6.0, q=1.5))),  # CIFAR-10 constants, as those of agce
     "lse": _squared_error,
 }
 
@@ -195,7 +197,7 @@ def ikl_weights(y: Tensor, class_means: Tensor, gamma: float = 0.0) -> Tensor:
 
 def label_sums(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """For each label, the sum [K, K] of the predictions p [B, K] of its images, and their number [K]."""
-    label = _probabilities(y, p)
+    label = label_probabilities(y, p)
     with torch.autocast(p.device.type, enabled=False):
         return label.T @ p, label.sum(0)
 

@@ -15,17 +15,18 @@ docs/objectives.md has the mathematics and the sources.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean
+from nrat_scale.label_refinement import LabelRefinement, RefineSpec
 from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, ikl_weights, label_sums, plugin_smoothed, upcast
 
 FAMILIES = ("natural", "at", "trades", "mart")
 # Fields of `ObjectiveSpec` that only a preset sets; they are neither recipe keys nor stored in recipe.yaml.
-PRESET_ONLY = ("family", "init", "bn", "smooths_cutmix")
+PRESET_ONLY = ("family", "init", "bn", "smooths_cutmix", "ema_decay")
 # With CutMix the label takes the place of p in the inner loss, as in DM_AT's code.
 # Divergence -> the loss of the soft label y that the attack maximises, and that in words.
 CUTMIX_INNER = {
@@ -63,6 +64,8 @@ class ObjectiveSpec:
     # Fraction of training over which C goes linearly from cross-entropy to itself (ours, not published). A bounded C has
     # almost no gradient once the model names one class; that of cross-entropy is largest there.
     warm_start: float = 0.0
+    refine: RefineSpec = field(default_factory=RefineSpec)
+    ema_decay: float = 0.0  # default of `ema.decay`
 
     def __post_init__(self) -> None:
         check_choice("objective.family", self.family, FAMILIES)
@@ -82,6 +85,7 @@ class ObjectiveSpec:
         if self.smoothing_mode == "plugin" and self.loss not in ("nce_rce", "lse"):
             raise UserError(f"objective.smoothing_mode 'plugin' is for NCE+RCE, not for {self.loss}: use mixed.")
         self._check_ikl()
+        self.refine.check_objective(self.name, self.family, (self.divergence, self.inner), self.smoothing)
         for name, weight in (("lam", self.lam), ("a", self.a), ("b", self.b)):
             check_value(f"objective.{name}", weight, 0 <= weight < math.inf, "finite and 0 or more")
         if self.lam and self.family in ("natural", "at"):
@@ -120,8 +124,8 @@ class ObjectiveSpec:
 
     @property
     def title(self) -> str:
-        """The preset's name, with the losses that replace its own and the warm start: `nrat + loss=gce, warm start ...`."""
-        return objective_title(self.name, self.loss, self.divergence, self.warm_start)
+        """The preset's name, with what replaces its own, and the warm start: `nrat + loss=gce + refine=adr, warm start ...`."""
+        return objective_title(self.name, self.loss, self.divergence, self.warm_start, self.refine.kind)
 
     @property
     def weights_text(self) -> str:
@@ -162,6 +166,15 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         ObjectiveSpec("trades_sce", "trades", "sce", "kl", 6.0, "kl"),
         ObjectiveSpec("trades_ikl", "trades", "ce", "ikl", 1.0, "kl"),
         ObjectiveSpec("nrat_ikl", "trades", "nce_rce", "ikl", 1.0, "kl"),
+        ObjectiveSpec("trades_nfl_rce", "trades", "nfl_rce", "kl", 6.0, "kl"),
+        ObjectiveSpec("trades_agce", "trades", "agce", "kl", 6.0, "kl"),
+        ObjectiveSpec("adr", "at", "ce", init="uniform", refine=RefineSpec("adr"), ema_decay=0.995),
+        ObjectiveSpec("trades_adr", "trades", "ce", "kl", 6.0, "kl", refine=RefineSpec("adr"), ema_decay=0.995),
+        ObjectiveSpec("te", "at", "ce", init="uniform", refine=RefineSpec("te")),
+        ObjectiveSpec("trades_te", "trades", "ce", "kl", 6.0, "kl", refine=RefineSpec("te")),
+        ObjectiveSpec("sglr", "at", "ce", init="uniform", refine=RefineSpec("sglr")),
+        ObjectiveSpec("noilin", "at", "ce", init="uniform", refine=RefineSpec("noilin")),
+        ObjectiveSpec("trades_noilin", "trades", "ce", "kl", 6.0, "kl", refine=RefineSpec("noilin", noilin_most=0.4)),
         ObjectiveSpec("score", "trades", "lse", "lse", 4.0, "lse", 0.1, "mixed", "uniform", "batch", False),
     )
 }
@@ -182,13 +195,15 @@ def preset(name: str, divergence: str = "") -> ObjectiveSpec:
     return dataclasses.replace(spec, divergence=divergence, lam=lam)
 
 
-def objective_title(name: str, loss: str, divergence: str, warm_start: float = 0.0) -> str:
-    """`name`, with the losses that are not those of this preset: `nrat + loss=ce + divergence=kl`; empty ones are not named.
+def objective_title(name: str, loss: str, divergence: str, warm_start: float = 0.0, refine: str = "") -> str:
+    """`name`, with what is not that of this preset: `nrat + loss=ce + divergence=kl + refine=adr`; empty ones are not named.
 
     A warm start follows, unless it has no effect.
     """
     usual = OBJECTIVES.get(name)
-    pairs = () if usual is None else (("loss", loss, usual.loss), ("divergence", divergence, usual.divergence))
+    pairs = [("refine", refine, usual.refine.kind if usual is not None else "none")]
+    if usual is not None:
+        pairs = [("loss", loss, usual.loss), ("divergence", divergence, usual.divergence), *pairs]
     title = " + ".join([name, *(f"{key}={given}" for key, given, own in pairs if given not in ("", own))])
     warm = warm_start > 0 and (loss or (usual.loss if usual is not None else "")) != "ce"
     return title + (f", warm start over {100 * warm_start:g} % of training" if warm else "")
@@ -218,14 +233,16 @@ class Objective(nn.Module):
     Args:
         spec: what to compute.
         num_classes: K, for IKL's class means; None leaves them at 1 / K, as in the first epoch.
+        num_images: N, the images that `refinement` numbers.
     """
 
     class_means: Tensor | None  # float64 [K, K] by label
     class_sums: Tensor | None  # float64 [K, K], of this epoch so far
 
-    def __init__(self, spec: ObjectiveSpec, num_classes: int | None = None) -> None:
+    def __init__(self, spec: ObjectiveSpec, num_classes: int | None = None, num_images: int | None = None) -> None:
         super().__init__()
         self.spec, self.family = spec, spec.family
+        self.refinement = LabelRefinement(spec.refine, num_classes, num_images)
         k = num_classes if "ikl" in (spec.divergence, spec.inner) else None
         self.register_buffer("class_means", None if k is None else torch.full((k, k), 1 / k, dtype=torch.float64))
         self.register_buffer("class_sums", None if k is None else torch.zeros(k, k, dtype=torch.float64))
@@ -377,7 +394,7 @@ def build(
     a: float = 1.0,
     b: float = 1.0,
     num_classes: int | None = None,
-    **changes: str | float,
+    **changes: str | float | RefineSpec,
 ) -> Objective:
     """The objective called `name`; None keeps the preset's constant.
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,78 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import parse_fraction
-from nrat_scale.core.errors import UserError, printable, quoted, warn
+from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted, warn
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES
 
+# What papers and other code call a key of ours.
+SYNONYMS = {
+    "beta": "objective.lam",
+    "lambda": "objective.lam",
+    "loss": "objective.name",
+    "epsilon": "threat.eps",
+    "alpha": "threat.step",
+    "step_size": "threat.step",
+    "steps": "threat.num_steps",
+    "arch": "model.name",
+    "learning_rate": "optim.lr",
+    "wd": "optim.weight_decay",
+    "optimizer": "optim.name",
+    "bs": "data.batch_size",
+    "dataset": "data.real.shards",
+    "noise_rate": "data.real.noise.rate",
+    "num_epochs": "train.epochs",
+    "output_dir": "run_dir",
+}
 _CONSTANTS = ("lam", "inner", "smoothing", "smoothing_mode", "a", "b")
+
+
+def _near_recipe(path: Path) -> str:
+    """The YAML file beside a missing one that has nearly its name."""
+    beside = {other.stem: other for kind in ("*.yml", "*.yaml") for other in path.parent.glob(kind)}
+    near = get_close_matches(path.stem, beside, n=1)
+    return f" Did you mean {beside[near[0]]}?" if near else ""
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The recipe at `path` as it is written; raises `UserError` if it is missing or no mapping."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe {path}.{_near_recipe(path)}") from None
+    except IsADirectoryError:
+        recipe = RunFolder(path).recipe
+        way_out = f"a run: its recipe is {recipe}" if recipe.is_file() else "a folder. Name a YAML file in it"
+        raise UserError(f"The recipe {path} is {way_out}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"The recipe {path} must be a mapping of keys to values.")
+    return loaded
+
+
+def nearest_key(dotted: str, hints: Collection[str], recipe: type) -> str:
+    """A sentence about the unknown key `dotted` of a section with the keys `hints`.
+
+    It names the key for another paper's word, a key of that name in another section of `recipe`, or the nearest of `hints`.
+    """
+    name = dotted.rpartition(".")[2]
+    if meant := SYNONYMS.get(name.lower()):
+        return f"Did you mean '{meant}'?"
+    same = [key for key in _all_keys(recipe) if key.endswith(f".{name}")]
+    if same and not get_close_matches(name, hints, n=1):
+        return f"Did you mean '{min(same, key=len)}'?"
+    return did_you_mean(name, hints)
+
+
+def _all_keys(spec: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a recipe."""
+    for key, hint in typing.get_type_hints(spec).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _all_keys(hint, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> DictConfig:
@@ -77,9 +145,16 @@ def with_overrides(
 
 
 def _drop_objective(merged: Any, was: str, path: Path) -> None:
-    """Drop what is the objective `was`'s own: its losses and IKL's constants, and whatever it has by default."""
+    """Drop what is the objective `was`'s own: its losses, label refinement and IKL's constants, and whatever it has by default."""
     usual = OBJECTIVES[was]
     own = ("loss", "divergence", *IKL_DEFAULTS)
+    refine, ema = _section(merged, "objective").get("refine"), _section(merged, "ema")
+    if refine is not None:
+        del merged["objective"]["refine"]
+        if isinstance(refine, dict) and not dataclasses.asdict(usual.refine).items() >= refine.items():
+            warn(f"{path}: objective.refine {quoted(refine)} is that of {quoted(was)} and is not used.")
+    if usual.ema_decay and ema.get("decay") == usual.ema_decay:
+        del merged["ema"]["decay"]
     for section, keys in (("objective", (*own, *_CONSTANTS)), ("threat", ("init", "bn"))):
         for key, value in _section(merged, section).items():
             if key in keys and (key in own or value == getattr(usual, key)):
@@ -102,6 +177,8 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
         return
     old = before.get("norm", "linf")
     kept = [f"threat.{key}" for key in ("eps", "step") if key in before and key not in threat]
+    phases = bool(before.get("schedule")) and "schedule" not in threat
+    kept += ["threat.schedule"] if phases else []
     if kept and threat.get("norm", old) != old:
         eps = _number(threat.get("eps", 0.5))
         example = (
@@ -109,9 +186,10 @@ def check_norm_change(stored: DictConfig, changes: DictConfig) -> None:
             if isinstance(eps, float)
             else "threat.eps=0.5 threat.step=0.125"
         )
+        example += " threat.schedule=[]" if phases else ""
         raise UserError(
             f"threat.norm is changed from {printable(old)} to {printable(threat.norm)}, but {' and '.join(kept)} would stay "
-            f"as in the recipe, in the other norm. Give both, for instance {example}."
+            f"as in the recipe, in the other norm. Give {'all' if phases else 'both'}, for instance {example}."
         )
 
 

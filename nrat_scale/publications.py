@@ -13,6 +13,15 @@ ORIGINS = {
     "dm_at": "published: Wang et al. 2023",
     "trades_gce": "a combination of ours: TRADES (Zhang et al. 2019) with GCE (Zhang and Sabuncu 2018) as natural term",
     "trades_sce": "a combination of ours: TRADES (Zhang et al. 2019) with SCE (Wang et al. 2019) as natural term",
+    "trades_nfl_rce": "a combination of ours: TRADES (Zhang et al. 2019) with NFL+RCE (Ma et al. 2020) as natural term",
+    "trades_agce": "a combination of ours: TRADES (Zhang et al. 2019) with AGCE (Zhou et al. 2021) as natural term",
+    "adr": "published: ADR, Wu et al. 2024",
+    "trades_adr": "published: ADR with TRADES, Wu et al. 2024",
+    "te": "published: PGD-AT+TE, Dong et al. 2022",
+    "trades_te": "published: TRADES+TE, Dong et al. 2022",
+    "sglr": "published: SGLR, Li et al. 2024, as in the authors' code",
+    "noilin": "published: NoiLIn, Zhang et al. 2022",
+    "trades_noilin": "published: TRADES-NoiLIn, Zhang et al. 2022",
     "trades_ikl": "published: IKL-AT, Cui et al. 2024",
     "nrat_ikl": "a combination of ours: NRAT 2024 with the divergence of Cui et al. 2024",
     "score": "published: Pang et al. 2022, as in the code of Wang et al. 2023",
@@ -37,6 +46,14 @@ PAPERS = {
     "Cui et al. 2024": "Cui et al., *Decoupled Kullback-Leibler Divergence Loss*, NeurIPS 2024, arXiv:2305.13948 (IKL)",
     "Pang et al. 2022": "Pang et al., *Robustness and Accuracy Could Be Reconcilable by (Proper) Definition*, ICML 2022, "
     "arXiv:2202.10103 (SCORE)",
+    "Zhou et al. 2021": "Zhou et al., *Asymmetric Loss Functions for Learning with Noisy Labels*, ICML 2021, arXiv:2106.03110 (AGCE)",
+    "Wu et al. 2024": "Wu, Wang and Chen, *Annealing Self-Distillation Rectification Improves Adversarial Training*, ICLR 2024, "
+    "arXiv:2305.12118 (ADR)",
+    "Dong et al. 2022": "Dong et al., *Exploring Memorization in Adversarial Training*, ICLR 2022, arXiv:2106.01606 (TE)",
+    "Li et al. 2024": "Li et al., *Soften to Defend: Towards Adversarial Robustness via Self-Guided Label Refinement*, CVPR 2024, "
+    "arXiv:2403.09101 (SGLR)",
+    "Zhang et al. 2022": "Zhang et al., *NoiLIn: Improving Adversarial Training and Correcting Stereotype of Noisy Labels*, "
+    "TMLR 2022, arXiv:2105.14676 (NoiLIn)",
     "Croce and Hein 2020": "Croce and Hein, *Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse "
     "Parameter-free Attacks*, ICML 2020, arXiv:2003.01690 (AutoAttack)",
 }

@@ -14,21 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nrat_scale.added_losses import stand_in
 from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted, warn
+from nrat_scale.core.errors import UserError, check_choice, check_value, quoted, warn
 from nrat_scale.core.imports import import_code
 from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
+from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
-from nrat_scale.overrides import check_norm_change, meant_key, one_line, with_overrides
+from nrat_scale.overrides import check_norm_change, meant_key, nearest_key, one_line, read_yaml, with_overrides
+from nrat_scale.threat import TRAINING_ONLY, read_phases
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
@@ -47,6 +48,7 @@ _ADDED: dict[str, Any] = {
     **{f"data.generated.noise.{key}": value for key, value in dataclasses.asdict(GeneratedNoiseSpec()).items()},
     "data.generated.noise.kind": NONE,
     "data.real.noise.matrix": None,
+    "data.real.noise.scores": None,
     **{
         f"data.{kind}.audit.{key}": value
         for kind in (REAL, GENERATED)
@@ -55,10 +57,12 @@ _ADDED: dict[str, Any] = {
     "data.validation.shards": None,
     **{f"objective.{key}": value for key, value in IKL_DEFAULTS.items()},
     "objective.warm_start": 0.0,
+    **{f"objective.refine.{key}": value for key, value in dataclasses.asdict(RefineSpec()).items()},
     "imports": [],
     "train.tf32": True,
     "model.init": None,
     "model.init_key": None,
+    **{f"threat.{key}": value for key, value in TRAINING_ONLY.items()},
 }
 # Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
 _EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
@@ -163,11 +167,14 @@ class RecipeSpec:
         check_choice("resume", self.resume, ("auto", "never"))
         if self.objective.family == "mart" and self.data.augment.cutmix:
             raise UserError("data.augment.cutmix mixes labels, but MART needs hard labels. Set it to 0.")
+        cutmix, refine = self.data.augment.cutmix, self.objective.refine
+        refine.check_recipe(ema_decay=self.ema.decay, cutmix=cutmix, awp_gamma=self.awp.gamma)
+        self.threat.check_recipe(cutmix=cutmix, objective=self.objective.name, family=self.objective.family)
 
     @property
     def identity(self) -> str:
         """A hash of everything that decides what is computed; a run is resumed only by a recipe of equal identity."""
-        return hashlib.sha256(json.dumps(_identifying(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(identity_values(self), sort_keys=True).encode()).hexdigest()
 
 
 def _values(recipe: RecipeSpec) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def flat_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(_flat(_values(recipe)))
 
 
-def _identifying(recipe: RecipeSpec) -> dict[str, Any]:
+def identity_values(recipe: RecipeSpec) -> dict[str, Any]:
     """The keys that decide what is computed. Keys added later do not count at their default: stored runs keep their identity."""
     values = {key: value for key, value in _flat(_values(recipe)) if key not in _NOT_IDENTITY}
     usual = dict(_ADDED)
@@ -216,7 +223,7 @@ def stored_values(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 def difference(old: RecipeSpec, new: RecipeSpec) -> str:
     """The first key in which two recipes of different identity differ, for an error message."""
-    there, here = ({**_ADDED, **_identifying(spec)} for spec in (old, new))
+    there, here = ({**_ADDED, **identity_values(spec)} for spec in (old, new))
     for key in {**here, **there}:
         if there.get(key) != here.get(key):
             before, now = (
@@ -228,7 +235,7 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
 
 def outdated(path: Path) -> str:
     """What a stored recipe of an older version trained that this version cannot: the end of a sentence, or empty."""
-    raw = OmegaConf.to_container(_read_yaml(path), resolve=True)
+    raw = OmegaConf.to_container(read_yaml(path), resolve=True)
     assert isinstance(raw, dict)
     objective, augment = raw.get("objective"), (raw.get("data") or {}).get("augment") or {}
     if not isinstance(objective, dict) or not _is_former(objective):
@@ -283,7 +290,7 @@ def load_recipe(
             that its spec refuses.
     """
     path = Path(path)
-    stored = _read_yaml(path)
+    stored = read_yaml(path)
     given, changes = with_overrides(stored, overrides, path)
     try:
         container = OmegaConf.to_container(given, resolve=True)
@@ -301,25 +308,23 @@ def load_recipe(
         if _is_former(objective):
             _keep_meaning(objective, path)
         spec = preset(str(objective.get("name", "nrat")), str(objective.get("divergence", "")))
-        layer = {"objective": dataclasses.asdict(spec), "threat": {"init": spec.init, "bn": spec.bn}}
+        layer = {
+            "objective": dataclasses.asdict(spec),
+            "threat": {"init": spec.init, "bn": spec.bn},
+            "ema": {"decay": spec.ema_decay},
+        }
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
+        if isinstance(error, MissingMandatoryValue):
+            missing = ", ".join(
+                f"threat.{key}" for key in ("eps", "step", "num_steps") if key not in raw.get("threat", {})
+            )
+            way_out = "Every recipe sets them; `prepare template SHARDS` writes one that fits your data"
+            raise UserError(f"{path}: {missing} not set. {way_out}.") from error
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
     return recipe
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"The recipe {path} must be a mapping of keys to values.")
-    return loaded
 
 
 def _import(modules: list[str], path: Path) -> None:
@@ -346,19 +351,24 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
                     hint = f" To train without these images: {dotted}.shards=null."
                 raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.{hint}")
             kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
+            if dotted == "threat.schedule":
+                kept[key] = read_phases(value)
         elif dotted not in RETIRED:
-            raise UserError(f"unknown key {quoted(dotted)}. {did_you_mean(str(key), hints)}")
+            raise UserError(f"unknown key {quoted(dotted)}. {nearest_key(dotted, hints, RecipeSpec)}")
         elif value != RETIRED[dotted][0]:
             warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
 
 
 def _normalise(raw: dict[str, Any]) -> None:
-    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one module in `imports`."""
+    """Replace notation by values: `8/255` in `threat`, `off`, which YAML 1.1 reads as False, and one name for a list."""
     objective, threat, imports = raw.get("objective", {}), raw.get("threat", {}), raw.get("imports") or []
     raw["imports"] = [imports] if isinstance(imports, str) else imports
     if not isinstance(raw["imports"], list) or not all(isinstance(name, str) for name in raw["imports"]):
         raise UserError(f"imports is {quoted(imports)}; it must be a list of modules, for instance [my_losses].")
+    train = raw.get("train", {})
+    if isinstance(train.get("trackers"), str):
+        train["trackers"] = [train["trackers"]]
     if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
     for key in ("eps", "step"):

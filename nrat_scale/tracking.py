@@ -268,6 +268,8 @@ class _Guarded:
         if self._failure is not None and not self._warned:
             self._warned = True
             reason = first_line(self._failure)
+            if isinstance(self._failure, ModuleNotFoundError):
+                reason = f"{reason}. Install it with: pip install {self._failure.name}"
             warn(f"No more {self._title}: {reason}. Training continues; metrics.jsonl has its metrics.")
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrat_scale.collapse import Guard, GuardSpec, near_chance
+from nrat_scale.collapse import Guard, GuardSpec, catastrophic_epochs, near_chance
 from nrat_scale.core.errors import UserError
 
 
@@ -66,3 +66,19 @@ def test_a_good_model_of_unbalanced_data_has_not_collapsed() -> None:
         guard.close(guard.sums, 10)
         assert guard.collapsed != right
     assert [round(near_chance(count), 4) for count in (2, 3, 5, 10, 100)] == [0.625, 0.5, 0.4, 0.2, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("fitted", "held", "found"),
+    [(0.9, 0.0, [2]), (0.3, 0.05, [2]), (0.29, 0.0, []), (0.9, 0.06, []), (None, 0.0, []), (0.9, None, [])],
+)
+def test_catastrophic_overfitting(fitted: float | None, held: float | None, found: list[int]) -> None:
+    """Robust to the attack of training, broken by that of validation, in the same epoch."""
+    rows = [
+        {"kind": "train", "epoch": 1, "robust_accuracy": 0.9},
+        {"kind": "train", "epoch": 2, "robust_accuracy": fitted},
+        {"kind": "validation", "epoch": 2, "robust": {"accuracy": held}},
+        {"kind": "partial", "epoch": 3, "robust_accuracy": 0.9},
+        {"kind": "validation", "epoch": 3, "robust": None},
+    ]
+    assert catastrophic_epochs(rows) == found

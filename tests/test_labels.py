@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.datasets import CIFAR10_MAP, DATASETS, MNIST_MAP
+from nrat_scale.label_files import load_human_labels
 from nrat_scale.labels import (
     NOISES,
     GeneratedNoiseSpec,
     NoiseSpec,
     corrupt,
     describe_noise,
-    load_human_labels,
     transition_matrix,
 )
 
@@ -48,7 +48,9 @@ def _noisy(kind: str, labels: np.ndarray, rate: float, seed: int = 0, num_classe
     images = _images(len(labels)) if kind == "instance_dependent" else None
     human = (labels + 1) % num_classes if kind == "cifar10n" else None
     matrix = np.full((num_classes, num_classes), 1 / num_classes) if kind == "matrix" else None
-    return corrupt(labels, kind, rate, seed, num_classes, images=images, human_labels=human, matrix=matrix)
+    scores = np.random.default_rng(7).random((len(labels), num_classes)) if kind == "badlabel" else None
+    extra = {"images": images, "human_labels": human, "matrix": matrix, "scores": scores}
+    return corrupt(labels, kind, rate, seed, num_classes, **extra)
 
 
 # ---- all kinds ------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def test_noise_is_a_pure_function(kind):
     assert np.array_equal(first, second)
     assert np.array_equal(labels, kept) and not np.shares_memory(first, labels)
     assert first.min() >= 0 and first.max() < 10
-    if kind not in ("none", "cifar10n"):
+    if kind not in ("none", "cifar10n", "badlabel"):
         assert not np.array_equal(first, _noisy(kind, labels, 0.3, seed=6))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.labels import HUMAN_SETS, NoiseSpec, load_human_labels
+from nrat_scale.label_files import HUMAN_SETS, load_human_labels
+from nrat_scale.labels import NoiseSpec
 
 
 def _labels(count: int, seed: int) -> np.ndarray:

@@ -342,6 +342,12 @@ def test_cnn4_takes_any_image_size(size):
         ("cnn4", {"std": (-1.0,)}, "std of the normalisation must be positive"),
         ("cnn4", {"std": (math.nan,)}, "std of the normalisation must be positive"),
         ("cnn4", {"std": (math.inf,)}, "std of the normalisation must be positive"),
+        (
+            "cnn4",
+            {"mean": (125.3,)},
+            r"mean of the normalisation is \[125\.3\]; it is of \[0, 1\] pixels\. Divide by 255",
+        ),
+        ("cnn4", {"std": (63.0,)}, "Divide by 255"),
         ("cnn4", {"mean": (math.nan,)}, "mean of the normalisation must be finite"),
         ("cnn4", {"mean": ("grey",)}, "does not take these arguments"),
         ("wrn28_10", {"depth": 11}, "depth 6 n \\+ 4 .*not 11"),

@@ -138,6 +138,12 @@ TABLE = {
     "dm_at": ("trades", "ce", "kl", 5, "kl", "uniform", "batch", 0.1, "mixed"),
     "trades_gce": ("trades", "gce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
     "trades_sce": ("trades", "sce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "trades_nfl_rce": ("trades", "nfl_rce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    "trades_agce": ("trades", "agce", "kl", 6, "kl", "normal", "eval", 0.0, "off"),
+    **dict.fromkeys(("adr", "te", "sglr", "noilin"), ("at", "ce", "", None, "ce", "uniform", "eval", 0.0, "off")),
+    **dict.fromkeys(
+        ("trades_adr", "trades_te", "trades_noilin"), ("trades", "ce", "kl", 6, "kl", "normal", "eval", 0.0, "off")
+    ),
     "score": ("trades", "lse", "lse", 4, "lse", "uniform", "batch", 0.1, "mixed"),
     "trades_ikl": ("trades", "ce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),
     "nrat_ikl": ("trades", "nce_rce", "ikl", 1, "kl", "normal", "eval", 0.0, "off"),
@@ -297,7 +303,7 @@ def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
     ("arguments", "message"),
     [
         ({"name": "nratt"}, "Did you mean 'nrat'"),
-        ({"name": "no such thing"}, "Known: dm_at, "),
+        ({"name": "no such thing"}, "Known: adr, dm_at, "),
         ({"name": "nrat", "inner": "symkl"}, "Did you mean 'sym_kl'"),
         ({"name": "pgd_at", "inner": "kl"}, "use ce"),
         ({"name": "natural", "inner": "lse"}, "use ce"),

@@ -32,7 +32,7 @@ def test_every_preset_names_its_publication_or_says_that_it_is_ours() -> None:
     for name, origin in ORIGINS.items():
         assert name == "natural" or any(key in origin for key in PAPERS), name
     ours = {name for name, origin in ORIGINS.items() if origin.startswith("a combination of ours")}
-    assert ours == {"nrat_ikl", "trades_gce", "trades_sce"}
+    assert ours == {"nrat_ikl", "trades_gce", "trades_sce", "trades_nfl_rce", "trades_agce"}
 
 
 # ---- SCORE ------------------------------------------------------------------------------------------------------------

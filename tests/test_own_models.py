@@ -1,6 +1,7 @@
 """Users' own classes: imported by name, registered, trained, released, and loaded with their code."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,9 @@ def test_the_page_from_its_file_to_the_loaded_release(here: Path, monkeypatch: p
     evaluate_cli.main(
         ["releases/mine", "--arch", "my_model:MyNet", "--data", "test", "--attacks", "natural", "--images", "8"]
     )
+    on_card = next(line for line in card.splitlines() if line.startswith("python -m nrat_scale.evaluate"))
+    monkeypatch.chdir(here / "releases")
+    evaluate_cli.main(shlex.split(on_card.replace("TEST_SHARDS", str(here / "test")))[3:])
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     with pytest.raises(UserError, match="--trust-code"):
@@ -173,6 +177,62 @@ def test_wrong_code_is_a_sentence(here: Path, name: str, code: str | None, messa
     with pytest.raises(UserError, match=message):
         train(load_recipe(here / "tiny.yaml", [f"model.name={name}"]))
     assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("my_model.py:Net", "my_model:Net"),
+        ("./my_model.py:Net", "my_model:Net"),
+        ("my_model.Net", "my_model:Net"),
+        ("nets/mine.py:Net", "nets.mine:Net"),
+        ("nets/mine:Net", "nets.mine:Net"),
+        ("nets.mine.Net", "nets.mine:Net"),
+        ("my_model.py", "my_model:CLASS"),
+        ("my_model", "my_model:CLASS"),
+    ],
+)
+def test_a_class_named_as_a_file_gets_the_right_spelling(here: Path, written: str, meant: str) -> None:
+    """Only if there is such a file; for training and for --arch."""
+    (here / "nets").mkdir()
+    torch.save({"weight": torch.zeros(2, 2)}, "weights.pt")
+    weights = ["weights.pt", "--arch", written, "--data", "test", "--eps", "0.1"]
+    with pytest.raises(UserError) as without:
+        train(load_recipe(here / "tiny.yaml", [f"model.name={written}"]))
+    for name in ("my_model.py", "nets/mine.py"):
+        (here / name).write_text("")
+    with pytest.raises(UserError) as trained:
+        train(load_recipe(here / "tiny.yaml", [f"model.name={written}"]))
+    with pytest.raises(UserError) as evaluated:
+        evaluate_cli.main(weights)
+    assert meant not in str(without.value) and meant in str(trained.value) and meant in str(evaluated.value)
+
+
+class Softmax(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+class LogSoftmax(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).log_softmax(1)
+
+
+@pytest.mark.parametrize(("factory", "warned"), [(Softmax, True), (LogSoftmax, False), (Plain, False)])
+def test_a_softmax_at_the_output_is_said_before_training(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factory: Any, warned: bool
+) -> None:
+    """Logarithms of probabilities are logits."""
+    monkeypatch.setitem(REGISTERED, "tried", factory)
+    train(load_recipe(here / "tiny.yaml", ["model.name=tried", "train.max_steps=1"]))
+    assert ("Remove the softmax" in capsys.readouterr().err) is warned
+
+
+def test_only_models_of_timm_get_the_hint_of_an_image_size(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's class may have no such argument."""
+    monkeypatch.setitem(REGISTERED, "tried", lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(7, num_classes)))
+    with pytest.raises(UserError, match=r"cannot take images of 1 x 12 x 12: .* cannot be multiplied[^.]*\.$"):
+        train(load_recipe(here / "tiny.yaml", ["model.name=tried"]))
 
 
 @pytest.mark.parametrize(

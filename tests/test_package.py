@@ -1,11 +1,15 @@
 """The package itself: importing it is cheap, and its public names are imported when they are used."""
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 import nrat_scale
+from nrat_scale import __main__ as commands
+from nrat_scale.core.errors import UserError
 
 CHEAP = """
 import sys
@@ -47,3 +51,14 @@ def test_public_names_resolve():
     assert callable(nrat_scale.load) and callable(nrat_scale.register_robustbench)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         nrat_scale.lod  # noqa: B018
+
+
+def test_the_package_itself_names_its_commands(capsys):
+    """`python -m nrat_scale` lists them, each of which exists; a command as an argument gets the right spelling."""
+    commands.main([])
+    listed = re.findall(r"^  nrat_scale\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert listed == list(commands.COMMANDS) and all(find_spec(f"nrat_scale.{name}.__main__") for name in listed)
+    with pytest.raises(UserError, match=r"The command is python -m nrat_scale\.train mine\.yaml seed=1"):
+        commands.main(["train", "mine.yaml", "seed=1"])
+    with pytest.raises(UserError, match="Did you mean 'evaluate'"):
+        commands.main(["evalute"])

@@ -56,11 +56,23 @@ def _attributes(spec: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.M)}
 
 
+_OF_PRESETS = ("threat.init", "threat.bn")  # besides those of the section `objective`
+
+
+def _of_recipe(key: str, default: str) -> str:
+    """The default in a recipe: `load_recipe` puts the preset of `objective.name` over the defaults of the specs."""
+    if key == "objective.name":
+        return "`nrat`"
+    return "the preset's" if key in _OF_PRESETS or key.startswith("objective.") else default
+
+
 def _default(field: dataclasses.Field, instance: Any) -> str:
     if instance is not None:
         value = getattr(instance, field.name)
     elif field.default is not dataclasses.MISSING:
         value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     else:
         return "required"
     if isinstance(value, str):
@@ -86,7 +98,12 @@ def _rows(spec: type, prefix: str) -> typing.Iterator[tuple[str, str, str]]:
             yield from _rows(hint, f"{prefix}{field.name}.")
         else:
             meaning = comments.get(field.name, "").replace("|", "\\|")
-            yield f"{prefix}{field.name}", _default(field, instance), meaning
+            key = f"{prefix}{field.name}"
+            yield key, _of_recipe(key, _default(field, instance)), meaning
+            for entry in typing.get_args(hint):  # of a list of specs
+                if dataclasses.is_dataclass(entry):
+                    assert isinstance(entry, type)
+                    yield from _rows(entry, f"{key}[].")
 
 
 def page() -> str:

@@ -128,7 +128,7 @@ def audit(
     use_float32("ieee")
     shards = open_shards(data, "the audited data")
     on_main(state, shards.verify)
-    labels = audited_labels(shards, _noise(noise, recipe, overrides, shards))
+    labels = audited_labels(shards, str(data), _noise(noise, recipe, overrides, str(data)))
     assignment = Folds(shards, 1 if model is not None else folds or 5, seed)
     counts = class_counts(labels, assignment)
     check_classes(counts, shards)
@@ -174,12 +174,12 @@ def _check_options(
     check_value("--bootstrap", bootstrap, bootstrap >= 100, "at least 100 replicates, for a 95 % interval")
 
 
-def _noise(noise: str | NoiseSpec | None, recipe: str | Path | None, overrides: Any, shards: ShardSet) -> NoiseSpec:
+def _noise(noise: str | NoiseSpec | None, recipe: str | Path | None, overrides: Any, data: str) -> NoiseSpec:
     if isinstance(noise, NoiseSpec):
         return noise
     if noise is not None:
         return parse_noise(noise)
-    return NoiseSpec() if recipe is None else recipe_noise(load_recipe(recipe, overrides), shards)
+    return NoiseSpec() if recipe is None else recipe_noise(load_recipe(recipe, overrides), data)
 
 
 def _default_folder(labels: AuditedLabels) -> Path:
@@ -275,6 +275,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds an audit in which {_NAMES[differing[0]]} was another. Choose another folder with --out, or "
                 "remove it."
             )
+        for left in (path for pattern in ("probabilities", "holdout-*") for path in folder.glob(f"{pattern}/.*.tmp")):
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no audit; nothing in it was touched. Choose another --out.")

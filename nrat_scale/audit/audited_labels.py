@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from nrat_scale.core.errors import UserError, quoted
-from nrat_scale.data.shards import ShardSet
+from nrat_scale.data.shards import ShardSet, ShardUnusable
 from nrat_scale.data.source import noisy_labels
 from nrat_scale.data.spec import GENERATED, REAL
 from nrat_scale.labels import MATRIX, NONE, NoiseSpec
 from nrat_scale.recipe import RecipeSpec
+from nrat_scale.remote.address import is_remote
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class AuditedLabels:
     """The given labels of every image by position; `given` and `clean` are None for labels as stored."""
 
     shards: ShardSet
+    where: str  # the folder or address of the shards, as the user gave it: it can name some of a folder's shards
     noise: NoiseSpec | None  # None: no noise is injected
     given: np.ndarray | None  # int32 [N]
     clean: np.ndarray | None  # int32 [N]: the labels before the injection
@@ -61,8 +63,8 @@ def parse_noise(text: str) -> NoiseSpec:
         raise UserError(f"--noise {quoted(text)}: {error}") from error
 
 
-def recipe_noise(recipe: RecipeSpec, shards: ShardSet) -> NoiseSpec:
-    """The noise that `recipe` injects into the labels of `shards`, which may be its real or its generated images.
+def recipe_noise(recipe: RecipeSpec, data: str) -> NoiseSpec:
+    """The noise that `recipe` injects into the labels of the shards `data`, which may be its real or its generated images.
 
     Raises:
         UserError: the recipe injects noise, and trains on other shards.
@@ -70,32 +72,37 @@ def recipe_noise(recipe: RecipeSpec, shards: ShardSet) -> NoiseSpec:
     injected = []
     for kind in (REAL, GENERATED):
         noise, where = recipe.data.noise_of(kind), getattr(recipe.data, kind).shards
-        if where is not None and _same(where, shards):
+        if where is not None and _same(where, data):
             return noise
         if noise.injects and where is not None:
             injected.append(f"data.{kind}.noise.kind is '{noise.kind}' and data.{kind}.shards is {where}")
     if injected:
         raise UserError(
-            f"The recipe's {injected[0]}, not {shards.folder}: it does not say which labels to audit. Give --noise none, or "
+            f"The recipe's {injected[0]}, not {data}: it does not say which labels to audit. Give --noise none, or "
             "--noise KIND:RATE:SEED."
         )
     return NoiseSpec()
 
 
-def _same(where: str, shards: ShardSet) -> bool:
-    """Whether a recipe's address is the place of `shards`."""
-    if str(where).rstrip("/") == str(shards.folder).rstrip("/"):
+def _same(one: str, other: str) -> bool:
+    """Whether two addresses or folders of shards are the same."""
+    if one.rstrip("/") == other.rstrip("/"):
         return True
-    return not shards.is_remote and Path(where).is_dir() and Path(where).resolve() == Path(shards.folder).resolve()
+    return not is_remote(one) and not is_remote(other) and Path(one).resolve() == Path(other).resolve()
 
 
-def audited_labels(shards: ShardSet, noise: NoiseSpec) -> AuditedLabels:
-    """The labels of `shards` with `noise`; without noise nothing is read.
+def audited_labels(shards: ShardSet, where: str, noise: NoiseSpec) -> AuditedLabels:
+    """The labels of `shards`, which are at `where`, with `noise`; without noise nothing is read.
 
     Raises:
         UserError: the noise does not fit the labels.
     """
     if not noise.injects:
-        return AuditedLabels(shards, None, None, None)
-    given, clean = noisy_labels(shards, noise)
-    return AuditedLabels(shards, noise, given.astype(np.int32), clean.astype(np.int32))
+        return AuditedLabels(shards, where, None, None, None)
+    try:
+        given, clean = noisy_labels(shards, noise)
+    except ShardUnusable:
+        raise
+    except UserError as error:
+        raise UserError(f"{error} An audit takes what --noise cannot say from the recipe of --recipe.") from error
+    return AuditedLabels(shards, where, noise, given.astype(np.int32), clean.astype(np.int32))

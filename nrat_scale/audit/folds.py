@@ -92,7 +92,7 @@ def fold_recipe(
     total = counts.sum(axis=0)
     noise = {"kind": "unknown", "rate": 0.0, "matrix": None} if labels.noise is None else dict(vars(labels.noise))
     values: dict[str, Any] = {
-        "data.real.shards": str(labels.shards.folder),
+        "data.real.shards": labels.where,
         "data.real.prepare": None,
         "data.generated.shards": None,
         "data.generated.noise.kind": "auto",
@@ -111,6 +111,7 @@ def fold_recipe(
         # Stratified by class, so that the rarest class has an image or two.
         "data.validation.size": int(min(max(64, 2 * -(-total.sum() // total.min())), max(total.sum() // 4, 1))),
         "train.validate_every": epochs,
+        "train.max_steps": None,
         "release.every_epochs": None,
         "resume": "auto",
         **{f"data.real.noise.{key}": value for key, value in noise.items()},

@@ -81,8 +81,8 @@ def train_folds(folder: Path, folds: Folds, recipe: RecipeSpec, excluded: Sequen
             print(f"fold {number + 1} of {folds.number}: {run}", flush=True)
         real = replace(recipe.data.real, exclude=str(path))
         spec = replace(recipe, data=replace(recipe.data, real=real), run_dir=str(run), name=run.name)
-        if not train(spec).complete:
-            raise UserError(f"{run} is not complete: the recipe stops it with train.max_steps. Omit it.")
+        training = train(spec)
+        assert training.complete, "the recipe has no train.max_steps"
 
 
 def _placed(target: Target, shards: ShardSet, what: str, device: torch.device) -> nn.Module:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nrat_scale.checkpoint.format import Checkpoint, is_intact, open_checkpoint, remove_checkpoint
 from nrat_scale.checkpoint.state import RESUMED, is_count
-from nrat_scale.core.errors import UserError, warn
+from nrat_scale.core.errors import UserError, missing_folder, warn
 from nrat_scale.core.files import fsync_folder, make_folder, read_json, sha256_of, temporary_sibling, write_json
 from nrat_scale.core.run_folder import QUEUED, RunFolder
 
@@ -111,6 +111,8 @@ def named_checkpoint(run: Path, name: str) -> Checkpoint:
     """The verified checkpoint that best.json or last.json names; raises `UserError` if it is missing or damaged."""
     path = RunFolder(run).pointer(name)
     if not path.is_file():
+        if not run.is_dir():
+            raise UserError(missing_folder(run))
         raise UserError(f"The run {run} has no '{name}' checkpoint yet (no {path}). Train it first.")
     folder, epoch = _read_pointer(run, name)
     if not folder.is_dir():

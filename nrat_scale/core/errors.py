@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -30,8 +31,18 @@ def warn(sentence: str) -> None:
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A sentence for a mistyped `name`: the closest of `choices`, or all of them if none is close."""
     choices = sorted(choices)
-    near = get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(choices)}."
+    lower = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return f"Did you mean '{lower[near[0]]}'?" if near else f"Known: {', '.join(choices)}."
+
+
+def missing_folder(path: Path) -> str:
+    """Sentences for a folder that does not exist: that, and the one beside it with a similar name, if there is one."""
+    if path.exists():
+        return f"{path} is not a folder."
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f"There is no folder {path}." + (f" Did you mean {path.parent / near[0]}?" if near else "")
 
 
 def check_choice(key: str, value: str, choices: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ The capture is compared with a plain call before it is used. If it fails or diff
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ Capture = Callable[[Function, Tensors], tuple[Callable[[], None], Tensors]]
 
 _PLAIN_CALLS = 2  # before a capture: lazy state (momentum, gradients, cuDNN's choices) is made in the first ones
 _WARMUP_CALLS = 3  # on the stream of the capture, as torch asks for
-_MAX_CAPTURES = 64  # of one part: a key that changes in every step would capture for ever
+_MAX_KEPT = 16  # graphs of one part
+_MAX_CAPTURES, _LEAST_REPLAYS = 64, 4  # after so many captures of one part, each must have been worth so many replays
 
 
 def capture_cuda(function: Function, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
@@ -73,7 +75,7 @@ class GraphedCall:
         capture: Capture = capture_cuda,
     ) -> None:
         self.enabled = enabled
-        self.num_captures = 0
+        self.num_captures = self.num_replays = 0
         self._name, self._function, self._capture = name, function, capture
         self._reads, self._state, self._close = reads, state, close
         self._required, self._say = required, say
@@ -85,16 +87,17 @@ class GraphedCall:
         if not self.enabled:
             return self._function(*inputs)
         whole = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in inputs))
-        self._calls[whole] = self._calls.get(whole, 0) + 1
+        _keep_last(self._calls, whole, self._calls.pop(whole, 0) + 1)
         if self._calls[whole] <= _PLAIN_CALLS:
             return self._function(*inputs)
         addresses = tuple(tensor.data_ptr() for tensor in self._reads())
-        captured = self._captured.get(whole)
+        captured = self._captured.pop(whole, None)
         if captured is None or captured.addresses != addresses:
             captured = self._try_capture(inputs, addresses)
             if captured is None:
                 return self._function(*inputs)
-            self._captured[whole] = captured
+        _keep_last(self._captured, whole, captured)
+        self.num_replays += 1
         for buffer, given in zip(captured.inputs, inputs, strict=True):
             buffer.copy_(given)
         captured.replay()
@@ -103,7 +106,7 @@ class GraphedCall:
     def _try_capture(self, inputs: Tensors, addresses: tuple[int, ...]) -> _Captured | None:
         """A graph that agrees with a plain call, or None; `state` is as before."""
         self.num_captures += 1
-        before, random = [tensor.clone() for tensor in self._state()], _random_state(inputs)
+        before, random = [tensor.detach().clone() for tensor in self._state()], _random_state(inputs)
         problem, captured = "", None
         try:
             buffers = tuple(torch.empty_like(tensor).copy_(tensor) for tensor in inputs)
@@ -119,8 +122,8 @@ class GraphedCall:
         except Exception as error:  # a model may do anything that a capture forbids
             problem = first_line(error)
         self._restore(before, random)
-        if not problem and self.num_captures > _MAX_CAPTURES:
-            problem = f"it was captured {_MAX_CAPTURES} times, because it changes too often"
+        if not problem and self.num_captures > max(_MAX_CAPTURES, self.num_replays / _LEAST_REPLAYS):
+            problem = f"it was captured {self.num_captures - 1} times, because it changes too often"
         if not problem:
             return captured
         self.enabled = False
@@ -133,7 +136,7 @@ class GraphedCall:
 
     def _results(self, outputs: Tensors) -> Tensors:
         """Copies of the results and of `state`."""
-        return tuple(tensor.clone() for tensor in (*outputs, *self._state()))
+        return tuple(tensor.detach().clone() for tensor in (*outputs, *self._state()))
 
     def _restore(self, before: Sequence[Tensor], random: Tensor | None) -> None:
         with torch.no_grad():
@@ -141,6 +144,13 @@ class GraphedCall:
                 tensor.copy_(value)
         if random is not None:
             torch.cuda.set_rng_state(random)
+
+
+def _keep_last(held: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """Add an entry behind the others, of which the last few stay."""
+    held[key] = value
+    while len(held) > _MAX_KEPT:
+        del held[next(iter(held))]
 
 
 def _random_state(inputs: Tensors) -> Tensor | None:

@@ -35,7 +35,29 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquired(lock: Path) -> int:
+@contextmanager
+def try_lock(path: Path) -> Iterator[int | None]:
+    """The lock of `path` as in `locked`, without waiting: yields its descriptor, None if another process holds it.
+
+    The lock belongs to the open file: a child process that inherits the descriptor keeps it when this process dies.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    make_folder(path.parent)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = _acquired(lock, wait=False)
+    except BlockingIOError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)  # the file stays: a child may hold its lock
+
+
+def _acquired(lock: Path, *, wait: bool = True) -> int:
     """A descriptor that holds the lock, of the file that has this name now (an earlier owner removes its file)."""
     while True:
         try:
@@ -43,7 +65,7 @@ def _acquired(lock: Path) -> int:
         except OSError as error:
             raise UserError(f"{lock} cannot be written ({error.strerror}). Choose another place.") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
                     return descriptor

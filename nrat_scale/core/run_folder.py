@@ -27,6 +27,9 @@ class RunFolder:
         self.label_noise_arrays = path / "label_noise.npz"  # clean and given labels, in source order
         self.generated_noise = path / "label_noise_generated.json"  # the same of data.generated.noise
         self.generated_noise_arrays = path / "label_noise_generated.npz"
+        self.label_scores = (
+            path / "label_scores.npy"
+        )  # with `objective.refine.kind: scores`: for the label noise `badlabel`
         self.metrics = path / "metrics.jsonl"  # one JSON object per epoch and per validation
         self.timing = path / "timing.jsonl"  # hardware, seconds and throughput; a resumed run appends
         self.skipped_shards = path / "skipped_shards.json"  # with data.on_bad_shard: skip
@@ -162,3 +165,10 @@ class RunFolder:
                     f"{self.metrics} is damaged: line {number} is not a JSON object. Remove that line or restore the file."
                 )
         return rows
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The runs directly in the folder `path`, at most three."""
+    return sorted(found.parent for found in path.glob(f"*/{RECIPE}") if RunFolder(found.parent).checkpoints.is_dir())[
+        :3
+    ]

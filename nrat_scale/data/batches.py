@@ -29,6 +29,7 @@ class Batch:
     clean_labels: Tensor  # int64 [b], `UNKNOWN_LABEL` if unknown
     generated: Tensor  # bool [b]
     ids: Tensor  # int64 [b], source ids
+    image_numbers: Tensor  # int64 [b]: positions in their source, counted on from the images of the sources before
     weights: Tensor | None = None  # float32 [b], of each sample's loss; None: 1 for all
     partners: "Batch | None" = None  # the images that CutMix mixes in; None without CutMix
 
@@ -95,7 +96,7 @@ class PlannedBatches:
         return replace(both.rows(0, size), partners=both.rows(size, 2 * size))
 
     def _gathered(self, step: int, places: np.ndarray, numbers: np.ndarray, samples: np.ndarray) -> Batch:
-        given, clean, ids, rows = (np.empty(len(places), np.int64) for _ in range(4))
+        given, clean, ids, rows, image_numbers = (np.empty(len(places), np.int64) for _ in range(5))
         generated = np.zeros(len(places), bool)
         weights = np.ones(len(places), np.float32) if any(source.is_weighted for source in self.sources) else None
         pixels: list[Iterator[memoryview]] = []
@@ -115,11 +116,12 @@ class PlannedBatches:
                 weights[here] = source.weights(positions)
             clean[here], ids[here] = source.clean_labels(positions), source.shards.source_ids(positions)
             generated[here] = source.kind == GENERATED
+            image_numbers[here] = positions + sum(len(earlier.shards) for earlier in self.sources[:number])
         if self.resident is None:  # one copy out of the memory maps, in the order of the places
             copied = concatenated([next(pixels[number]) for number in numbers.tolist()])
             images = to_nchw(copied.reshape(len(numbers), *self.sources[0].shards.image_shape))
         else:
             images = self.resident.gather(rows)
+        columns: Any = [torch.from_numpy(column) for column in (given, clean, generated, ids, image_numbers)]
         weighted = None if weights is None else torch.from_numpy(weights)
-        columns: Any = (*map(torch.from_numpy, (given, clean, generated, ids)), weighted)
-        return Batch(step, torch.from_numpy(places), images, *columns)
+        return replace(Batch(step, torch.from_numpy(places), images, *columns), weights=weighted)

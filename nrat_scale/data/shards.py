@@ -288,6 +288,9 @@ def concatenated(pixels: Sequence[memoryview]) -> np.ndarray:
     return np.frombuffer(bytearray().join(pixels), np.uint8)
 
 
+_IMAGES = ("png", "jpg", "jpeg", "webp", "PNG", "JPG", "JPEG")  # of a folder that has not been converted
+
+
 def open_shards(
     where: str | Path, what: str = "the data", *, commands: Sequence[str] = (), cache: Cache | None = None
 ) -> ShardSet:
@@ -308,6 +311,12 @@ def open_shards(
         return ShardSet(folder, index, what, only, cache or Cache())
     path = Path(folder) / INDEX
     if not path.is_file():
-        way_out = "\n  ".join(["", *commands]) or " python -m nrat_scale.prepare"
+        if parts := sorted(str(found.parent) for found in Path(folder).glob(f"*/{INDEX}")):
+            raise UserError(f"{folder} is not shards of {what}, but has folders of them. Name one: {', '.join(parts)}.")
+        images = any(next(Path(folder).glob(f"*/*.{ending}"), None) for ending in _IMAGES) and not commands
+        by_hand = (
+            f" python -m nrat_scale.prepare folder {folder} --out DIR" if images else " python -m nrat_scale.prepare"
+        )
+        way_out = "\n  ".join(["", *commands]) or by_hand
         raise UserError(f"There are no shards of {what} at {folder} (no {INDEX}). Prepare them with:{way_out}")
     return ShardSet(Path(folder), read_json(path, f"index of {what}"), what, only)

@@ -21,7 +21,8 @@ from nrat_scale.data.audit_action import AuditAction
 from nrat_scale.data.shards import ShardSet, ShardUnusable
 from nrat_scale.data.spec import WEIGHT
 from nrat_scale.datasets import DATASETS
-from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256, load_human_labels
+from nrat_scale.label_files import load_human_labels, load_scores
+from nrat_scale.labels import NoiseSpec, corrupt, labels_sha256
 
 T = TypeVar("T")
 UNKNOWN_LABEL = -1
@@ -216,7 +217,8 @@ def noisy_labels(shards: ShardSet, noise: NoiseSpec) -> tuple[np.ndarray, np.nda
     images = shards.images(order) if noise.kind == "instance_dependent" else None
     human = load_human_labels(noise.human_labels, noise.human_set, key) if noise.human_labels else None
     sizes = noise.kind, noise.rate, noise.seed, shards.num_classes
-    extra = {"images": images, "human_labels": human, "matrix": noise.matrix, "key": key}
+    scores = load_scores(noise.scores, key) if noise.scores else None
+    extra = {"images": images, "human_labels": human, "matrix": noise.matrix, "scores": scores, "key": key}
     given = corrupt(clean, *sizes, class_map=class_map, **extra)
     by_position = np.empty((2, len(shards)), np.int64)
     by_position[:, order] = given, clean

@@ -75,6 +75,11 @@ class TrainingData:
         return self.sources[0].shards
 
     @property
+    def num_images(self) -> int:
+        """The images of all sources, those that are not trained on included: what `Batch.image_numbers` are below."""
+        return sum(len(source.shards) for source in self.sources)
+
+    @property
     def real(self) -> TrainingSource | None:
         """The real source, if the recipe has one."""
         return self._by_kind.get(REAL)

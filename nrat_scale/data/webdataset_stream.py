@@ -7,6 +7,7 @@ samples of a step depend on the number of ranks, and a resumed run begins a new 
 import itertools
 import random
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -25,7 +26,9 @@ from nrat_scale.data.spec import GENERATED
 _SHUFFLE_BUFFER = 10_000  # samples
 
 Record = dict[str, Any]  # webdataset's: a shard or a block
-Sample = tuple[np.ndarray, int, int, int, float]  # image, given label, clean label, source id, weight of its loss
+Sample = tuple[
+    np.ndarray, int, int, int, int, float
+]  # image, given, clean label, source id, position, weight of its loss
 
 
 def webdataset_batches(
@@ -43,12 +46,14 @@ def webdataset_batches(
     for step in range(start, stop):
         rows = [(number, *next(streams[number])) for number, count in enumerate(counts) for _ in range(count)]
         order = KeyedPermutation(len(rows), plan.seed, "positions", step)(np.arange(len(rows)))
-        numbers, images, given, clean, ids, weights = zip(*(rows[i] for i in order), strict=True)
+        numbers, images, given, clean, ids, positions, weights = zip(*(rows[i] for i in order), strict=True)
         generated = [sources[number].kind == GENERATED for number in numbers]
         places = torch.arange(rank * len(rows), (rank + 1) * len(rows))
+        firsts = [sum(len(earlier.shards) for earlier in sources[:number]) for number in numbers]
+        image_numbers = [first + position for first, position in zip(firsts, positions, strict=True)]
+        columns: Any = [torch.tensor(column) for column in (given, clean, generated, ids, image_numbers)]
         weighted = torch.tensor(weights) if any(source.is_weighted for source in sources) else None
-        columns: Any = (*map(torch.tensor, (given, clean, generated, ids)), weighted)
-        yield Batch(step, places, to_nchw(np.stack(images)), *columns).pinned()
+        yield replace(Batch(step, places, to_nchw(np.stack(images)), *columns), weights=weighted).pinned()
 
 
 def _samples(source: TrainingSource, plan_seed: int, start: int) -> Iterator[Sample]:
@@ -86,4 +91,5 @@ def _unpacked(source: TrainingSource, first: dict[str, int], blocks: Iterator[Re
         given, clean = source.given_labels(positions), source.clean_labels(positions)
         ids, weights = source.shards.source_ids(positions), source.weights(positions)
         for row in np.flatnonzero(~np.isin(positions, source.untrained)):
-            yield images[row], int(given[row]), int(clean[row]), int(ids[row]), float(weights[row])
+            facts = (int(column[row]) for column in (given, clean, ids, positions))
+            yield (images[row], *facts, float(weights[row]))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.attacks import ThreatSpec, apply_noise, in_space, pgd, start_noise
-from nrat_scale.core.errors import UserError, did_you_mean
+from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.seeds import torch_generator
 from nrat_scale.evaluate.autoattack import COMPONENTS, STANDARD, AutoAttackLog, autoattack, undefined_components
 from nrat_scale.losses import LOSSES
@@ -68,7 +68,13 @@ def parse_attack(name: str) -> Attack:
     for kind, entry in ATTACKS.items():
         if match := re.fullmatch(entry.pattern, name):
             return Attack(name, kind, **entry.parse(match))
-    raise UserError(f"Unknown attack '{name}'. Known: {attack_usage()}.")
+    written = re.sub(r"[ _-]", "", name.lower())
+    meant = _OTHER_NAMES.get(written, written)
+    hint = f"Did you mean {meant}? " if any(re.fullmatch(entry.pattern, meant) for entry in ATTACKS.values()) else ""
+    raise UserError(f"Unknown attack {quoted(name)}. {hint}Known: {attack_usage()}.")
+
+
+_OTHER_NAMES = {"autoattack": "aa", "clean": "natural", "standard": "natural", "pgd": "pgd20", "cw": "cw20"}
 
 
 def for_classes(attack: Attack, classes: int) -> tuple[Attack, list[str]]:

@@ -38,6 +38,7 @@ _FEW_RECOGNISED = 0.5  # a smaller natural accuracy of a foreign model may be du
 _SQUARE_SHARE = 0.002  # of all images: the threshold of AutoAttack's own check
 _SAME_LOSS = {"apgd-ce": ("pgd", "fgsm"), "apgd-dlr": ("cw",), "apgd-t": ("cw",)}  # component -> kinds of attack
 _APGD_STEPS = 100
+_FEWEST_FOR_CONSTANT = 16  # images: fewer may have one predicted class by chance
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,19 @@ def inspect_model(
         return ModelCheck([*flags, *probability_flags(logits.float()), upper], {})
     dead = logits_without_gradient(model, x)
     check = look_for_masking(model, x[:PROBED_IMAGES], y[:PROBED_IMAGES], threat, what)
-    return replace(check, flags=[*flags, *dead, *check.flags])
+    return replace(check, flags=[*flags, *dead, *(_constant(logits, y) or check.flags)])
+
+
+def _constant(logits: Tensor, y: Tensor) -> list[str]:
+    """A flag if one class is predicted for all images, which are of several: what looks like masking is that."""
+    predicted, num_classes = logits.argmax(1).unique(), len(y.unique())
+    if len(predicted) > 1 or num_classes == 1 or len(y) < _FEWEST_FOR_CONSTANT:
+        return []
+    return [
+        f"The model predicts class {int(predicted)} for all {len(y)} images that were checked, which are of {num_classes} "
+        "classes. No attack changes the prediction of such a model, so its accuracies say nothing about robustness. Its "
+        "training collapsed or has hardly begun, or it expects images of another range."
+    ]
 
 
 def look_for_masking(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatSpec, what: str) -> ModelCheck:

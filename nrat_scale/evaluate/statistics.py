@@ -12,8 +12,8 @@ from nrat_scale.evaluate.results import Outcome
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of the proportion correct / n (Wilson 1927), as fractions."""
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of the proportion correct / n (Wilson 1927), as fractions; `correct` may be a mean of counts."""
     assert n > 0
     p, z2 = correct / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)

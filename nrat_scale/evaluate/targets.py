@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nrat_scale import models
-from nrat_scale.attacks import ThreatSpec
+from nrat_scale.attacks import ThreatSpec, evaluation_threat
 from nrat_scale.checkpoint.folder import named_checkpoint
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import sha256_of
@@ -90,7 +90,9 @@ def find_targets(what: str, options: TargetOptions) -> FoundTargets:
         raise UserError(f"--arch needs a weight file; {what} is not a file.")
     if run.is_run:
         recipe = load_recipe(run.recipe, run_code=False)
-        return FoundTargets(_run_targets(run, options, recipe.objective.title), recipe.threat, run.results, run)
+        return FoundTargets(
+            _run_targets(run, options, recipe.objective.title), evaluation_threat(recipe.threat), run.results, run
+        )
     if path.is_dir() or ("/" in what and path.suffix not in WEIGHT_FILES):
         return _release(what, options.arch)
     if path.suffix in WEIGHT_FILES:
@@ -146,7 +148,7 @@ def _release(source: str, arch: str | None) -> FoundTargets:
         identity |= {"repo": source.partition("@")[0], "commit": folder.name}
     model = load(folder, model=factory)
     target = Target("release", model, identity, model_key(model, *read_configuration(folder / CONFIG)[:2]))
-    return _found(source, trained.threat if trained else None, target)
+    return _found(source, evaluation_threat(trained.threat) if trained else None, target)
 
 
 def _weight_file(path: Path, options: TargetOptions) -> FoundTargets:

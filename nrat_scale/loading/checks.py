@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nrat_scale import models
-from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted
+from nrat_scale.core.errors import UserError, printable, quoted
 from nrat_scale.core.files import parse_json
 from nrat_scale.loading.file_kind import recognise
 from nrat_scale.loading.release_folder import CONFIG
@@ -31,9 +31,10 @@ Described = Mapping[str, tuple[str | None, tuple[int, ...]]]  # name -> safetens
 def require_known(arch: str) -> None:
     """Raise `UserError` if timm does not know the architecture and this process has not registered it."""
     if not timm.is_model(arch) and arch not in models.REGISTERED:
-        known = did_you_mean(arch, [*models.default_cfgs, *models.REGISTERED])
+        if meant := models.as_import(arch):
+            raise UserError(f"The architecture {quoted(arch)} is unknown. A class of your own is written {meant}.")
         raise UserError(
-            f"The architecture {quoted(arch)} is unknown. {known} Any timm model can be used; code in a release is not."
+            f"The architecture {quoted(arch)} is unknown. {models.near_model(arch)} Any timm model can be used; code in a release is not."
         )
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.files import MANIFEST, make_folder, manifest_mismatch, parse_json, read_json, write_atomically
-from nrat_scale.core.run_folder import DATA, RECIPE, RESULTS
+from nrat_scale.core.run_folder import DATA, RECIPE, RESULTS, runs_in
 from nrat_scale.loading.file_kind import recognise
 from nrat_scale.remote.address import is_bucket
 from nrat_scale.remote.cache import Cache
@@ -48,6 +48,8 @@ def resolve(source: str | Path) -> Path:
         folder = (_from_bucket if is_bucket(str(source)) else _download)(str(source))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
+            if runs := runs_in(folder):
+                raise UserError(f"{source} is not a release, but holds runs. Name one: {', '.join(map(str, runs))}.")
             way_out = "Make one with: python -m nrat_scale.release RUN --to FOLDER"
             raise UserError(f"{source} is not a release: it has no {name}. {way_out}")
     if what := recognise(folder / WEIGHTS):  # before the manifest, which would only say that the bytes differ

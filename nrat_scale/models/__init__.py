@@ -13,9 +13,18 @@ spec           the recipe's `model`, and the construction of a model from its ar
 
 from nrat_scale.models.architectures import Cnn4, ResNet18, WideBlock, WideResNet, timm_cfg
 from nrat_scale.models.classifier import Channels, Classifier, Normalised
-from nrat_scale.models.own import REGISTERED, build_own, find_factory, is_import, is_own, origin, register
+from nrat_scale.models.own import REGISTERED, as_import, build_own, find_factory, is_import, is_own, origin, register
 from nrat_scale.models.published import PreActResNet18, TradesWideResNet
-from nrat_scale.models.spec import BN_STATISTICS, ModelSpec, create, default_cfgs, is_ours, model_arguments, try_out
+from nrat_scale.models.spec import (
+    BN_STATISTICS,
+    ModelSpec,
+    create,
+    default_cfgs,
+    is_ours,
+    model_arguments,
+    near_model,
+    try_out,
+)
 from nrat_scale.models.wrapped import NormalisedModel, around_timm, bare
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "WideBlock",
     "WideResNet",
     "around_timm",
+    "as_import",
     "bare",
     "build_own",
     "create",
@@ -42,6 +52,7 @@ __all__ = [
     "is_ours",
     "is_own",
     "model_arguments",
+    "near_model",
     "origin",
     "register",
     "timm_cfg",

@@ -15,6 +15,8 @@ from nrat_scale.datasets import DATASETS
 Channels = Sequence[float] | None  # one value for each channel, or one for all
 POOLINGS = ("avg", "max", "avgmax", "catavgmax")  # timm's names; "" is none
 
+_LARGEST_CONSTANT = 10.0  # of mean and std; larger ones are of bytes
+
 
 class Normalised(nn.Module):
     """A classifier that normalises its input.
@@ -45,6 +47,8 @@ class Normalised(nn.Module):
             if not all(math.isfinite(value) and (name == "mean" or value > 0) for value in values):
                 wanted = "finite" if name == "mean" else "positive"
                 raise UserError(f"The {name} of the normalisation must be {wanted}, not {values}.")
+            if max(map(abs, values)) > _LARGEST_CONSTANT:
+                raise UserError(f"The {name} of the normalisation is {values}; it is of [0, 1] pixels. Divide by 255.")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def normalise(self, x: Tensor) -> Tensor:

@@ -58,6 +58,17 @@ def is_own(name: str) -> bool:
     return name in REGISTERED or is_import(name)
 
 
+def as_import(name: str) -> str | None:
+    """`name`, written as a path or with a dot, as package.module:factory, if there is such a file; else None."""
+    module, colon, factory = name.partition(":")
+    if not colon and not module.endswith(".py"):
+        module, _, factory = module.rpartition(".") if "." in module else (module, "", "")
+    module = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+    meant = f"{module}:{factory or 'CLASS'}"
+    written = is_import(meant) and meant != name and Path(*module.split(".")).with_suffix(".py").is_file()
+    return meant if written else None
+
+
 def find_factory(name: str, *, trust_code: bool) -> Factory:
     """The factory that is registered as `name`, or that `package.module:factory` imports.
 
@@ -81,9 +92,10 @@ def find_factory(name: str, *, trust_code: bool) -> Factory:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise UserError(f"{name} cannot be imported: {printable(error)}{location(error)}.") from error
+        meant = f" Did you mean {as_import(name)}?" if as_import(name) else ""
         raise UserError(
             f"There is no module '{error.name}' for model.name '{name}', neither installed nor in the working directory "
-            f"{folder}."
+            f"{folder}.{meant}"
         ) from error
     except Exception as error:  # the user's module may raise anything
         raise UserError(f"{name} cannot be imported: {_reason(error)}{location(error)}.") from error

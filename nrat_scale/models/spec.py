@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, first_line
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, first_line, quoted, warn
 from nrat_scale.models import architectures, published
-from nrat_scale.models.own import REGISTERED, build_own, find_factory, is_own, location
+from nrat_scale.models.own import REGISTERED, as_import, build_own, find_factory, is_own, location
 from nrat_scale.models.wrapped import around_timm
 
 default_cfgs = {**architectures.default_cfgs, **published.default_cfgs}  # name -> timm's configurations
@@ -45,6 +46,13 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         check_choice("model.bn", self.bn, BN_STATISTICS)
+        for key in self.kwargs:
+            if not key.isidentifier():
+                name, _, value = key.partition(":")
+                way_out = f" Write a space after each colon, or model.kwargs.{name}={value}." if value else ""
+                raise UserError(
+                    f"model.kwargs has the key {quoted(key)}, which is not the name of an argument.{way_out}"
+                )
         if self.init_key is not None and self.init is None:
             raise UserError("model.init_key needs model.init, the file whose set of weights it chooses.")
         if (self.bn == "groups") != (self.bn_group_size is not None):
@@ -79,8 +87,10 @@ def create(name: str, arguments: Mapping[str, Any], *, trust_code: bool = False)
     if is_own(name):
         return build_own(name, find_factory(name, trust_code=trust_code), arguments)
     if not timm.is_model(name):
-        nearest = did_you_mean(name, [*default_cfgs, *REGISTERED])
-        own = "package.module:factory names a class of your own"
+        if meant := as_import(name):
+            raise UserError(f"Unknown model '{name}' (model.name). A class of your own is written {meant}.")
+        nearest = near_model(name)
+        own = "module:class, such as my_model:MyNet, names one of your own"
         raise UserError(f"Unknown model '{name}' (model.name). {nearest} Any timm model can be used; {own}.")
     given = dict(arguments)
     ours = is_ours(name)
@@ -94,6 +104,13 @@ def create(name: str, arguments: Mapping[str, Any], *, trust_code: bool = False)
         reason = first_line(error).rstrip(".")
         raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {reason}.") from error
     return model if ours else around_timm(model, name, given, **constants)
+
+
+def near_model(name: str) -> str:
+    """A sentence for a mistyped name: the closest of ours, of `register` and of timm, or all but timm's if none is close."""
+    ours = [*default_cfgs, *REGISTERED]
+    near = get_close_matches(name, [*ours, *timm.list_models()], n=1, cutoff=0.8)
+    return f"Did you mean '{near[0]}'?" if near else did_you_mean(name, ours)
 
 
 def is_ours(name: str) -> bool:
@@ -126,18 +143,31 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
             try:
                 logits = model.train(training)(x)
             except Exception as error:  # models raise anything on images of another size
-                hint = f"Some models need model.kwargs.img_size={height}, others larger images"
+                hint = (
+                    "" if is_own(name) else f" Some models need model.kwargs.img_size={height}, others larger images."
+                )
                 reason = f"{first_line(error).rstrip('.')}{location(error) if is_own(name) else ''}"
                 raise UserError(
-                    f"The model '{name}' cannot take images of {channels} x {height} x {width}: {reason}. {hint}."
+                    f"The model '{name}' cannot take images of {channels} x {height} x {width}: {reason}.{hint}"
                 ) from error
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             if shape != [2, num_classes]:
                 mode = "training" if training else "evaluation"
                 raise UserError(f"The model '{name}' gives {shape} in {mode} mode; expected logits [2, {num_classes}].")
             random = training and not torch.equal(before, torch.get_rng_state())
+        if _are_probabilities(logits):
+            warn(
+                f"The model '{name}' seems to end in a softmax: its outputs are probabilities. Every loss and attack here takes "
+                "logits, and is weak on probabilities. Remove the softmax."
+            )
         for buffer, value in buffers:
             buffer.copy_(value)
     for module, was in modes:
         module.training = was
     return random
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    """Whether all of [B, K] are in [0, 1] and each row sums to 1."""
+    sums = outputs.sum(1)
+    return bool(((outputs >= 0) & (outputs <= 1)).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4))

@@ -49,16 +49,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the release, push it, or both; see `--help`."""
     made = release(**vars(_arguments(argv)))
+    own = f", model={made.own_code[1]}" if made.own_code else ""
+    how = "load it with:\n  import nrat_scale; model = nrat_scale.load"
     if made.folder is not None:
-        own = f", model={made.own_code[1]}" if made.own_code else ""
-        load = f'nrat_scale.load("{made.folder}"{own})'
-        print(f"released to {made.folder}; load it with:\n  import nrat_scale; model = {load}")
+        print(f'released to {made.folder}; {how}("{made.folder}"{own})')
     if made.own_code:
         print(f"The release needs the code of {printable(':'.join(made.own_code))}, which it does not contain.")
     if made.queued:
         print("\n".join(made.queued))
     elif made.address is not None:
-        print(f"{made.address}: {f'{len(made.sent)} files sent' if made.sent else 'every file is already there'}")
+        sent = f"{len(made.sent)} files sent" if made.sent else "every file is already there"
+        print(f'{made.address}: {sent}; {how}("{made.address}"{own})')
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, constant
 from markupsafe import Markup
 
 import nrat_scale
-from nrat_scale.attacks import RELEASED_CODE_WARNING, fraction_text, threat_text
+from nrat_scale.attacks import RELEASED_CODE_WARNING, attack_text, fraction_text, threat_text
 from nrat_scale.datasets import DATASETS
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
@@ -52,7 +52,7 @@ def model_card(contents: Contents, curves: str | None = None) -> str:
         notes=left_out_notes(contents.attacks),
         attacked=recipe.objective.name != "natural",
         trained_threat=threat_text(recipe.threat.norm, recipe.threat.eps, recipe.threat.space),
-        step=fraction_text(recipe.threat.step),
+        trained_attack=attack_text(recipe.threat),
         selection_attack=attack_title(recipe.train.validation_attack),
         origin=_origin(contents),
         papers=_papers(contents),
@@ -109,6 +109,7 @@ def evaluation_results(contents: Contents) -> str | None:
 
 def _metadata(contents: Contents, dataset: str, threat: str) -> str:
     """The Hub's front matter as YAML, with every measured accuracy."""
+    known = DATASETS.get(dataset)
     measured = [
         EvalResult(
             task_type="image-classification",
@@ -126,7 +127,7 @@ def _metadata(contents: Contents, dataset: str, threat: str) -> str:
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "adversarial-robustness", "adversarial-training", "nrat_scale"],
-        datasets=[dataset],
+        datasets=[known.hub] if known is not None and known.hub else None,  # the Hub links to them
         license=contents.publication.license,
         license_name=contents.publication.license_name,
         license_link=contents.publication.license_link,
@@ -142,8 +143,12 @@ def _check_command(contents: Contents, results: dict[str, Any]) -> str:
     total, threat = results["data"]["num_images"], results["threat"]
     most = max((entry["n"] for entry in attacks.values()), default=total)
     autoattack = min((entry["n"] for name, entry in attacks.items() if name.startswith("aa")), default=most)
+    architecture = str(contents.description["architecture"])
+    what = shlex.quote(contents.publication.address or contents.name)
+    if is_own(architecture):
+        what += f" --arch {':'.join(origin(architecture))}"
     return (
-        f"python -m nrat_scale.evaluate {shlex.quote(contents.name)} --data TEST_SHARDS --attacks {','.join(attacks)}"
+        f"python -m nrat_scale.evaluate {what} --data TEST_SHARDS --attacks {','.join(attacks)}"
         f" --norm {threat['norm']} --eps {fraction_text(threat['eps'])} --step {fraction_text(threat['step'])}"
         f" --batch-size {first['batch_size']} --seed {first['seed']}"
         + (" --tf32" if first.get("float32") == "tf32" else "")

@@ -195,7 +195,8 @@ def _without_paths(recipe: RecipeSpec) -> RecipeSpec:
     def without(source: Any) -> Any:
         matrix = source.noise.matrix
         known = public(matrix) if isinstance(matrix, str) else matrix
-        noise = replace(source.noise, human_labels=public(source.noise.human_labels), matrix=known)
+        files = {name: public(getattr(source.noise, name)) for name in ("human_labels", "scores")}
+        noise = replace(source.noise, **files, matrix=known)
         kept = {"shards": public(source.shards), "exclude": public(source.exclude), "prepare": None}
         return replace(source, **kept, noise=noise, audit=replace(source.audit, scores=public(source.audit.scores)))
 

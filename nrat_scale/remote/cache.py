@@ -12,6 +12,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import make_folder, sha256_of
+from nrat_scale.core.user_cache import user_cache
 from nrat_scale.remote.transfer import Cancelled, download, sleep_unless
 
 DEFAULT_CACHE_GB = 50.0
@@ -36,8 +37,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None = None, limit_gb: float = DEFAULT_CACHE_GB) -> None:
-        default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/nrat_scale"
-        self.folder = Path(folder or os.environ.get("NRAT_SCALE_CACHE") or default).expanduser()
+        self.folder = Path(folder).expanduser() if folder else user_cache()
         self.limit_bytes = int(limit_gb * 1e9)
 
     def fetch(self, url: str, num_bytes: int, sha256: str, *, stopped: Callable[[], bool] = lambda: False) -> Path:

@@ -41,9 +41,18 @@ class HubRepository:
         self._prepared = self._sent = False
 
     def prepare(self, *, private: bool = False) -> None:
-        """Create the repository and the branch if they do not exist; `private` only affects a new repository."""
+        """Create the repository and the branch if they do not exist.
+
+        Raises:
+            UserError: as `upload`; or `private` is asked of a repository that exists and is public.
+        """
         self._retried(lambda: self._api.create_repo(**self._where, exist_ok=True, private=private or None))
         self._prepared = True
+        if private and self._retried(lambda: self._api.repo_info(**self._where)).private is False:
+            raise UserError(
+                f"{self._shown} exists and is public, and --private makes only a new repository private. Nothing was sent. "
+                "Change its visibility in its settings, or leave out --private."
+            )
         if self._revision not in (None, "main"):
             self._retried(lambda: self._api.create_branch(**self._where, exist_ok=True, branch=self._revision))
 
@@ -193,6 +202,8 @@ def check_repository(repo: str, revision: str | None) -> None:
             raise UserError(f"{quoted(repo)} is not a folder of a bucket. Expected hf://buckets/USER/BUCKET[/FOLDER].")
         repo = address.repo
     if not re.fullmatch(f"{_NAME}/{_NAME}", repo, re.ASCII):
-        raise UserError(f"{quoted(repo)} is not a repository on the Hub. Expected user/repo.")
+        meant = re.fullmatch(rf"(?:https://[^/]+/|hf://(?:models/)?)({_NAME}/{_NAME})/?", repo, re.ASCII)
+        hint = f" Did you mean {meant[1]}?" if meant else " Expected user/repo."
+        raise UserError(f"{quoted(repo)} is not a repository on the Hub.{hint}")
     if revision is not None and not re.fullmatch(_NAME, revision, re.ASCII):
         raise UserError(f"{quoted(revision)} cannot be a revision. Use letters, digits, ., _ and -.")

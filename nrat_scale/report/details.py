@@ -1,5 +1,6 @@
 """Tables about one run: common images, gaps, robustness curves, classes, label noise, time."""
 
+import re
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -193,7 +194,9 @@ def timing_table(run: Run) -> Table | None:
             parts.append((row, []))
         elif parts:
             parts[-1][1].append(row)
-    rows: list[tuple[Cell, ...]] = [(str(value_at(start, "time", "?")), *_timing(start, rest)) for start, rest in parts]
+    rows: list[tuple[Cell, ...]] = [
+        (_minute(value_at(start, "time", "?")), *_timing(start, rest)) for start, rest in parts
+    ]
     caption = (
         "Hardware and time of each start of the training. Throughput is the median over epochs, without validations."
     )
@@ -209,6 +212,12 @@ def timing_table(run: Run) -> Table | None:
     )
     head = head if any(row[-1] is not None for row in rows) else head[:-1]
     return Table("timing", caption, head, [row[: len(head)] for row in rows]) if rows else None
+
+
+def _minute(time: str) -> str:
+    """`2026-11-26 19:35` of a time in ISO format; other text as it is."""
+    found = re.match(r"([0-9-]{10})T([0-9:]{5})", str(time))
+    return f"{found[1]} {found[2]}" if found else str(time)
 
 
 def _timing(start: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[Cell, ...]:

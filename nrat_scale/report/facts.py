@@ -10,7 +10,7 @@ from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
 from nrat_scale.objectives import objective_title
 from nrat_scale.report.details import noise_table
-from nrat_scale.report.run import Run, number_at, read_score, threat_at, value_at
+from nrat_scale.report.run import Run, number_at, read_score, threat_at, trained_attack, value_at
 
 _IKL_SIGNS = {"alpha": "α", "beta": "β", "temperature": "T", "gamma": "γ"}
 
@@ -23,20 +23,20 @@ def run_facts(run: Run) -> dict[str, str]:
         return "" if value in (0, "", "off") else text.format(f"{value:.4g}" if isinstance(value, float) else value)
 
     attacked = value_at(run.recipe, "objective.name") != "natural"  # plain training makes no attack
-    step = number_at(run.recipe, "threat.step")
-    steps = f"trained with {{}} steps of {fraction_text(step)}" if attacked and step else ""
+    attack = trained_attack(run.recipe) if attacked else ""
     inner = phrase("objective.inner", "inner loss {}") if attacked else ""
     smoothing = phrase("objective.smoothing", "label smoothing {}")
     images, rate = phrase("data.epoch_samples", "{} images each"), phrase("optim.lr", "learning rate {}")
     name, loss, divergence = (phrase(f"objective.{key}") for key in ("name", "loss", "divergence"))
-    title = objective_title(name, loss, divergence, number_at(run.recipe, "objective.warm_start") or 0.0)
+    refine, warm = phrase("objective.refine.kind"), number_at(run.recipe, "objective.warm_start") or 0.0
+    title = objective_title(name, loss, divergence, warm, refine)
     weights = [phrase("objective.lam", "λ = {}")]
     if value_at(run.recipe, "objective.divergence") == "ikl":
         weights = [phrase(f"objective.ikl_{key}", f"{sign} = {{}}") for key, sign in _IKL_SIGNS.items()]
     facts = {
         "Objective": [title, *weights, inner, smoothing],
         "Model": [phrase("model.name")],
-        "Threat": [threat_at(run.recipe), phrase("threat.num_steps", steps)],
+        "Threat": [threat_at(run.recipe), f"trained with {attack}" if attack else ""],
         "Label noise": list(_noise_texts(run)),
         "Label audit": list(_audit_texts(run)),
         "Data": _shares(run.recipe),

@@ -90,7 +90,7 @@ def render_page(runs: Sequence[Run], curves: Sequence[bytes], title: str | None 
         title=title or f"Robustness report: {', '.join(run.name for run in runs)}",
         runs=runs,
         comparison=_comparison(runs) if len(runs) > 1 else None,
-        sections=[_section(run, png, alone=len(runs) == 1) for run, png in zip(runs, curves, strict=True)],
+        sections=[_section(runs[: i + 1], png, alone=len(runs) == 1) for i, png in enumerate(curves)],
         attacks={attack: attack_title(attack) for attack in attack_columns(rows)},
         results_caption=RESULTS_CAPTION,
         warnings=[(run.name, warning) for run in runs for warning in run.warnings],
@@ -108,12 +108,13 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     facts = [run_facts(run) for run in runs]
     shared = {title: text for title, text in facts[0].items() if all(other.get(title) == text for other in facts)}
     validated = [run for run in runs if run.validation]
+    given = ", with the labels that selection uses" if any(map(_has_clean_curves, validated)) else ""
     return {
         "shared": shared,
         "tables": comparison_tables(runs),
         "missing": [(run.name, evaluate_command(run)) for run in runs if not run.rows],
         "figures": [
-            Figure(draw_joint_curves(validated, key), f"Validation accuracy, {name}, by epoch. {_MARKS}")
+            Figure(draw_joint_curves(validated, key), f"Validation accuracy, {name}, by epoch{given}. {_MARKS}")
             for key, name in (("robust", "robust"), ("natural", "natural"))
             if validated
         ],
@@ -123,10 +124,14 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
 _MARKS = "A star marks the best epoch of a run, a square the last."
 
 
-def _section(run: Run, png: bytes, *, alone: bool) -> dict[str, Any]:
-    """What the page says about one run; its facts and accuracies only if it is alone, otherwise the comparison has them."""
+def _section(runs: Sequence[Run], png: bytes, *, alone: bool) -> dict[str, Any]:
+    """What the page says about the last of `runs`; the others are above it.
+
+    Its facts and accuracies only if it is alone: otherwise the comparison has them.
+    """
+    *above, run = runs
     clean = f" Solid lines are measured with the labels that selection uses, dashed lines with the {run.clean_term}."
-    memorised, last = draw_memorisation(run), run.validation[-1:]
+    memorised = draw_memorisation(run)
     kinds = "was left or was changed by noise" if any(map(run.injected_blindly, run.noise)) else "is correct or wrong"
     text = f"Training labels that the model predicts, by epoch, for images whose given label {kinds}."
     strength = [
@@ -139,16 +144,23 @@ def _section(run: Run, png: bytes, *, alone: bool) -> dict[str, Any]:
         "alone": alone,
         "facts": run_facts(run) if alone else {},
         "command": evaluate_command(run),
-        "curves": Figure(
-            png, validation_text(run) + (clean if any(row.get(key) for row in last for key, *_ in CURVES[2:]) else "")
-        ),
+        "curves": Figure(png, validation_text(run) + (clean if _has_clean_curves(run) else "")),
         "memorisation": None if memorised is None else Figure(memorised, text),
         "strength": strength,
         "best_is_last": run.best_is_last,
-        "noises": [facts for source in run.noise if (facts := noise_facts(run, source))],
+        "noises": [
+            facts | {"same_as": next((other.name for other in above if other.noise.get(source) == noise), None)}
+            for source, noise in run.noise.items()
+            if (facts := noise_facts(run, source))
+        ],
         "tables": {table.name: table for table in run_tables(run)},
         "gallery": next((found for row in run.rows if (found := pictures(run, row))), None),
     }
+
+
+def _has_clean_curves(run: Run) -> bool:
+    """Whether accuracies with clean labels are drawn beside those with the given labels."""
+    return any(row.get(key) for row in run.validation[-1:] for key, *_ in CURVES[2:])
 
 
 def _group(describe: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, str]:

@@ -10,10 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nrat_scale.attacks import RELEASED_CODE_WARNING, threat_text
-from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.attacks import RELEASED_CODE_WARNING, PhaseSpec, ThreatSpec, attack_text, threat_text
+from nrat_scale.collapse import catastrophic_epochs
+from nrat_scale.core.errors import UserError, first_line, missing_folder
 from nrat_scale.core.files import read_json
-from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.core.run_folder import RunFolder, runs_in
 from nrat_scale.data.spec import REAL
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.gallery import Gallery, read_galleries
@@ -47,6 +48,20 @@ def threat_at(tree: dict[str, Any]) -> str:
     eps = number_at(tree, "threat.eps")
     norm, space = (str(value_at(tree, f"threat.{key}", old)) for key, old in (("norm", "linf"), ("space", "pixel")))
     return "" if eps is None else threat_text(norm, eps, space)
+
+
+def trained_attack(recipe: dict[str, Any]) -> str:
+    """The attack of training in text, such as `10 steps of 2/255`; empty if there is none, or it is not known."""
+    given = value_at(recipe, "threat")
+    known = (
+        {key: given[key] for key in ThreatSpec.__dataclass_fields__ if key in given} if isinstance(given, dict) else {}
+    )
+    try:
+        phases = [PhaseSpec(**phase) for phase in known.pop("schedule", None) or []]
+        threat = ThreatSpec(**known, schedule=phases)
+    except (UserError, TypeError):  # of a version with other keys
+        return ""
+    return attack_text(threat) if threat.num_steps else ""
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,13 @@ class Run:
         if None not in (evaluated, best) and evaluated != best:
             text = f"The results are of step {evaluated}, but the best checkpoint is now step {best}"
             warnings.append(f"{text}. Evaluate the run again.")
+        if epochs := catastrophic_epochs([*self.train, *self.validation]):
+            what = f"Catastrophic overfitting after epoch {epochs[0]}" + (
+                f" and {len(epochs) - 1} more" if epochs[1:] else ""
+            )
+            warnings.append(
+                f"{what}: the model withstands the attack of training, and {self.attack} breaks nearly all images."
+            )
         return warnings
 
 
@@ -231,9 +253,12 @@ def read_run(path: Path, name: str) -> Run:
         UserError: `path` is not a run, or one of its files is damaged.
     """
     folder = RunFolder(path)
+    if not path.is_dir():
+        raise UserError(f"{missing_folder(path)} Give a folder that nrat_scale.train has written.")
     if not folder.recipe.is_file() and not folder.metrics.is_file():
-        files = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
-        problem = files if path.is_dir() else "there is no such folder"
+        if runs := runs_in(path):
+            raise UserError(f"{path} is not a run, but holds runs. Name some: {' '.join(map(str, runs))}.")
+        problem = f"it has neither {folder.recipe.name} nor {folder.metrics.name}"
         raise UserError(f"{path} is not a run: {problem}. Give a folder that nrat_scale.train has written.")
     optional = (folder.results, folder.pointer("best"), folder.pointer("last"), folder.model)
     results, best, last, model = map(_read_optional, optional)

@@ -42,9 +42,23 @@ class Table:
             found[-1][1].append(tuple(rest))
         return found
 
+    def is_wide(self) -> bool:
+        """Whether a telephone shows it only in part: by its longest words, which are not broken."""
+        columns = zip(self.head, *self.rows, strict=True)
+        letters = sum(max(len(word) for cell in column for word in _words(cell)) for column in columns)
+        return letters > _PHONE_LETTERS or len(self.head) > _PHONE_COLUMNS
+
     def shared_n(self) -> int | str | None:
         """The number of images, if it is the same in all cells."""
         return shared_n(cell for row in self.rows for cell in row)
+
+
+_PHONE_LETTERS, _PHONE_COLUMNS = 36, 4  # fit in 390 CSS pixels
+
+
+def _words(cell: Cell) -> list[str]:
+    """What a browser does not break; an interval stays in one line."""
+    return [cell.interval] if isinstance(cell, Score) else re.split(r"[ -]", str(cell))
 
 
 _NUMBER = re.compile(r"[+−-]?[0-9][0-9.e+-]*(?: (?:s|min|h))?")

@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps and print the time per section"
     )
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(
+            f"There is no option {unknown[0]}. Keys of the recipe follow it as key=value, such as train.epochs=5."
+        )
     if arguments.recipe is None:
         parser.error("name a recipe, such as recipes/quickstart.yaml; overrides (key=value) are optional and follow it")
     if "=" in arguments.recipe and not Path(arguments.recipe).exists():

@@ -15,10 +15,12 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from nrat_scale.attacks import attack_text
+from nrat_scale.cost import forward_equivalents
 from nrat_scale.train.metrics import METRICS, PARTIAL, averages, percent, sum_names, total_sums
 from nrat_scale.train.state import TrainState
 from nrat_scale.train.step import reuses_natural
-from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
+from nrat_scale.train.throughput import forward_flops, peak_tflops
 
 
 class Progress:
@@ -31,6 +33,7 @@ class Progress:
         self._known = state.data.known_before
         self._before = total_sums(state)
         self._step = state.step
+        self._phase = state.recipe.threat.phase(state.progress)
         self._utilisation = _utilisation(state)
         self._first_step, self._training_seconds, self._mark = state.step, 0.0, time.perf_counter()
         state.clock.lap()
@@ -41,6 +44,7 @@ class Progress:
         self._training_seconds, self._mark = self._training_seconds + now - self._mark, now
         self._bar.n = state.step
         self._bar.update(0)
+        self._announce_phase(state)
         if state.step % state.recipe.train.log_every == 0:
             with state.clock.section("logging"):
                 self._report(state, lr)
@@ -61,14 +65,29 @@ class Progress:
         state.trackers.log(numbers | {f"recent/{name}": known[name] for name in known}, state.step)
         shown = {name: METRICS[name] for name in known if METRICS[name].progress}
         texts = [f"{metric.progress} {metric.show(known[name])}" for name, metric in shown.items()]
-        used = f" ({self._utilisation(speed)})" if self._utilisation else ""
+        place = (state.step - 1) // state.data.steps_per_epoch
+        used = f" ({self._utilisation(speed, place)})" if self._utilisation else ""
+        if phases := state.recipe.threat.schedule:
+            texts.append(
+                f"phase {state.recipe.threat.phase((state.step - 1) / state.total_steps) + 1}/{len(phases) + 1}"
+            )
         text = "  ".join([*texts, f"lr {lr:.3g}", f"{speed:.4g} img/s{used}", f"attack {100 * share:.0f} %"])
         if self._terminal:
             self._bar.set_postfix_str(text)
             return
-        epoch = f"epoch {(state.step - 1) // state.data.steps_per_epoch + 1}/{state.recipe.train.epochs}"
+        epoch = f"epoch {place + 1}/{state.recipe.train.epochs}"
         left = timedelta(seconds=round((state.last_step - state.step) * elapsed / steps))
         self._line(f"step {state.step}/{state.last_step}  {epoch}  {text}  ETA {left}")
+
+    def _announce_phase(self, state: TrainState) -> None:
+        """A line if the next step is the first of a phase of `threat.schedule`."""
+        phase = state.recipe.threat.phase(state.progress)
+        if phase != self._phase and state.step < state.total_steps:
+            number, of = phase + 1, len(state.recipe.threat.schedule) + 1
+            self._line(
+                f"phase {number}/{of} from step {state.step}: the attack of training takes {attack_text(state.threat)}"
+            )
+        self._phase = phase
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Show the row of an epoch or of a validation."""
@@ -96,21 +115,25 @@ class Progress:
         steps = state.step - self._first_step
         if steps > 0 and self._training_seconds > 0:
             speed = steps * state.recipe.data.batch_size / self._training_seconds
-            used = f", {self._utilisation(speed)}" if self._utilisation else ""
+            used = f", {self._utilisation(speed, None)}" if self._utilisation else ""
             self._line(f"speed: {speed:.4g} images/s over {steps} steps{used}; validation not counted")
 
 
-def _utilisation(state: TrainState) -> Callable[[float], str] | None:
-    """Images/s -> the share of the bf16 peak of the cards in words; None without a card whose peak is known."""
+def _utilisation(state: TrainState) -> Callable[[float, int | None], str] | None:
+    """(images/s, epoch from 0, None for all) -> the share of the cards' bf16 peak in words; None without a card in the table."""
     device = state.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = peak_tflops(name)
     if peak is None:
         return None
-    flops = forward_flops(state.attack_model.module, state.data.shards.image_shape)
-    flops *= forward_equivalents(state.recipe, state.objective, reuses_natural=reuses_natural(state))
-    available = peak * 1e12 * state.accelerator.num_processes
-    return lambda speed: f"{100 * speed * flops / available:.0f} % of the bf16 peak of {name}"
+    flops: float = forward_flops(state.attack_model.module, state.data.shards.image_shape)
+    available, reuses = peak * 1e12 * state.accelerator.num_processes, reuses_natural(state)
+
+    def share(speed: float, epoch: int | None) -> str:
+        cost = flops * forward_equivalents(state.recipe, epoch, reuses_natural=reuses)
+        return f"{100 * speed * cost / available:.0f} % of the bf16 peak of {name}"
+
+    return share
 
 
 @contextlib.contextmanager

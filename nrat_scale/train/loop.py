@@ -1,6 +1,7 @@
 """A training run: loop over steps, validate, select the best checkpoint, save. `step` has the algorithm."""
 
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -14,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import gather
 
-from nrat_scale.collapse import ADVICE
+from nrat_scale.attacks import attack_text
+from nrat_scale.collapse import ADVICE, catastrophic_epochs
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.memory import memory_message, ran_out_of_memory
 from nrat_scale.core.modes import batchnorms
@@ -32,6 +34,7 @@ from nrat_scale.train.metrics import close_epoch, log, log_partial, partial_row,
 from nrat_scale.train.nonfinite import report_bad_step
 from nrat_scale.train.profiling import Profile
 from nrat_scale.train.recovery import rewind, save
+from nrat_scale.train.refinement import after_validation, memory_note, write_scores
 from nrat_scale.train.setup import start
 from nrat_scale.train.signals import Stopped, StopSignals, resume_command
 from nrat_scale.train.state import TrainState
@@ -126,6 +129,7 @@ def _run(state: TrainState, profile: int) -> None:
     recipe, run, accelerator = state.recipe, state.run.path, state.accelerator
     if state.step >= state.last_step and not state.validation_due:
         log_partial(state, _partial_row(state))  # resuming has removed it
+        write_scores(state)
         accelerator.print(f"{run} is complete: {state.step} of {state.last_step} steps are done. Nothing to train.")
         return
     state.trackers = Trackers(state.run if accelerator.is_main_process else None, recipe.train.trackers)
@@ -137,7 +141,14 @@ def _run(state: TrainState, profile: int) -> None:
     )
     if recipe.objective.warm_start and not recipe.objective.starts_warm:
         accelerator.print(f"objective.warm_start has no effect: {recipe.objective.title} has cross-entropy throughout.")
+    threat = recipe.threat
+    if recipe.objective.family != "natural" and (
+        threat.schedule or (threat.attack, threat.init == "per_class") != ("pgd", False)
+    ):
+        accelerator.print(f"attack of training: {attack_text(threat)}")
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():
+        accelerator.print(note)
+    if note := memory_note(state):
         accelerator.print(note)
     compile_models(state)
     use_graphs(state)
@@ -146,6 +157,7 @@ def _run(state: TrainState, profile: int) -> None:
     tracked, timed = contextlib.closing(state.trackers), contextlib.closing(Timing(state))
     with alive, state.signals.watched(), tracked, state.saver or nothing, timed as timing:
         _fit(state, profile, timing)
+    write_scores(state)
     best = state.best
     if best is not None and math.isfinite(best["robust"]["accuracy"]):
         accelerator.print(
@@ -282,6 +294,17 @@ def _watch_for_collapse(state: TrainState) -> bool:
     return True
 
 
+def _watch_for_overfitting(state: TrainState, epoch: int) -> None:
+    """Warn of catastrophic overfitting when a validation finds it and the one before did not."""
+    rows = [json.loads(line) for line in state.metrics]  # empty on other ranks
+    validated, overfitted = [row["epoch"] for row in rows if row["kind"] == "validation"], catastrophic_epochs(rows)
+    if epoch in overfitted and (len(validated) < 2 or validated[-2] not in overfitted):
+        state.accelerator.print(
+            f"warning: catastrophic overfitting in epoch {epoch}: the model withstands the attack of training, and "
+            f"{state.recipe.train.validation_attack} breaks nearly all images. Use more threat.num_steps, or threat.attack=n_fgsm."
+        )
+
+
 def _validate_and_save(state: TrainState, progress: Progress, timing: Timing) -> None:
     """At the end of an epoch: validate if due, select the best checkpoint, save."""
     spec, epoch = state.recipe.train, state.step // state.data.steps_per_epoch
@@ -295,9 +318,11 @@ def _validate_and_save(state: TrainState, progress: Progress, timing: Timing) ->
             signum = torch.tensor([state.signals.received], device=state.accelerator.device)
             _save_and_stop(state, int(gather(signum).max()), progress)
         state.validation_due = False
+        after_validation(state, row)
         timing.validation(epoch, time.perf_counter() - began)
         log(state, row)
         progress.epoch(row)
+        _watch_for_overfitting(state, epoch)
         improved = state.best is None or row["robust"]["correct"] > state.best["robust"]["correct"]
         if improved:
             state.best = {key: row[key] for key in ("step", "epoch", "natural", "robust", "attack")}

@@ -116,6 +116,7 @@ def averages(state: TrainState, sums: Mapping[str, float]) -> dict[str, float | 
 def close_epoch(state: TrainState, epoch: int, lr: float) -> dict[str, Any]:
     """The row of the epoch that ends; clears the sums for the next."""
     row = {"kind": "train", "epoch": epoch, "step": state.step, **averages(state, total_sums(state)), "lr": lr}
+    row |= _phase(state)
     state.sums.zero_()
     return row
 
@@ -134,7 +135,13 @@ def partial_row(state: TrainState, lr: float) -> dict[str, Any] | None:
         "step": state.step,
         "steps_of_epoch": done,
     }
-    return {**known, **averages(state, total_sums(state)), "lr": lr}
+    return {**known, **averages(state, total_sums(state)), "lr": lr, **_phase(state)}
+
+
+def _phase(state: TrainState) -> dict[str, int]:
+    """The number of the phase of `threat.schedule`, from 1, of the last step; empty without a schedule."""
+    threat = state.recipe.threat
+    return {"phase": threat.phase((state.step - 1) / state.total_steps) + 1} if threat.schedule else {}
 
 
 def is_partial(line: str) -> bool:

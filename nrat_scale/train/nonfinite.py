@@ -62,6 +62,7 @@ class StepChecks:
         # Counts of WRONG and SIGNALS, on this rank and summed over all.
         self.here = torch.zeros(len(WRONG) + len(SIGNALS), dtype=torch.int32, device=device)
         self._everywhere = torch.zeros_like(self.here)
+        self.tensors = (self.here, self._everywhere)  # all that change on the device
         # Steps that the host has not read: number, counts, event that marks the end of the copy.
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -77,7 +78,7 @@ class StepChecks:
 
     def agree(self) -> Tensor:
         """Sum over ranks; whether nothing is wrong on any of them so far (bool scalar on the device)."""
-        self._everywhere = self._total(self.here)
+        self._everywhere.copy_(self._total(self.here))  # in place: a graph writes where it was captured
         return ~self._everywhere[: len(WRONG)].any()
 
     def note_everywhere(self, kind: str, bad: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class StepChecks:
 def report_bad_step(verdict: Verdict, state: "TrainState") -> str:
     """Save the images and weights of a bad step; the error message, the same on all ranks. All ranks must call it.
 
-    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, ids, generated (whether the
+    Each rank on which it happened writes RUN/bad-step-XXXXXXXX-rankN.safetensors: x, x_adv, y, target (of label refinement), ids, generated (whether the
     source is the generated one), and `model.NAME`: the parameters from before the step, BatchNorm's statistics after it.
     """
     # The averaged gradient is equal on all ranks, so it does not name the rank that failed.
@@ -143,7 +144,7 @@ def images_not_finite(parts: "list[MicroBatch]") -> Tensor:
 
 def _save_step(state: "TrainState", batch: Batch, parts: "list[MicroBatch]") -> str:
     """Write the file of this rank; its clause of the error message."""
-    columns = {name: [getattr(part, name) for part in parts] for name in ("x", "y", "x_adv")}
+    columns = {name: [getattr(part, name) for part in parts] for name in ("x", "y", "target", "x_adv")}
     tensors = {name: torch.cat(column) for name, column in columns.items() if column[0] is not None}
     tensors |= {"ids": batch.ids, "generated": batch.generated}
     tensors |= {f"model.{name}": value for name, value in state.base.state_dict().items()}

@@ -56,6 +56,7 @@ def save(state: TrainState, *, is_best: bool, final: bool = False) -> None:
             "ema": state.ema.module.state_dict() if state.ema is not None else {},
             "optimizer": optimizer_tensors(state.optimizer, state.base),
             "objective": state.objective.state_dict(),
+            "attack": state.class_starts.state_dict() if state.class_starts is not None else {},
         }
         good_until = state.guard.healthy_step if state.recipe.guard.action == "rewind" else None
         selected = state.best is not None
@@ -97,6 +98,7 @@ def _restore(state: TrainState, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.folder} was written by another version ({error}). {way_out}") from error
     modules: dict[str, nn.Module] = {"model": state.base, "objective": state.objective}
     modules |= {"ema": state.ema.module} if state.ema is not None else {}
+    modules |= {"attack": state.class_starts} if state.class_starts is not None else {}
     tensors = {name: checkpoint.tensors(name) for name in modules}
     for name, module in modules.items():
         if mismatch := tensor_mismatch(tensors[name], module.state_dict()):

@@ -16,7 +16,7 @@ from torch import nn
 
 from nrat_scale import models
 from nrat_scale.added_losses import check_added
-from nrat_scale.attacks import fraction_text, short_reach
+from nrat_scale.attacks import evaluation_threat, fraction_text, short_reach
 from nrat_scale.checkpoint.folder import checkpoint_folders, recover
 from nrat_scale.checkpoint.saver import Saver
 from nrat_scale.collapse import Guard
@@ -43,6 +43,7 @@ from nrat_scale.optim import build_optimizer, zero_momentum
 from nrat_scale.recipe import RecipeSpec, difference, load_recipe, outdated, to_yaml
 from nrat_scale.train.attack_model import AttackModel
 from nrat_scale.train.batchnorm import RunningStatistics, check_batchnorm, convert
+from nrat_scale.train.class_starts import ClassStarts
 from nrat_scale.train.label_noise import keep_stored_noise, write_noise
 from nrat_scale.train.metrics import sum_names
 from nrat_scale.train.nonfinite import StepChecks
@@ -150,7 +151,7 @@ def _check_reach(recipe: RecipeSpec) -> None:
     Without steps, training on the random start alone is what the recipe asks for. Runs of earlier versions are resumed.
     """
     threat, attack = recipe.threat, parse_attack(recipe.train.validation_attack)
-    noise_alone = threat.num_steps == 0 and threat.init in ("uniform", "normal01")
+    noise_alone = threat.num_steps == 0 and threat.start in ("uniform", "normal01")
     problem = None if noise_alone or recipe.objective.family == "natural" else short_reach(threat, threat.num_steps)
     if problem is not None:
         what = (
@@ -162,7 +163,7 @@ def _check_reach(recipe: RecipeSpec) -> None:
         if far and RunFolder(Path(recipe.run_dir)).is_new:
             raise UserError(f"{what}. {way_out}")
         warn(f"{what}. {way_out}")
-    if (problem := short_reach(threat, attack.steps)) is not None:
+    if (problem := short_reach(evaluation_threat(threat), attack.steps)) is not None:
         name = recipe.train.validation_attack
         warn(f"Robust validation accuracies are too high: {problem} (train.validation_attack={name}, threat.step).")
 
@@ -299,7 +300,9 @@ def _build(
         # torch deprecates `broadcast_buffers`, and Accelerate offers no replacement yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(base.train(), build_optimizer(base, recipe.optim))
-    objective = Objective(recipe.objective, num_classes).to(device)
+    objective = Objective(recipe.objective, num_classes, data.num_images).to(device)
+    if recipe.precision == "fp64":
+        objective.refinement.double()
     guard = Guard(recipe.guard, num_classes, device)
     sums = torch.zeros(len(sum_names()), dtype=torch.float64, device=device)
     checks = StepChecks(device, partial(accelerator.reduce, reduction="sum"))
@@ -308,6 +311,10 @@ def _build(
         recipe, RunFolder(Path(recipe.run_dir)), data, accelerator, base, model, attack_model, optimizer, objective, ema,
         data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), draws, sums,
     )  # fmt: skip
+    if recipe.threat.init == "per_class" and objective.attacks:
+        height, width, channels = data.shards.image_shape
+        dtype = next(base.parameters()).dtype
+        state.class_starts = ClassStarts(num_classes, (channels, height, width), recipe.seed, dtype).to(device)
     if recipe.precision == "fp16":
         prepare_for_skipped_steps(state)
     return state
@@ -317,7 +324,8 @@ def prepare_for_skipped_steps(state: TrainState) -> None:
     """Let training continue after a step that GradScaler skips: restore what the step changed besides the weights."""
     zero_momentum(state.optimizer.optimizer)
     statistics = [buffer for layer in batchnorms(state.base) for buffer in layer.buffers(recurse=False)]
-    state.restored = [*statistics, *state.objective.buffers(), state.sums, state.guard.sums]
+    starts = () if state.class_starts is None else state.class_starts.buffers()
+    state.restored = [*statistics, *state.objective.buffers(), *starts, state.sums, state.guard.sums]
 
 
 def _describe(state: TrainState, arguments: dict[str, Any], init: dict[str, Any] | None) -> None:

@@ -1,7 +1,8 @@
 """One training step, to be read beside Algorithm 1 of the paper.
 
     1. take this rank's part of global batch t, augmented, in [0, 1]
-    2. attack it: x' = PGD(inner loss) on the attack model, which shares the weights and needs no gradient for them
+    2. attack it: x' = PGD(inner loss), as the phase of `threat.schedule` says, on the attack model, which shares the weights
+       and needs no gradient for them
     3. with AWP, perturb the weights
     4. forward x, then x', in training mode; outer loss; backward (averaged over ranks and micro-batches)
     5. optimizer step, skipped on all ranks if a loss or gradient is not finite on any; EMA
@@ -12,7 +13,7 @@ for a GPU: the host reads `TrainState.checks` later.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +26,7 @@ from nrat_scale.data.batches import Batch
 from nrat_scale.data.source import UNKNOWN_LABEL
 from nrat_scale.optim import align_gradients
 from nrat_scale.train.metrics import record_micro_batch, record_step
+from nrat_scale.train.refinement import inner_loss, new_rows, outer_loss, refined, remember
 from nrat_scale.train.state import MicroBatch, TrainState
 from nrat_scale.weights import awp
 
@@ -39,7 +41,9 @@ def train_step(state: TrainState, batch: Batch) -> None:
     epoch, place = divmod(state.step, state.data.steps_per_epoch)
     total = partial(state.accelerator.reduce, reduction="sum")
     state.objective.begin_step([part.y for part in parts], total, new_epoch=place == 0 and epoch > 0)
-    before = [tensor.clone() for tensor in state.restored]
+    with state.clock.section("outer"):
+        parts = refined(state, batch, parts)
+    state.before = [tensor.clone() for tensor in state.restored]
     perturbed = state.recipe.awp.gamma > 0 and epoch >= state.recipe.awp.warmup_epochs
     reuse = reuses_natural(state) and not perturbed
     if state.objective.attacks and not reuse:
@@ -50,19 +54,20 @@ def train_step(state: TrainState, batch: Batch) -> None:
             last = number == len(parts)
             with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
                 done.append(_trained(state, part, len(parts), reuse=reuse))
-            record_micro_batch(state, done[-1])
             state.objective.update(done[-1].logits, part.y, total, part.weights)
-        with state.clock.section("optimizer"):
-            good = _finish_gradient(state)
-            state.optimizer.step()
+        remember(state, batch, done)
+        if state.class_starts is not None:
+            state.class_starts.update(total)
+        if perturbed:  # weight decay acts on the perturbed weights
+            with state.clock.section("optimizer"):
+                good = update_weights(state)
     with state.clock.section("optimizer"):
-        graphed = state.graphs is not None and state.graphs.training.enabled
-        state.optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients where they are
-        state.statistics.end_step(len(parts))
-        for tensor, value in zip(state.restored, before, strict=True):
-            tensor.copy_(torch.where(good, tensor, value))
-        if state.ema is not None:
-            state.ema.update(state.base, step=state.step + 1)
+        if perturbed:
+            finish_step(state, len(parts), good)
+        elif state.graphs is None:
+            update(state, len(parts))
+        else:
+            state.graphs.end_step(len(parts))
         state.checks.post(state.step + 1)
 
 
@@ -72,19 +77,22 @@ def micro_batches(state: TrainState, batch: Batch) -> Iterator[MicroBatch]:
     x, y = state.data.augmented(batch, device)
     if state.recipe.precision == "fp64":
         x = x.double()
-    generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
-    noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.init, x, generator)
-    noise = noise[batch.first : batch.first + len(x)]
+    if state.class_starts is not None:
+        noise = state.class_starts.noise(y)
+    else:
+        generator = torch_generator(device, state.recipe.seed, "attack", batch.step)
+        noise = start_noise(torch.Size((size, *x.shape[1:])), state.recipe.threat.start, x, generator)
+        noise = noise[batch.first : batch.first + len(x)]
     layout = torch.channels_last if state.recipe.train.channels_last else torch.contiguous_format
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in (x, noise))
     clean = batch.clean_labels.to(device, non_blocking=True)
     if y.ndim == 2:  # CutMix: an image no longer has one clean label
         clean = torch.full_like(clean, UNKNOWN_LABEL)
     weights, parts = state.data.loss_weights(batch, device), state.recipe.train.accumulate
-    pieces = (tensor.chunk(parts) for tensor in (x, y, clean, noise))
-    weighted = [None] * parts if weights is None else weights.chunk(parts)
-    for piece, weight in zip(zip(*pieces, strict=True), weighted, strict=True):
-        yield replace(MicroBatch(*piece), weights=weight)
+    pieces = [tensor.chunk(parts) for tensor in (x, y, clean, noise)]
+    weighted: Sequence[Tensor | None] = [None] * parts if weights is None else weights.chunk(parts)
+    for images, labels, right, unit_noise, weight in zip(*pieces, weighted, strict=True):
+        yield MicroBatch(images, labels, right, unit_noise, weights=weight)
 
 
 def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool) -> MicroBatch:
@@ -94,39 +102,32 @@ def _trained(state: TrainState, part: MicroBatch, num_parts: int, *, reuse: bool
             logits = state.model(part.x)
         part = attacked(state, part, logits)
         with state.clock.section("outer"):
-            results = _backward(state, logits, part.x_adv, part.y, num_parts, part.weights)
-    else:
-        with state.clock.section("outer"):
-            given = [part.x, part.y, *(tensor for tensor in (part.x_adv, part.weights) if tensor is not None)]
-            if state.graphs is None:
-                results = forward_backward(state, num_parts, *given)
-            else:
-                results = state.graphs.train(num_parts, *given)
-    loss, *found = results
-    logits = found.pop(0) if state.objective.family != "at" else None
-    return replace(part, loss=loss, logits=logits, logits_adv=found[0] if found else None)
+            return _backward(state, logits, part, num_parts)
+    with state.clock.section("outer"):
+        if state.graphs is None:
+            return forward_backward(state, part, num_parts)
+        return state.graphs.train(part, num_parts)
 
 
-def forward_backward(state: TrainState, num_parts: int, x: Tensor, y: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-    """Forward of `x`, then of x_adv, outer loss, backward: (loss, natural logits unless "at", adversarial ones if attacked).
-
-    `more`: x_adv if the objective attacks, then the weights of the images if they have some.
-    """
-    rest = list(more)
-    x_adv = rest.pop(0) if state.objective.attacks else None
-    weights = rest.pop(0) if rest else None
+def forward_backward(state: TrainState, part: MicroBatch, num_parts: int) -> MicroBatch:
+    """Forward of x, then of x_adv, outer loss, backward, metrics; `part` with loss, logits and what is remembered of them."""
     # Two forwards, natural first: BatchNorm's statistics depend on the split and the order.
-    logits = state.model(x) if state.objective.family != "at" else None
-    return _backward(state, logits, x_adv, y, num_parts, weights)
+    logits = state.model(part.x) if state.objective.family != "at" else None
+    return _backward(state, logits, part, num_parts)
 
 
-def _backward(
-    state: TrainState, logits: Tensor | None, x_adv: Tensor | None, y: Tensor, num_parts: int, weights: Tensor | None
-) -> tuple[Tensor, ...]:
-    logits_adv = state.model(x_adv) if x_adv is not None else None
-    loss = state.objective.loss(logits, logits_adv, y, state.progress, weights)
+def _backward(state: TrainState, logits: Tensor | None, part: MicroBatch, num_parts: int) -> MicroBatch:
+    logits_adv = state.model(part.x_adv) if part.x_adv is not None else None
+    y, rows = part.trained, new_rows(state, part.x, logits, logits_adv, part.history)
+    if rows is not None:
+        part = replace(part, remembered=rows)
+        y = rows if state.objective.spec.refine.kind == "sglr" else y
+    loss = outer_loss(state, logits, logits_adv, y, part.history, part.weights)
     state.accelerator.backward(loss / num_parts)
-    return tuple(tensor.detach() for tensor in (loss, logits, logits_adv) if tensor is not None)
+    found = [None if tensor is None else tensor.detach() for tensor in (loss, logits, logits_adv)]
+    part = replace(part, loss=found[0], logits=found[1], logits_adv=found[2])
+    record_micro_batch(state, part)
+    return part
 
 
 def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) -> MicroBatch:
@@ -136,18 +137,35 @@ def attacked(state: TrainState, part: MicroBatch, logits: Tensor | None = None) 
     """
     with state.clock.section("attack"):
         state.attack_model.refresh()
-        given = (part.x, part.y, part.noise) if logits is None else (part.x, part.y, part.noise, logits.detach())
-        x_adv, finite, inside = attack(state, *given) if state.graphs is None else state.graphs.attack(*given)
+        # A soft label would take the place of p in a divergence, as that of CutMix does.
+        y = part.y if state.objective.inner_needs_natural else part.trained
+        given = (part.x, y, part.noise) if logits is None else (part.x, y, part.noise, logits.detach())
+        if state.graphs is None:
+            found = attack(state, *given, history=part.history)
+        else:
+            found = state.graphs.attack(*given, key=state.threat.key)
+        x_adv, finite, inside = found[:3]
+        if state.class_starts is not None:
+            state.class_starts.add(found[3], part.label)
         state.checks.note("attack", ~finite)
         state.checks.note("ball", finite & ~inside)
         return replace(part, x_adv=x_adv)
 
 
 def attack(
-    state: TrainState, x: Tensor, y: Tensor, noise: Tensor, logits: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host."""
-    threat, module = state.recipe.threat, state.attack_model.module
+    state: TrainState,
+    x: Tensor,
+    y: Tensor,
+    noise: Tensor,
+    logits: Tensor | None = None,
+    *,
+    history: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(x_adv, whether all was finite, whether it is inside the ball): the training attack, without a decision of the host.
+
+    With starts per class the gradient of the first step is a fourth result.
+    """
+    threat, module = state.threat, state.attack_model.module
 
     def mixed(images: Tensor) -> Tensor:
         with state.accelerator.autocast():
@@ -157,11 +175,14 @@ def attack(
     if logits is None and state.objective.inner_needs_natural:
         with torch.no_grad():
             logits = first(x)
-    inner = state.objective.inner(logits, y)
+    inner = inner_loss(state, logits, y, history)
     model, encode, decode = in_space(module, threat.space, mixed)
     first_model, _, _ = in_space(module, threat.space, first)
     found = search(model, encode(x), inner, threat, apply_noise(encode(x), noise, threat), first_model)
-    return decode(found.x_adv), found.finite, found.inside
+    results = decode(found.x_adv), found.finite, found.inside
+    if state.class_starts is None:
+        return results
+    return (*results, torch.zeros_like(x) if found.gradient is None else found.gradient)
 
 
 def reuses_natural(state: TrainState) -> bool:
@@ -187,10 +208,36 @@ def _perturbed_weights(state: TrainState, parts: list[MicroBatch]) -> contextlib
     def loss(part: MicroBatch, model: nn.Module) -> Tensor:
         logits = model(part.x) if state.objective.family != "at" else None
         logits_adv = model(part.x_adv) if part.x_adv is not None else None
-        return state.objective.loss(logits, logits_adv, part.y, state.progress, part.weights)
+        return outer_loss(state, logits, logits_adv, part.trained, part.history, part.weights)
 
     mean = partial(state.accelerator.reduce, reduction="mean")
     return awp(state.base, [partial(loss, part) for part in parts], state.recipe.awp.gamma, reduce=mean)
+
+
+def update(state: TrainState, num_parts: int) -> Tensor:
+    """The end of a step after its gradients; whether the step is good (bool scalar)."""
+    good = update_weights(state)
+    finish_step(state, num_parts, good)
+    return good
+
+
+def update_weights(state: TrainState) -> Tensor:
+    """Check and clip the gradient, then the optimizer's step, which a bad step skips; whether it is good (bool scalar)."""
+    good = _finish_gradient(state)
+    state.optimizer.step()
+    return good
+
+
+@torch.no_grad()
+def finish_step(state: TrainState, num_parts: int, good: Tensor) -> None:
+    """Gradients, BatchNorm's statistics and the EMA after the optimizer's step."""
+    graphed = state.graphs is not None and state.graphs.keeps_gradients
+    state.optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the gradients where they are
+    state.statistics.end_step(num_parts)
+    for tensor, value in zip(state.restored, state.before, strict=True):
+        tensor.copy_(torch.where(good, tensor, value))
+    if state.ema is not None:
+        state.ema.update(state.base, step=state.step + 1)
 
 
 @torch.no_grad()

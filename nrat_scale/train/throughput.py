@@ -5,8 +5,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nrat_scale.core.modes import attack_mode
-from nrat_scale.objectives import Objective
-from nrat_scale.recipe import RecipeSpec
 
 # Dense bf16 peak of the tensor cores with float32 accumulation, in TFLOP/s, from NVIDIA's datasheets (H100, H200, A100, L40S,
 # HGX B200) and the Ada whitepaper (RTX 4090); a name is matched as a part of what the driver reports, the first that fits.
@@ -24,21 +22,6 @@ PEAK_TFLOPS = {
 def peak_tflops(device_name: str) -> float | None:
     """The dense bf16 peak of a card, or None if it is not in `PEAK_TFLOPS`."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
-
-
-def forward_equivalents(recipe: RecipeSpec, objective: Objective, *, reuses_natural: bool = False) -> int:
-    """The cost of a step in forward passes of its images; a backward pass to the images or to the weights is one each.
-
-    For example 27 for TRADES and NRAT with 10 steps: 2 x 10 and the natural logits for the attack, 3 x 2 for training.
-
-    Args:
-        reuses_natural: the natural training forward also serves the attack, as in DM_AT in float32.
-    """
-    num_forwards = 2 if objective.family in ("trades", "mart") else 1
-    training = 3 * num_forwards * (2 if recipe.awp.gamma else 1)
-    if not objective.attacks:
-        return training
-    return training + 2 * recipe.threat.num_steps + int(objective.inner_needs_natural and not reuses_natural)
 
 
 @torch.no_grad()

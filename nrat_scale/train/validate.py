@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nrat_scale.attacks import evaluation_threat
 from nrat_scale.core.errors import warn
 from nrat_scale.core.float32 import exact_float32
 from nrat_scale.core.memory import ran_out_of_memory
@@ -90,7 +91,7 @@ def _show_examples(state: TrainState, name: str, model: nn.Module) -> None:
     perturb = ATTACKS[attack.kind].perturb
     assert perturb is not None, "train.validation_attack is pgdN or cwN"
     try:
-        block = Block(model, x, y, np.arange(len(x)), state.recipe.threat, state.recipe.seed)
+        block = Block(model, x, y, np.arange(len(x)), evaluation_threat(state.recipe.threat), state.recipe.seed)
         pairs = torch.cat([x, perturb(attack, block).to(x)], dim=3)
     except Exception as error:
         if not ran_out_of_memory(error):
@@ -103,12 +104,12 @@ def _show_examples(state: TrainState, name: str, model: nn.Module) -> None:
 def _outcomes(state: TrainState, attack: str, model: nn.Module, images: Images) -> np.ndarray:
     """`correct_under`, in smaller blocks if memory does not suffice."""
     options: dict[str, Any] = {"seed": state.recipe.seed, "stopped": lambda: state.signals.received != 0}
-    *larger, smallest = _BLOCK_SIZES
+    (*larger, smallest), threat = _BLOCK_SIZES, evaluation_threat(state.recipe.threat)
     for size in larger:
         try:
-            return correct_under(attack, model, images, state.recipe.threat, batch_size=size, **options)
+            return correct_under(attack, model, images, threat, batch_size=size, **options)
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
         warn(f"{size} validation images at once do not fit into memory: validating with fewer.")
-    return correct_under(attack, model, images, state.recipe.threat, batch_size=smallest, **options)
+    return correct_under(attack, model, images, threat, batch_size=smallest, **options)

@@ -16,7 +16,7 @@ OVERRIDES = {
     "data.batch_size": 32,
     "data.augment.crop": 0,
     "data.augment.flip": False,
-    "train.epochs": 6,
+    "train.epochs": 8,
     "optim.lr": 0.02,
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,42 @@ def test_noise_of_the_recipe(data, tmp_path, overrides):
     other = make_shards(tmp_path / "other", 100, 3)
     with pytest.raises(UserError, match="does not say which labels to audit"):
         audit(other, recipe=recipe, out=tmp_path / "other-audit", **options)
+
+
+def test_noise_without_a_published_map(hold_out, tmp_path):
+    """--noise has no class map: the message says where it comes from."""
+    other = make_shards(tmp_path / "shards", 100, 3, dataset="fashion_mnist")
+    with pytest.raises(UserError, match=r"No asymmetric noise map .* from the recipe of --recipe"):
+        audit(other, folds=2, noise="asymmetric:0.2:0", out=tmp_path / "out")
+
+
+def test_some_shards_of_a_folder(tmp_path, overrides):
+    """An address of some shards is audited and trained on as such, not the whole folder."""
+    folder = tmp_path / "shards"
+    make_shards(folder, 300, 0, shard_size=100)
+    part = f"{folder}/shard-{{00000..00001}}.tar"
+    found = audit(part, folds=2, out=tmp_path / "out", overrides={**overrides, "train.epochs": 1}, bootstrap=100)
+    assert found.content["data"]["num_images"] < 300
+    record = json.loads((tmp_path / "out" / "folds" / "fold-0" / "data.json").read_text())
+    assert record["real"]["fingerprint"] == found.content["data"]["fingerprint"]
+    read_audit_scores(found.path).check_fits(open_shards(part))
+
+
+@pytest.mark.slow
+def test_two_processes_predict_the_same(hold_out, finished, tmp_path):
+    """Under torchrun each process predicts its shards; probabilities and scores have the bits of one process."""
+    several = make_shards(tmp_path / "several", 300, 5, shard_size=64)
+    run = finished.path / "folds" / "fold-0"
+    audit(several, model=run, checkpoint="last", unseen=True, out=tmp_path / "one", bootstrap=100)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "nrat_scale.audit"]
+    options = ["--model", run, "--checkpoint", "last", "--unseen", "--out", tmp_path / "two", "--bootstrap", "100"]
+    done = subprocess.run([*command, several, *options], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "wrong labels" in done.stdout or "confident learning" in done.stdout
+    assert len(list((tmp_path / "two" / "probabilities").iterdir())) >= 4
+    for name in ("probabilities", "scores"):
+        ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / out / name).iterdir()} for out in ("one", "two"))
+        assert ours == theirs
 
 
 def test_command_line_options(data, capsys, tmp_path):

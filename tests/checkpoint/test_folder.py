@@ -39,8 +39,11 @@ def test_pointers_and_pruning(tmp_path: Path) -> None:
     assert (named_checkpoint(tmp_path, "best").step, named_checkpoint(tmp_path, "last").step) == (20, 50)
     prune(tmp_path, keep=0)
     assert [folder.name[-2:] for folder in checkpoint_folders(tmp_path)] == ["50", "20"]
+    (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="no 'best' checkpoint"):
         named_checkpoint(tmp_path / "other", "best")
+    with pytest.raises(UserError, match=r"There is no folder .*/othr\. Did you mean .*/other\?"):
+        named_checkpoint(tmp_path / "othr", "best")
 
 
 def test_pruning_keeps_what_a_rewind_needs(tmp_path: Path) -> None:

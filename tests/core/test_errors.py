@@ -1,10 +1,11 @@
 """Messages: exit status, warnings, suggestions, and text from files that must not control the terminal."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from nrat_scale.core.errors import UserError, did_you_mean, first_line, printable, quoted, run_cli, warn
+from nrat_scale.core.errors import UserError, did_you_mean, first_line, missing_folder, printable, quoted, run_cli, warn
 
 
 def _raises(error: BaseException) -> None:
@@ -51,7 +52,17 @@ def test_warnings_are_printed_by_rank_0(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_suggestions() -> None:
     """The closest name, or all of them."""
     assert did_you_mean("trade", ["trades", "nrat"]) == "Did you mean 'trades'?"
+    assert did_you_mean("TRADES", ["trades", "nrat"]) == "Did you mean 'trades'?"
     assert did_you_mean("xyz", ["trades", "nrat"]) == "Known: nrat, trades."
+
+
+def test_a_missing_folder_names_the_one_beside_it(tmp_path: Path) -> None:
+    """Only if its name is near; a file is said to be one."""
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "a.yaml").touch()
+    assert missing_folder(tmp_path / "quikstart").endswith(f"Did you mean {tmp_path / 'quickstart'}?")
+    assert missing_folder(tmp_path / "x").endswith("/x.") and missing_folder(tmp_path / "no" / "x").endswith("/no/x.")
+    assert missing_folder(tmp_path / "a.yaml") == f"{tmp_path / 'a.yaml'} is not a folder."
 
 
 def test_text_from_files_is_harmless() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.graphs import GraphedCall, relative_difference
-from tests.support.captured import capture_fx
+from tests.support.captured import capture_operations
 
 
 def close(plain, graphed):
@@ -14,7 +14,7 @@ def close(plain, graphed):
 
 
 def graphed(function, weights, said, **options):
-    options = {"close": close, "enabled": True, "capture": capture_fx, "say": said.append} | options
+    options = {"close": close, "enabled": True, "capture": capture_operations, "say": said.append} | options
     return GraphedCall("step", function, reads=lambda: weights, **options)
 
 

@@ -98,6 +98,15 @@ def test_missing_shards_say_how_to_make_them(tmp_path):
         open_shards(tmp_path / "nowhere", "data.real.shards", commands=["python -m nrat_scale.prepare digits"])
     with pytest.raises(UserError, match=r"Prepare them with: python -m nrat_scale\.prepare"):
         open_shards(tmp_path)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.jpg").touch()
+    with pytest.raises(UserError, match=rf"nrat_scale\.prepare folder {tmp_path / 'photos'} --out DIR"):
+        open_shards(tmp_path / "photos")
+    for name in ("train", "test"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "index.json").touch()
+    with pytest.raises(UserError, match=r"both is not shards of --data, but .*Name one: .*/both/test, .*/both/train\."):
+        open_shards(tmp_path / "both", "--data")
 
 
 def test_a_shard_that_vanishes_after_verification_is_named(folder):

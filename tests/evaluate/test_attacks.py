@@ -29,6 +29,16 @@ def test_attacks_by_name() -> None:
     for wrong in ("pgd", "pgd0", "pgd20x0", "cw-20", "AA", "aa:", "aa:squares", "natural1", "pgd20x", ""):
         with pytest.raises(UserError, match=r"Unknown attack|AutoAttack has no component 'squares'|Known"):
             parse_attack(wrong)
+    for wrong, meant in {
+        "PGD-20": "pgd20",
+        "CW-40": "cw40",
+        "AutoAttack": "aa",
+        "AA": "aa",
+        "pgd": "pgd20",
+        "clean": "natural",
+    }.items():
+        with pytest.raises(UserError, match=f"Did you mean {meant}\\?"):
+            parse_attack(wrong)
 
 
 @pytest.mark.parametrize(

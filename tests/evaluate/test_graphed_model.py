@@ -10,13 +10,13 @@ from nrat_scale.attacks import ThreatSpec
 from nrat_scale.core.errors import UserError
 from nrat_scale.evaluate.graphed_model import GraphedModel
 from nrat_scale.evaluate.measures import Images, correct_under
-from tests.support.captured import capture_fx
+from tests.support.captured import capture_operations
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 70, 300])
 def test_logits_and_gradients_are_those_of_the_model(model: nn.Module, images: Images, size: int) -> None:
     """Batches of every size, also larger than the largest bucket, after the capture and before."""
-    graphed = GraphedModel(model, capture_fx)
+    graphed = GraphedModel(model, capture_operations)
     shape = images.pixels.shape[1:]
     for number in range(4):
         x = torch.rand(size, *shape, generator=torch.Generator().manual_seed(number)).requires_grad_()
@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_the_model(model: nn.Module, images: I
 def test_outcomes_are_those_of_the_model(model: nn.Module, images: Images, threat: ThreatSpec, attack: str) -> None:
     """Image by image, though AutoAttack's batches shrink and are padded."""
     some = images.take(torch.arange(24).numpy())
-    plain, graphed = (correct_under(attack, m, some, threat) for m in (model, GraphedModel(model, capture_fx)))
+    plain, graphed = (correct_under(attack, m, some, threat) for m in (model, GraphedModel(model, capture_operations)))
     assert (plain == graphed).all()
 
 

@@ -66,6 +66,13 @@ def test_masked_gradients_are_flagged(model: nn.Module, images: Images, threat: 
     assert check_model(model, images, released, "m") == [RELEASED_CODE_WARNING]
 
 
+def test_one_class_for_all_images_is_flagged_as_that(model: nn.Module, images: Images, threat: ThreatSpec) -> None:
+    """A collapsed model resists every attack; that is not masking."""
+    favoured = torch.zeros(10).index_fill(0, torch.tensor([3]), 1e3)
+    (flag,) = check_model(Wrapped(model, lambda logits: 1e-3 * logits + favoured), images, threat, "m")
+    assert "predicts class 3 for all" in flag and "masked" not in flag
+
+
 def test_a_sound_model_contradicts_nothing(model: nn.Module, images: Images, threat: ThreatSpec) -> None:
     """Measured outcomes of an adversarially trained model raise no flag."""
     names = ("natural", "fgsm", "pgd20", "pgd50x2")

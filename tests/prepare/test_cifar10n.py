@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nrat_scale.data.shards import ShardSet, open_shards
-from nrat_scale.labels import HUMAN_SETS, load_human_labels
+from nrat_scale.label_files import HUMAN_SETS, load_human_labels
 from tests.support.preparation import CallOnUnpickling, is_one_sentence, random_images
 
 

@@ -33,6 +33,23 @@ def test_idx_comes_back_exactly(tmp_path, convert, packed):
     assert convert("idx", *paths).dataset == "custom"
 
 
+def test_images_can_be_scaled(tmp_path, convert, cli):
+    """--size scales flat images exactly; the index says so; other shapes are refused."""
+    small, labels = random_images(20, (6, 6, 1), seed=1)
+    small = np.where(small < 128, 40, 200).astype(np.uint8)
+    flat = np.broadcast_to(small[:, :1, :1], (20, 12, 12, 1))
+    paths = [tmp_path / "images", tmp_path / "labels"]
+    for path, content in zip(paths, _idx(np.ascontiguousarray(flat), labels), strict=True):
+        path.write_bytes(content)
+    shards = convert("idx", *paths, "--size", 6)
+    assert holds(shards, np.broadcast_to(small[:, :1, :1], (20, 6, 6, 1)), labels)
+    assert "20 images scaled from 12 x 12 to 6 x 6" in shards.source_files[0]["name"]
+    for size, words in ((0, "expected 1..1024"), (5000, "expected 1..1024")):
+        assert_refused(cli, tmp_path, ["idx", *paths, "--size", size], words)
+    paths[0].write_bytes(_idx(*random_images(20, (8, 10, 1)))[0])
+    assert_refused(cli, tmp_path, ["idx", *paths, "--size", 6], "needs square images")
+
+
 # name -> (content of the two files, words of the message)
 MISTAKES = {
     "empty": (b"", LABELS, "begins with 0x0"),

@@ -83,6 +83,15 @@ def logits(model: nn.Module) -> float:
 
 
 @pytest.mark.medium
+def test_a_public_repository_is_not_taken_for_private(run: Path, hub: HubServer, tmp_path: Path) -> None:
+    """--private on a repository that is public already sends nothing."""
+    again = ["fails", run, "--push", "someone/open", "--private", "--license", "mit"]
+    done = client(hub, tmp_path / "home", [run, "--push", "someone/open"], again)
+    assert "someone/open exists and is public" in done.stdout and "Nothing was sent." in done.stdout, done.stderr
+    assert len(hub.commits) == 1
+
+
+@pytest.mark.medium
 def test_a_release_goes_to_the_hub_and_back(run: Path, model: nn.Module, hub: HubServer, tmp_path: Path) -> None:
     """Through 429 with Retry-After, 500 and cut connections: the release's files arrive byte for byte, and no other file.
 
@@ -104,6 +113,7 @@ def test_a_release_goes_to_the_hub_and_back(run: Path, model: nn.Module, hub: Hu
     assert 'nrat_scale.load("someone/mine")' in card and 'create_model("hf-hub:someone/mine", pretrained=True)' in card
     assert 'nrat_scale.load("someone/mine@v1")' in branch and "hf-hub:someone/mine@v1" in branch
     assert "someone/mine: every file is already there" in done.stdout
+    assert 'model = nrat_scale.load("someone/mine@v1")' in done.stdout, "as for a folder, the next line to type"
     sent = [paths for _, _, paths in hub.commits]
     assert len(sent) == 2 and set(sent[1]) == {"README.md", "manifest.json"}, "the branch differs by its own address"
     assert hub.private == {"someone/mine"}
@@ -209,6 +219,9 @@ def test_a_bucket_holds_releases(
         (["--push", "hf://buckets/someone/work", "--revision", "v1"], "buckets keep no history"),
         (["--push", "hf://buckets/someone"], "not an address on the Hub"),
         (["--push", "hf://buckets/someone/work/../x"], "not a folder of a bucket"),
+        (["--push", "https://huggingface.co/a/b"], r"not a repository on the Hub\. Did you mean a/b\?"),
+        (["--push", "hf://a/b"], r"Did you mean a/b\?"),
+        (["--push", "https://example.org/a/b/c"], "Expected user/repo"),
         (["--push", "a/b", "--license", "MIT"], "Did you mean 'mit'"),
         (["--push", "a/b", "--license", "mine"], "repositories-licenses"),
         (["--push", "a/b", "--license", "other"], "--license-name"),

@@ -44,7 +44,7 @@ def test_the_card_says_what_was_measured(run: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     text = (bundle.release(run, tmp_path / "out" / "mine") / "README.md").read_text()
     found = ModelCard(text).data
-    assert found.library_name == "timm" and found.model_name == "mine" and found.datasets == ["digits"]
+    assert found.library_name == "timm" and found.model_name == "mine" and found.datasets is None
     measured = {result.metric_name: result.metric_value for result in found.eval_results}
     attacks = results["checkpoints"]["best"]["attacks"]
     assert measured == {
@@ -115,6 +115,18 @@ def test_robustbench_gets_only_what_was_measured(run: Path, tmp_path: Path) -> N
     assert "**Threat Model**: Linf" in text and "**Robust accuracy**: not measured" in text
 
 
+def test_the_card_states_the_attack_of_training(run: Path, tmp_path: Path) -> None:
+    """With the phases of its schedule."""
+    plain = (bundle.release(run, tmp_path / "plain") / "README.md").read_text()
+    recipe = OmegaConf.load(run / "recipe.yaml")
+    of = f"{recipe.threat.num_steps} step{'s' if recipe.threat.num_steps > 1 else ''} of 2/255"
+    assert f"attack in training: {of}\n" in plain
+    recipe.threat.schedule = [{"until": 0.3, "num_steps": 1, "step": 8 / 255}]
+    OmegaConf.save(recipe, run / "recipe.yaml")
+    card = (bundle.release(run, tmp_path / "phases") / "README.md").read_text()
+    assert f"attack in training: 1 step of 8/255 until 30 % of training, then {of}\n" in card
+
+
 def _with_noise(run: Path, **rates: float) -> None:
     """Give the run the label noise of the GPU recipes: 154 real and 358 generated images in a batch."""
     recipe = OmegaConf.load(run / "recipe.yaml")
@@ -174,6 +186,22 @@ def test_results_in_the_format_of_leaderboards(run: Path, tmp_path: Path) -> Non
     assert {entry.dataset_id for entry in parse_eval_result_entries(yaml.safe_load(known.read_text()))} == {
         "uoft-cs/cifar10"
     }
+
+
+def test_the_card_links_to_a_data_set_that_the_hub_has(run: Path, tmp_path: Path) -> None:
+    """By the name of its repository; the Hub would make a dead link of `custom`."""
+    path = run / "model.json"
+    for dataset, expected in (("cifar10", ["uoft-cs/cifar10"]), ("custom", None)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dataset": dataset}))
+        card = (bundle.release(run, tmp_path / dataset) / "README.md").read_text()
+        assert ModelCard(card).data.datasets == expected
+
+
+def test_the_command_of_a_published_card_names_its_address(run: Path, tmp_path: Path) -> None:
+    """Who reads the card on the Hub has no folder of that name."""
+    folder = bundle.release(run, tmp_path / "mine", publication=Publication("someone/mine@v1"))
+    assert command_on(folder / "README.md")[0] == "someone/mine@v1"
+    assert command_on(bundle.release(run, tmp_path / "here") / "README.md")[0] == "here"
 
 
 def test_the_card_has_licence_picture_and_install_line(run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.loading.release_folder import resolve
 from nrat_scale.report.page import render_page, write_report
 from nrat_scale.report.run import read_run, read_runs, result_rows
 from tests.support.evaluated_runs import CURVE, RECIPE, changed, dotted_keys, make_run, metrics_lines, results
@@ -136,10 +137,16 @@ def test_damaged_files_are_named(tmp_path: Path, key: str, content: str, message
 
 def test_folders_that_are_not_runs(tmp_path: Path) -> None:
     """A missing folder, a folder without a run and an empty list are refused."""
-    with pytest.raises(UserError, match="nothing is not a run: there is no such folder"):
+    with pytest.raises(UserError, match=r"There is no folder .*nothing\. Give a folder"):
         write_report(read_runs([tmp_path / "nothing"]))
     with pytest.raises(UserError, match=r"is not a run: it has neither recipe\.yaml nor metrics\.jsonl"):
         write_report(read_runs([tmp_path]))
+    for name in ("b", "a"):
+        (make_run(tmp_path / "runs" / name) / "checkpoints").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=r"runs is not a run, but holds runs\. Name some: .*/runs/a .*/runs/b\."):
+        write_report(read_runs([tmp_path / "runs"]))
+    with pytest.raises(UserError, match=r"runs is not a release, but holds runs\. Name one: .*/runs/a, .*/runs/b\."):
+        resolve(tmp_path / "runs")
     with pytest.raises(UserError, match="No run was given"):
         write_report(read_runs([]))
 
@@ -159,3 +166,36 @@ def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
     assert [run.name for run in read_runs([one, two, one])] == ["a/run", "b/run"]
     assert [run.name for run in read_runs([one])] == ["run"]
+
+
+# ---- the attack of training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"schedule": [{"until": 0.5, "num_steps": 4, "step": 2 / 255, "eps": None}]},
+         "trained with 4 steps of 2/255 until 50 % of training, then 10 steps of 2/255"),
+        ({"attack": "n_fgsm", "num_steps": 1, "step": 8 / 255}, "trained with N-FGSM, 1 step of 8/255 after noise within 2 eps"),
+        ({"init": "per_class"}, "trained with 10 steps of 2/255 from a start per class"),
+    ],
+)  # fmt: skip
+def test_the_attack_of_training_is_stated(tmp_path: Path, changes: dict, text: str) -> None:
+    """With its phases; a schedule of a later version is not guessed at."""
+    run = make_run(tmp_path / "run", recipe={**RECIPE, "threat": {**RECIPE["threat"], **changes}})
+    assert text in page_of(run)
+    for odd in ("linear", [{"end": 1}], [7]):
+        later = {**RECIPE, "threat": {**RECIPE["threat"], "schedule": odd}}
+        assert "trained with" not in page_of(make_run(tmp_path / str(odd), recipe=later))
+
+
+def test_catastrophic_overfitting_is_flagged(tmp_path: Path) -> None:
+    """In the report of a run whose training accuracy is high while PGD in validation breaks nearly all images."""
+    assert "Catastrophic overfitting" not in page_of(make_run(tmp_path / "good"))
+    lines = [json.loads(line) for line in metrics_lines()]
+    for row in lines[6:]:
+        if row["kind"] == "validation":
+            row["robust"] |= {"correct": 2, "accuracy": 0.01}
+    run = make_run(tmp_path / "bad", metrics="".join(json.dumps(row) + "\n" for row in lines))
+    text = "Catastrophic overfitting after epoch 4 and 1 more: the model withstands the attack of training, and PGD-10 breaks"
+    assert text in page_of(run)

@@ -201,7 +201,13 @@ class HubServer:
         there = self.files(match[1], revision)
         if match[2] == "tree":
             return 200, [_entry(name, content) for name, content in sorted(there.items())]
-        facts = {"id": match[1], "sha": f"{len(self.commits):040x}", "private": False, "tags": [], "downloads": 0}
+        facts = {
+            "id": match[1],
+            "sha": f"{len(self.commits):040x}",
+            "private": match[1] in self.private,
+            "tags": [],
+            "downloads": 0,
+        }
         return 200, {**facts, "siblings": [{"rfilename": name} for name in sorted(there)]}
 
     def _file(self, path: str, method: str) -> Response:

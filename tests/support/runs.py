@@ -31,7 +31,15 @@ train: {epochs: 3, validation_attack: pgd2, keep: 5}
 
 
 def make_shards(
-    folder: Path, n: int, seed: int, channels: int = 1, size: int = 12, *, dataset: str = "custom", shift: int = 0
+    folder: Path,
+    n: int,
+    seed: int,
+    channels: int = 1,
+    size: int = 12,
+    *,
+    dataset: str = "custom",
+    shift: int = 0,
+    **options: int,
 ) -> Path:
     """Images with a bright band whose place depends on the class, so that a tiny model can learn it.
 
@@ -45,7 +53,11 @@ def make_shards(
     labels = np.where(np.arange(n) // 10 % 2 == 0, labels, (labels + shift) % 10)
     names = tuple("0123456789")
     return write_shards(
-        LabelledArrays(images.astype(np.uint8), labels, dataset, names), folder, block_size=32, progress=False
+        LabelledArrays(images.astype(np.uint8), labels, dataset, names),
+        folder,
+        block_size=32,
+        progress=False,
+        **options,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bench import __main__ as command
-from bench import against_package, data, gpu, loaders
+from bench import against_package, data, gpu, loaders, processes
+from bench.attack_profile import Profile, Spent, print_profile
 from bench.gpu import CONTENDERS, Case, Contender, step_gpu, step_seconds
 from bench.step import make_images
 from nrat_scale.core.errors import UserError
@@ -20,8 +21,9 @@ EVERY = [contender for group in CONTENDERS for contender in group]
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch.compile does nothing; one step of each row is measured, after no further warm-up."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(torch, "compile", lambda function, *, dynamic: function)
     for name, value in {"_WARMUP_STEPS": 0, "_MOST_STEPS": 1, "_LEAST_STEPS": 1}.items():
         monkeypatch.setattr(gpu, name, value)
@@ -154,6 +156,30 @@ def test_other_loaders_give_the_images_and_labels(tmp_path: Path, kind: str) -> 
     assert sum(source == "real" for source, _ in found) / loaders.BATCH == pytest.approx(0.3, abs=0.08)
 
 
+def test_starts_share_the_cache_of_the_first_compiled_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eager and first start begin with an empty cache, the second finds its files; the row has what the run said."""
+
+    def started(recipe: Path, run: Path, *overrides: str, cache: Path) -> tuple[float, str]:
+        assert "data.batch_size=4" in overrides
+        if "train.compile=false" in overrides:
+            return 2.0, ""
+        read = 5 if (cache / "fxgraph").exists() else 0
+        (cache / "fxgraph").mkdir(parents=True, exist_ok=True)
+        return 9.0 - read, f"torch.compile: {5 - read} graphs compiled, {read} read from {cache}, {6.5 - read} s\n"
+
+    monkeypatch.setattr(processes, "_startup_seconds", started)
+    monkeypatch.setattr(processes, "_cpu_seconds_of_children", lambda: 0.0)
+    command.main(["--work", str(tmp_path), "start", "--model", "cnn4", "data.batch_size=4"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| eager | 2.0 | 0.0 | 0 | 0 | 0 |",
+        "| compiled, empty cache | 9.0 | 0.0 | 6.5 | 5 | 0 |",
+        "| compiled, second start | 4.0 | 0.0 | 1.5 | 0 | 5 |",
+    ]
+
+
 # ---- autoattack -----------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +205,27 @@ def test_autoattack_gives_the_outcomes_of_a_direct_call(tmp_path: Path, capsys: 
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["differing"] == [] and report["robust"]["direct"] == report["robust"]["ours"]
     assert "time of ours by component:" in capsys.readouterr().out
+
+
+def test_the_profile_of_an_attack_counts_its_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each pass belongs to the component that runs; gradients are those of the model; the shares add up."""
+    ticks = iter(range(1000))
+    profile = Profile(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), lambda: float(next(ticks)))
+    x = torch.rand(5, 3, 2, 2, requires_grad=True)
+    profile(x)  # before the first component: not counted
+    profile.begin("gradients")
+    (gradient,) = torch.autograd.grad(profile(x).logsumexp(1).sum(), x)
+    (expected,) = torch.autograd.grad(profile.model(x).logsumexp(1).sum(), x)
+    assert torch.equal(gradient, expected)
+    profile.begin("queries")
+    with torch.no_grad():
+        profile(x), profile(x[:2])
+    profile.begin("")
+    assert profile.components == {"gradients": Spent(5, 1, 1, 1, 5), "queries": Spent(5, 2, 0, 2, 7)}
+    print_profile(profile.components)
+    printed = capsys.readouterr().out
+    assert "| gradients | 5.0 | 50 % | 20 % | 20 % | 60 % | 1 | 5.0 |" in printed
+    assert "| all | 10.0 | 100 % | 30 % | 10 % | 60 % | 3 | 4.0 |" in printed
 
 
 def test_an_outcome_that_differs_ends_the_command_with_an_error(

@@ -14,6 +14,7 @@ from nrat_scale.train.step import train_step
 from tests.support.runs import RECIPE, digest, make_shards
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CONSTANT_EMA = ["ema.decay=0.1", "ema.warmup_fraction=0"]  # so that the update is captured, too
 WIDE = "{name: wrn28_10_silu, kwargs: {depth: 10, width: 1}}"
 
 
@@ -36,7 +37,7 @@ def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_precision_resumes(recipe_path: Path, tmp_path: Path, precision: str, compiled: str, graphs: str) -> None:
     """With deterministic algorithms a resumed run ends with the bits of an undisturbed one, also between two replays."""
     keys = {"precision": precision, "train.compile": compiled, "train.graphs": graphs, "train.deterministic": "true"}
-    overrides = [f"{key}={value}" for key, value in keys.items()]
+    overrides = [*CONSTANT_EMA, *(f"{key}={value}" for key, value in keys.items())]
     whole = train(load_recipe(recipe_path, [*overrides, f"run_dir={tmp_path / 'whole'}"]))
     for stop in (["train.max_steps=5"], ["train.max_steps=9"], []):
         parts = train(load_recipe(recipe_path, [*overrides, *stop, f"run_dir={tmp_path / 'parts'}"]))
@@ -60,7 +61,7 @@ def test_graphs_and_compilation_equal_eager(recipe_path: Path, tmp_path: Path, o
     """Six steps in float64: weights, EMA and BatchNorm of graphs, and of compiled graphs, are those of launches."""
     states = []
     for name, compiled, graphs in (("eager", "false", False), ("graphs", "false", True), ("both", "true", True)):
-        given = [*options, "precision=fp64", f"train.compile={compiled}", "train.deterministic=true"]
+        given = [*CONSTANT_EMA, *options, "precision=fp64", f"train.compile={compiled}", "train.deterministic=true"]
         state = start(load_recipe(recipe_path, [*given, f"run_dir={tmp_path / name}"]))
         compile_models(state)
         state.graphs = StepGraphs(state, required=True) if graphs else None
@@ -70,6 +71,7 @@ def test_graphs_and_compilation_equal_eager(recipe_path: Path, tmp_path: Path, o
         states.append(state)
         if state.graphs is not None:
             assert state.graphs.attack.num_captures and state.graphs.training.num_captures
+            assert bool(state.graphs.update.num_captures) is ("awp.gamma=0.01" not in options)
     for other in states[1:]:
         for name in ("base", "ema"):
             ours, theirs = (getattr(state, name).state_dict() for state in (states[0], other))
@@ -87,7 +89,7 @@ def test_options_train(recipe_path: Path, tmp_path: Path, option: str) -> None:
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_step_never_waits_for_the_gpu(recipe_path: Path, tmp_path: Path, graphs: bool) -> None:
     """After some steps of warm-up no operation of a step synchronises with the host; torch raises if one does."""
-    state = start(load_recipe(recipe_path, ["precision=bf16", f"run_dir={tmp_path / 'run'}"]))
+    state = start(load_recipe(recipe_path, [*CONSTANT_EMA, "precision=bf16", f"run_dir={tmp_path / 'run'}"]))
     state.graphs = StepGraphs(state, required=True) if graphs else None
     for batch in state.data.batches(0, 10):
         # The first replays compare with eager results, on the host.

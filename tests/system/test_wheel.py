@@ -26,6 +26,7 @@ import nrat_scale, torch
 print(nrat_scale.__file__)
 print(tuple(nrat_scale.load("releases/tiny")(torch.rand(2, 1, 16, 16)).shape))
 """
+PRINTED = "from nrat_scale.reproduce.paper import printed_numbers; print(len(printed_numbers()))"
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,19 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.medium
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
-    """Modules, templates and styles: a file that only the clone has would be missed at the first use."""
+    """Modules, templates, styles, and the grids, which are a link in the clone: what is missing fails at the first use."""
     source = wheel.parent / "source"
     expected = {str(path.relative_to(source)) for path in (source / "nrat_scale").rglob("*") if path.is_file()}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
+    grids = {f"nrat_scale/reproduce/grids/{path.name}" for path in (ROOT / "recipes" / "grids").iterdir()}
+    assert grids and grids <= packed
 
 
 @pytest.mark.slow
 def test_every_command_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """Prepare, train one step, evaluate, report, release and load, from an empty folder and without the clone."""
+    """Prepare, train one step, evaluate, report, release, load and list the grids, from an empty folder, without the clone."""
     venv, work = tmp_path / "venv", tmp_path / "work"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
@@ -87,6 +90,10 @@ def test_every_command_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     run("-m", "nrat_scale.evaluate", "runs/tiny", "--data", "data/digits/test", "--attacks", "natural,pgd1")
     run("-m", "nrat_scale.report", "runs/tiny")
     run("-m", "nrat_scale.release", "runs/tiny", "--to", "releases/tiny")
+    assert "noise-benchmark" in run("-m", "nrat_scale.reproduce", "--list")
+    planned = run("-m", "nrat_scale.reproduce", "table5", "--edition", "fashion", "--seeds", "1", "--dry-run")
+    assert "16 cells, 0 finished" in planned and "missing   fashion/nrat-inner-nce_rce/symmetric-0.2/seed-0" in planned
+    assert run("-c", PRINTED).strip() == "396"
     imported, shape = run("-c", LOAD).splitlines()
     assert Path(imported).is_relative_to(packages)
     assert shape == "(2, 10)"

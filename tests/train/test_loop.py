@@ -26,7 +26,7 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
         for key, value in theirs.items():
             near = pytest.approx(value, abs=tolerance) if isinstance(value, float) else value
             assert ours[key] == near, f"{key} of step {theirs['step']}"
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "optimizer", "objective"):
         one, two = (named_checkpoint(folder, "last").tensors(name) for folder in (other, run))
         for key, value in one.items():
             torch.testing.assert_close(
@@ -44,8 +44,12 @@ def assert_same(run: Path, other: Path, tolerance: float) -> None:
         ("wide_path", [*GROUPS, "awp.gamma=0.005", "awp.warmup_epochs=2"]),
         ("wide_path", [*GROUPS, "objective.name=dm_at", "train.epochs=5"]),  # whose attack reuses the natural forward
         ("recipe_path", ["objective.name=trades_ikl", "objective.ikl_gamma=0.2"]),  # with class means over the epoch
+        ("wide_path", [*GROUPS, "objective.name=adr"]),
+        ("wide_path", [*GROUPS, "objective.name=trades_te", "objective.refine.te_start=0.3"]),
+        ("wide_path", [*GROUPS, "objective.name=sglr", "objective.refine.sglr_start=0.3", "train.accumulate=2"]),
+        ("recipe_path", ["objective.name=noilin", "objective.refine.noilin_window=1"]),
     ],
-    ids=["no BatchNorm", "groups", "dm_at", "GKL"],
+    ids=["no BatchNorm", "groups", "dm_at", "GKL", "ADR", "TE", "SGLR", "NoiLIn"],
 )
 @pytest.mark.medium
 def test_elastic(path: str, model: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -94,7 +98,8 @@ state = start(load_recipe(sys.argv[1], sys.argv[2:]))
 for batch in state.data.batches(0, 4, state.accelerator.process_index, state.accelerator.num_processes):
     train_step(state, batch)
     state.step += 1
-tensors = [*state.base.state_dict().values(), *state.ema.module.state_dict().values()]
+modules = (state.base, state.ema.module, state.objective)
+tensors = [tensor for module in modules for tensor in module.state_dict().values()]
 mine = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 hashes = gather_object([mine])
 assert len(hashes) == 2 and len(set(hashes)) == 1, hashes
@@ -102,10 +107,13 @@ state.accelerator.print("equal on", len(hashes), "ranks")
 """
 
 
-def test_ranks_stay_bit_equal(wide_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["trades", "te"])
+def test_ranks_stay_bit_equal(wide_path: Path, tmp_path: Path, objective: str) -> None:
     """With AWP, accumulation and BatchNorm: the perturbation is computed from the gradient averaged over ranks."""
-    awp = ["awp.gamma=0.005", "awp.warmup_epochs=0", "train.accumulate=2", f"run_dir={tmp_path / 'run'}"]
-    with launched([str(wide_path), *awp], processes=2, script=EQUAL) as launch:
+    changes = ["objective.refine.te_start=0"] if objective == "te" else []
+    changes += ["awp.gamma=0.005", "awp.warmup_epochs=0", "train.accumulate=2", f"objective.name={objective}"]
+    arguments = [str(wide_path), *changes, f"run_dir={tmp_path / 'run'}"]
+    with launched(arguments, processes=2, script=EQUAL) as launch:
         assert "equal on 2 ranks" in launch.succeed()
 
 

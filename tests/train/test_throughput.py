@@ -1,23 +1,9 @@
 """Operations of a step: torch's formulas for one forward, times the forwards of a step."""
 
-from pathlib import Path
-
 import pytest
 import timm
 
-from nrat_scale.objectives import Objective, preset
-from nrat_scale.recipe import load_recipe
-from nrat_scale.train.throughput import forward_equivalents, forward_flops, peak_tflops
-
-
-@pytest.mark.parametrize(
-    ("name", "reuses", "expected"),
-    [("nrat", False, 27), ("trades", False, 27), ("dm_at", True, 26), ("pgd_at", False, 23), ("natural", False, 3)],
-)
-def test_forwards_of_a_step(recipe_path: Path, name: str, reuses: bool, expected: int) -> None:
-    """Ten attack steps of two passes each, natural logits if the attack needs them, three passes a training forward."""
-    recipe = load_recipe(recipe_path, [f"objective.name={name}", "threat.num_steps=10"])
-    assert forward_equivalents(recipe, Objective(preset(name), 10), reuses_natural=reuses) == expected
+from nrat_scale.train.throughput import forward_flops, peak_tflops
 
 
 def test_operations_of_a_forward() -> None:

@@ -193,6 +193,7 @@ def test_a_failing_tracker_is_one_warning(
     assert digest(run) == digest(untroubled)
     printed = capsys.readouterr().err
     assert printed.count("warning: No more ") == 1 and "Traceback" not in printed, printed
+    assert (f"Install it with: pip install {name}" in printed) is (when == "import")
     assert list((run / "tensorboard").glob("events.*"))
 
 

@@ -8,6 +8,7 @@
     python tools/bench precision           the attack's final loss in bf16 and fp16 against float32, for every objective
     python tools/bench autoattack          AutoAttack by our evaluation against a direct call: images/s, different outcomes
     python tools/bench processes           one process against two; where the time of a step goes; start-up
+    python tools/bench start               seconds to the first step: eager, compiled, compiled for a second time
     python tools/bench soak --minutes 10   two processes on remote shards: memory, descriptors, threads over time
     python tools/bench collapse recipes/fashion_mnist.yaml train.max_steps=300 --seeds 0-19
                                            runs that collapse to one class, with and without the recipe's remedies
@@ -31,14 +32,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python tools/bench` puts tools/bench on the path instead of tools
 
 from bench import loaders
-from bench.against_package import autoattack
+from bench.against_package import autoattack, autoattack_profile
 from bench.collapse import collapse, parse_seeds
 from bench.data import convert, data, plan, run_contender, run_plan
 from bench.gpu import step_gpu
 from bench.precision import precision
-from bench.processes import processes
+from bench.processes import processes, starts
 from bench.soak import run_soak, soak
 from bench.step import step
+from nrat_scale.attacks import parse_fraction
 from nrat_scale.core.errors import run_cli
 
 
@@ -91,9 +93,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     attacked.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
     attacked.add_argument("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
     attacked.add_argument("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
+    attacked.add_argument("--eps", type=parse_fraction, default=8 / 255, help="radius (default: 8/255)")
+    attacked.add_argument(
+        "--profile", action="store_true", help="no comparison: share of forward, backward and the attack's own work"
+    )
     attacked.add_argument("--out", type=Path, help="JSON file (default: none)")
     attacked.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
+    begun = add("start", _start, "seconds from the command to the first step, eager and compiled", 1)
+    begun.add_argument("--model", default="resnet18_cifar", help="(default: %(default)s)")
+    begun.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.batch_size=128")
     long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
     seeded = add(
@@ -115,7 +124,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _autoattack(work: Path, given: argparse.Namespace) -> None:
-    autoattack(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides)
+    run = autoattack_profile if given.profile else autoattack
+    run(work, given.model, given.images, given.batch_size, given.steps, given.out, *given.overrides, eps=given.eps)
+
+
+def _start(work: Path, given: argparse.Namespace) -> None:
+    starts(work, given.model, given.rounds, *given.overrides)
 
 
 def _step(work: Path, given: argparse.Namespace) -> None:

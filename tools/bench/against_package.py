@@ -9,6 +9,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.attack_profile import Profile, print_profile
 from bench.step import Ours, make_images
-from nrat_scale.attacks import AUTOATTACK_NORMS, ThreatSpec
+from nrat_scale.attacks import AUTOATTACK_NORMS, ThreatSpec, fraction_text
 from nrat_scale.core.files import write_json
 from nrat_scale.data.augment import to_float
 from nrat_scale.data.shards import open_shards
 from nrat_scale.evaluate.attacks import ATTACKS, Block, margin, parse_attack
 from nrat_scale.evaluate.autoattack import AutoAttackLog, autoattack_package, autoattack_version
-from nrat_scale.evaluate.measures import read_images
+from nrat_scale.evaluate.graphed_model import GraphedModel
+from nrat_scale.evaluate.measures import Images, read_images
 from nrat_scale.evaluate.package_warnings import heard
 
 _MOST_DIFFERING = {"cuda": 1e-3, "cpu": 0.0}  # share of the images whose outcome may differ from the direct call's
@@ -31,7 +34,14 @@ _TRAINING_BATCH = 64
 
 
 def autoattack(
-    work: Path, model_name: str, num_images: int, batch_size: int, steps: int, out: Path | None, *overrides: str
+    work: Path,
+    model_name: str,
+    num_images: int,
+    batch_size: int,
+    steps: int,
+    out: Path | None,
+    *overrides: str,
+    eps: float = 8 / 255,
 ) -> None:
     """Print images/s of both, the differing outcomes with their logit margins, and the time of each component.
 
@@ -41,30 +51,24 @@ def autoattack(
         batch_size: images of an evaluation block.
         out: JSON file with the table.
         overrides: of the recipe, for instance `model.kwargs={width: 4}`.
+        eps: radius of the attack, in l_inf; a component runs on the images that the ones before it have not broken.
     """
-    shards = open_shards(make_images(work, max(512, num_images)))
-    ours = Ours(work, model_name, "trades", _TRAINING_BATCH, "threat.num_steps=3", *overrides)
-    for _ in range(steps):
-        ours.step()
-    model, device = ours.state.base.eval(), ours.state.accelerator.device
-    threat, images = ThreatSpec(8 / 255, 2 / 255, 10), read_images(shards, num_images)
+    model, device, images = _prepared(work, model_name, num_images, steps, *overrides)
+    graphed = _as_evaluated(model, device)
     seconds, components = {"direct": 0.0, "ours": 0.0}, dict[str, float]()
     found: dict[str, list[Tensor]] = {"direct": [], "ours": []}
     with ieee_float32():
-        for rows in images.blocks(batch_size):
-            part = images.take(rows)
-            x, y = to_float(part.pixels.to(device)), part.labels.to(device)
-            block = Block(model, x, y, part.ids, threat, 0, 0, AutoAttackLog())
+        for block in _blocks(model, device, images, batch_size, eps):
             contenders: dict[str, Callable[[], Tensor]] = {
                 "direct": partial(direct, block),
-                "ours": partial(_evaluated, block, components),
+                "ours": partial(_evaluated, replace(block, model=graphed), components),
             }
             for name, attack in contenders.items():
                 begun = time.perf_counter()
                 x_adv = attack()
                 _wait(device)
                 seconds[name] += time.perf_counter() - begun
-                found[name].append(margins(model, x_adv, y))
+                found[name].append(margins(model, x_adv, block.y))
         both = {name: torch.cat(parts) for name, parts in found.items()}
     report = _report(model_name, device, both, seconds, components, images.ids.tolist(), batch_size)
     _print(report)
@@ -72,6 +76,55 @@ def autoattack(
         write_json(out, report)
     if len(report["differing"]) > _MOST_DIFFERING[device.type] * len(images):
         raise SystemExit(f"{len(report['differing'])} of {len(images)} outcomes differ from those of a direct call.")
+
+
+def autoattack_profile(
+    work: Path,
+    model_name: str,
+    num_images: int,
+    batch_size: int,
+    steps: int,
+    out: Path | None,
+    *overrides: str,
+    eps: float = 8 / 255,
+) -> None:
+    """Print where the time of our evaluation goes, without the comparison; arguments as of `autoattack`."""
+    model, device, images = _prepared(work, model_name, num_images, steps, *overrides)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    profile = Profile(_as_evaluated(model, device), clock, partial(_wait, device))
+    with ieee_float32():
+        robust = sum(profile.robust_images(block) for block in _blocks(model, device, images, batch_size, eps))
+    print(
+        f"{card(device)}, {package()} standard, {model_name}, {num_images} images in blocks of {batch_size}, "
+        f"{robust} robust at {fraction_text(eps)}, IEEE float32, {'CPU' if device.type == 'cpu' else 'wall-clock'} seconds"
+    )
+    print_profile(profile.components)
+    if out is not None:
+        write_json(out, {name: asdict(spent) for name, spent in profile.components.items()})
+
+
+def _prepared(
+    work: Path, model_name: str, num_images: int, steps: int, *overrides: str
+) -> tuple[nn.Module, torch.device, Images]:
+    """A model that has trained on the images that it will be attacked on."""
+    shards = open_shards(make_images(work, max(512, num_images)))
+    ours = Ours(work, model_name, "trades", _TRAINING_BATCH, "threat.num_steps=3", *overrides)
+    for _ in range(steps):
+        ours.step()
+    return ours.state.base.eval(), ours.state.accelerator.device, read_images(shards, num_images)
+
+
+def _as_evaluated(model: nn.Module, device: torch.device) -> nn.Module:
+    """As `evaluate` attacks it, on a GPU with --graphs."""
+    return GraphedModel(model) if device.type == "cuda" else model
+
+
+def _blocks(model: nn.Module, device: torch.device, images: Images, batch_size: int, eps: float) -> Iterator[Block]:
+    threat = ThreatSpec(eps, eps / 4, 10)
+    for rows in images.blocks(batch_size):
+        part = images.take(rows)
+        x, y = to_float(part.pixels.to(device)), part.labels.to(device)
+        yield Block(model, x, y, part.ids, threat, 0, 0, AutoAttackLog())
 
 
 def direct(block: Block) -> Tensor:
@@ -129,6 +182,16 @@ def ieee_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def card(device: torch.device) -> str:
+    """The name of the GPU, or CPU."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+
+
+def package() -> str:
+    """Name and version of the package."""
+    return f"{autoattack_package()} {autoattack_version()}"
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -150,8 +213,8 @@ def _report(
     places = (wrong["direct"] != wrong["ours"]).nonzero().flatten().tolist()
     differing = [{"id": ids[i], **{name: float(values[i]) for name, values in margins_of.items()}} for i in places]
     return {
-        "card": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "package": f"{autoattack_package()} {autoattack_version()}",
+        "card": card(device),
+        "package": package(),
         "model": model,
         "images": len(ids),
         "batch_size": batch_size,

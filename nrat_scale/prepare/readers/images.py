@@ -10,12 +10,14 @@ import struct
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.readers.checks import COPY_AGAIN
 
 MAX_SIDE = 1024  # pixels
@@ -99,3 +101,35 @@ def gather(images: Iterable[tuple[np.ndarray, str]], scratch: Path, total: int |
     if shape is None:
         raise UserError("The data set is empty.")
     return np.memmap(path, np.uint8, mode="r").reshape(-1, *shape)
+
+
+def scaled(source: LabelledArrays, size: int | None, scratch: Path) -> LabelledArrays:
+    """`source` with square images of `size` pixels a side (bicubic, with the antialiasing of Pillow); None keeps them.
+
+    The new images lie in a file in `scratch`; the index says what was done.
+
+    Raises:
+        UserError: `size` is not in 1..1024, or the images are not square.
+    """
+    from PIL import Image
+
+    if size is None:
+        return source
+    if not 1 <= size <= MAX_SIDE:
+        raise UserError(f"--size is {size}, expected 1..{MAX_SIDE} pixels.")
+    num_images, height, width, channels = source.images.shape
+    if height != width:
+        raise UserError(f"--size needs square images, but these are {height} x {width}. Crop them first.")
+    note = f"{num_images} images scaled from {width} x {width} to {size} x {size}"
+
+    def resized() -> Iterable[tuple[np.ndarray, str]]:
+        for number in range(num_images):
+            pixels = np.asarray(source.images[number])
+            image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+            yield np.asarray(image).reshape(size, size, channels), f"image {number}"
+
+    files = tuple(
+        {**facts, "name": f"{facts['name']}; {note}"} if i == 0 else facts for i, facts in enumerate(source.files)
+    )
+    return replace(source, images=gather(resized(), scratch, num_images), files=files, note=note)

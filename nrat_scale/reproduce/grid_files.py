@@ -1,0 +1,224 @@
+"""Grid files: recipes/grids/*.yaml, read and checked. Every error names the file and the key."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted
+from nrat_scale.labels import NOISES
+from nrat_scale.overrides import one_line
+from nrat_scale.reproduce.grid import Edition, Grid, Noise, Override, Stage
+
+GRIDS = Path(__file__).parent / "grids"  # recipes/grids of the repository; in an installed package a folder of its own
+EDITIONS, METHODS = "editions.yaml", "methods.yaml"
+_NOISE = re.compile(r"([a-z][a-z0-9_]*)-(0|1|0\.[0-9]+)")
+_METHOD = re.compile(r"[a-z][a-z0-9_.-]*")  # it becomes the name of a folder
+
+
+def grid_names(folder: Path = GRIDS) -> list[str]:
+    """The grids in a folder."""
+    names = (path.stem for path in folder.glob("*.yaml"))
+    return sorted(name for name in names if f"{name}.yaml" not in (EDITIONS, METHODS) and not name.startswith("base_"))
+
+
+def read_grid(what: str) -> Grid:
+    """A grid of the package by name, or a file of your own; editions.yaml and methods.yaml beside it come first.
+
+    Raises:
+        UserError: there is no such grid, or its files are wrong; the message names the file and the key.
+    """
+    path = Path(what) if what.endswith((".yaml", ".yml")) else GRIDS / f"{what}.yaml"
+    if what.endswith((".yaml", ".yml")):
+        if not path.is_file():
+            raise UserError(f"There is no grid file {path}.")
+    elif what not in grid_names():
+        hint = did_you_mean(what, grid_names())
+        raise UserError(
+            f"There is no grid {quoted(what)}. {hint} A grid of your own: give its path, such as my_grid.yaml."
+        )
+    methods, editions = (_beside(path, name) for name in (METHODS, EDITIONS))
+    raw = _mapping(path)
+    known_methods = _methods(methods)
+    known_editions = _editions(editions, known_methods)
+    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions"), path)
+    stages = tuple(_stage(one, number, known_methods, path) for number, one in enumerate(_list(raw, "stages", path), 1))
+    check_value(f"{path}: stages", len(stages), len(stages) > 0, "at least one stage")
+    used = {method for stage in stages for method in stage.methods}
+    return Grid(
+        path.stem,
+        str(raw.get("title", path.stem)),
+        stages,
+        known_methods,
+        known_editions,
+        _seeds(raw.get("seeds"), used, path),
+        _uses(raw.get("editions") or {}, known_editions, path),
+        _paper(raw.get("paper") or {}, used, path),
+        tuple(map(str, raw.get("omissions") or ())),
+    )
+
+
+def _beside(path: Path, name: str) -> Path:
+    return own if (own := path.with_name(name)).is_file() else GRIDS / name
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The content of a YAML file; a key that is there twice is an error."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} must be a mapping of names to values.")
+    return content
+
+
+def _known(raw: Mapping[str, Any], keys: Sequence[str], where: Path | str) -> None:
+    for key in raw:
+        if key not in keys:
+            raise UserError(f"{where}: unknown key {quoted(key)}. {did_you_mean(str(key), keys)}")
+
+
+def _list(raw: Mapping[str, Any], key: str, where: Path | str) -> list[Any]:
+    value = raw.get(key)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {key} is {quoted(value)}; it must be a list with at least one entry.")
+    return value
+
+
+def _names(value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
+    """A list of different known names."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {quoted(value)}; it must be a list with at least one entry.")
+    for number, name in enumerate(value):
+        if name not in known:
+            raise UserError(f"{where}: there is no {quoted(name)}. {did_you_mean(str(name), known)}")
+        if name in value[:number]:
+            raise UserError(f"{where} names {name} twice. Remove one.")
+    return tuple(value)
+
+
+def _methods(path: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, settings in _mapping(path).items():
+        where = f"{path}: {name}"
+        check_value(
+            f"{path}: the method", name, _METHOD.fullmatch(name), "lower-case letters, digits, `_`, `.` and `-`"
+        )
+        if not isinstance(settings, dict) or "objective.name" not in settings:
+            raise UserError(f"{where} must be a mapping of recipe keys to values, with objective.name.")
+        found[name] = {str(key): value for key, value in settings.items()}
+    return found
+
+
+def _noise(text: Any, where: str) -> Noise:
+    parts = _NOISE.fullmatch(str(text))
+    if parts is None:
+        raise UserError(f"{where}: {quoted(text)} is no noise. Write KIND-RATE, such as none-0 or symmetric-0.4.")
+    kind, rate = parts[1], float(parts[2])
+    check_choice(f"{where}: the kind of noise", kind, NOISES)
+    if (kind == "none") != (rate == 0):
+        raise UserError(
+            f"{where}: {text} contradicts itself: the kind none has rate 0, and every other kind a rate above 0."
+        )
+    return Noise(kind, rate)
+
+
+def _stage(raw: Any, number: int, methods: Mapping[str, Any], path: Path) -> Stage:
+    where = f"{path}: stage {number}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} is {quoted(raw)}; it must have the keys methods and noises.")
+    _known(raw, ("name", "methods", "noises"), where)
+    noises = tuple(_noise(text, f"{where}: noises") for text in _list(raw, "noises", where))
+    if len(set(noises)) < len(noises):
+        raise UserError(f"{where}: noises has an entry twice. Remove one.")
+    return Stage(str(raw.get("name", number)), _names(raw.get("methods"), f"{where}: methods", methods), noises)
+
+
+def _seeds(raw: Any, methods: Iterable[str], path: Path) -> dict[str, int]:
+    """Number of seeds by method; a number alone is that of all of them."""
+    if raw is None:
+        return {}
+    counts = raw if isinstance(raw, dict) else {"default": raw}
+    if "default" not in counts:
+        raise UserError(f"{path}: seeds has no default. Add the number of seeds of all other methods.")
+    for name, count in counts.items():
+        if name != "default" and name not in methods:
+            raise UserError(
+                f"{path}: seeds: there is no method {quoted(name)} here. {did_you_mean(str(name), methods)}"
+            )
+        check_value(f"{path}: seeds of {name}", count, type(count) is int and count >= 1, "a whole number, at least 1")
+    return counts
+
+
+def _editions(path: Path, methods: Mapping[str, Any]) -> dict[str, Edition]:
+    return {name: _edition(name, raw, methods, path) for name, raw in _mapping(path).items()}
+
+
+def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edition:
+    where = f"{path}: {name}"
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} must be a mapping with the keys base, test and evaluation.")
+    _known(raw, ("title", "base", "test", "evaluation", "seeds", "overrides"), where)
+    test, evaluation = (_section(raw, key, where) for key in ("test", "evaluation"))
+    _known(test, ("shards", "prepare"), f"{where}: test")
+    _known(evaluation, ("attacks", "images", "aa_images", "last"), f"{where}: evaluation")
+    base = path.with_name(str(raw.get("base")))
+    if not base.is_file():
+        raise UserError(f"{where}: there is no base recipe {base}.")
+    sizes = {key: evaluation.get(key) for key in ("images", "aa_images")}
+    for key, size in sizes.items():
+        check_value(f"{where}: {key}", size, size is None or (type(size) is int and size >= 1), "at least 1")
+    return Edition(
+        name,
+        str(raw.get("title", name)),
+        base,
+        str(test.get("shards")),
+        str(test.get("prepare", "")),
+        str(evaluation.get("attacks")),
+        **sizes,
+        last_attacks=evaluation.get("last"),
+        seeds=_seeds(raw.get("seeds", 1), methods, path),
+        overrides=tuple(_override(one, f"{where}: overrides", methods) for one in raw.get("overrides") or ()),
+    )
+
+
+def _section(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} is {quoted(value)}; it must be a mapping of keys to values.")
+    return value
+
+
+def _override(raw: Any, where: str, methods: Mapping[str, Any]) -> Override:
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: {quoted(raw)} must be a mapping with the keys set and source.")
+    _known(raw, ("methods", "noises", "set", "source"), where)
+    if not raw.get("source"):
+        raise UserError(f"{where}: {quoted(raw)} has no source. Say where its values come from.")
+    noises = raw.get("noises") or []
+    for text in noises:
+        if text not in NOISES:
+            _noise(text, where)
+    names = _names(raw["methods"], f"{where}: methods", methods) if raw.get("methods") else ()
+    return Override(_section(raw, "set", where), str(raw["source"]), names, tuple(noises))
+
+
+def _uses(raw: dict[str, Any], editions: Mapping[str, Edition], path: Path) -> dict[str, list[str]]:
+    for name, parts in raw.items():
+        _names([name], f"{path}: editions", editions)
+        _names(parts, f"{path}: editions: {name}", editions)
+    return raw
+
+
+def _paper(raw: dict[str, Any], methods: Iterable[str], path: Path) -> dict[str, dict[str, str]]:
+    """Table -> our method -> its name in the table."""
+    for table, names in raw.items():
+        _names(list(names or {}) or ["-"], f"{path}: paper: {table}", [*methods, "-"])
+    return {table: {ours: str(theirs) for ours, theirs in (names or {}).items()} for table, names in raw.items()}

@@ -1,0 +1,245 @@
+"""The HTML page of a grid: sortable tables, figures, protocol; loads nothing, its one script is inline and allowed by its hash."""
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from nrat_scale.evaluate.attacks import attack_title
+from nrat_scale.report.page import environment
+from nrat_scale.report.run import value_at
+from nrat_scale.reproduce.figures import Drawing, total_cost
+from nrat_scale.reproduce.measured import Measured, Summary, summarise
+from nrat_scale.reproduce.paper import PAPER
+from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
+from nrat_scale.reproduce.table_text import counted
+
+_TEMPLATES = environment("nrat_scale.reproduce", autoescape=True)
+_TEMPLATES.filters["data"] = lambda svg: Markup("data:image/svg+xml;base64,") + base64.b64encode(svg.encode()).decode()
+
+
+@dataclass(frozen=True)
+class Value:
+    """A cell of a sheet: what is read, what is sorted by, where it leads."""
+
+    text: str
+    key: float | str
+    details: tuple[str, ...] = ()
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a sheet: words, then numbers (None: not run)."""
+
+    words: tuple[str, ...]
+    numbers: tuple[Value | None, ...]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A sortable table."""
+
+    caption: str
+    head: tuple[str, ...]
+    words: int  # columns of words, before those of numbers
+    rows: list[Line]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """What a page says besides its numbers."""
+
+    title: str
+    command: str  # that makes it
+    lead: str = ""
+    protocol: dict[str, str] = field(default_factory=dict)  # beside what is read from the cells
+    omissions: Sequence[str] = ()  # what the paper does not say
+    costs: bool = True  # columns for memorisation, effective noise rate and cost
+
+
+def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, facts: PageFacts) -> str:
+    """The HTML of a grid's page in `folder`, whose links to the cells' files are relative to it."""
+    style = _TEMPLATES_STYLE + resources.files("nrat_scale.reproduce").joinpath("templates/page.css").read_text("utf-8")
+    script = resources.files("nrat_scale.reproduce").joinpath("templates/sort.js").read_text("utf-8")
+    cells = _used(table)
+    reference = table.plan.method_title(table.plan.reference)
+    differences = _differences_sheet(table, reference)
+    return _TEMPLATES.get_template("page.html").render(
+        title=facts.title,
+        lead=facts.lead or f"{table.plan.title}. Printed numbers: {PAPER}.",
+        stamps=table.stamps,
+        protocol={**facts.protocol, **protocol(cells)},
+        results=_results_sheet(table, facts.costs),
+        differences=differences if differences.rows else None,
+        seeds=_seeds_sheet(table, folder),
+        figures=[
+            {"svg": one.svg, "caption": one.caption, "files": f"{table.plan.name}-{one.name}"} for one in drawings
+        ],
+        command=facts.command,
+        add_command=f"{facts.command.split(' --only ')[0]} --only my_method",
+        grid=table.plan.name,
+        notes=[note for note in table.notes if note not in table.stamps],
+        omissions=list(facts.omissions),
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
+    )
+
+
+_TEMPLATES_STYLE = resources.files("nrat_scale.report").joinpath("templates/style.css").read_text("utf-8")
+
+
+def _used(table: GridTable) -> list[Measured]:
+    return list({cell.path: cell for row in table.rows for cell in row.cells}.values())
+
+
+def protocol(cells: Sequence[Measured]) -> dict[str, str]:
+    """What is the same in all cells, or each variant of it."""
+    variants: dict[str, Callable[[Measured], Any]] = {
+        "threat": lambda cell: value_at(cell.facts, "evaluation.threat"),
+        "attacks": lambda cell: ", ".join(map(attack_title, value_at(cell.facts, "evaluation.attacks", []))),
+        "test images": lambda cell: value_at(cell.facts, "evaluation.images"),
+        "steps": lambda cell: value_at(cell.facts, "cost.steps"),
+        "best": lambda cell: "highest robust accuracy on held-out training images with their noisy labels",
+        "hardware": lambda cell: value_at(cell.facts, "cost.hardware"),
+        "versions": lambda cell: ", ".join(
+            f"{name} {text}" for name, text in value_at(cell.facts, "versions", {}).items()
+        ),
+        "run on": lambda cell: cell.facts.get("date"),
+    }
+    found = {
+        name: sorted({str(text) for cell in cells if (text := read(cell)) is not None})
+        for name, read in variants.items()
+    }
+    facts = {name: "; ".join(texts) for name, texts in found.items() if texts}
+    hours = [
+        sum(cell.number(f"cost.{key}") or 0 for cell in cells) / 3600 for key in ("train_seconds", "evaluate_seconds")
+    ]
+    if cells:
+        facts["cost"] = f"{len(cells)} cells: {hours[0]:.1f} h of training, {hours[1]:.1f} h of evaluation"
+    return facts
+
+
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
+def _anchor(row: Row) -> str:
+    return f"{row.setting.folder}-{row.checkpoint}".replace("/", "-")
+
+
+def _results_sheet(table: GridTable, costs: bool) -> Sheet:
+    titles = tuple(map(attack_title, table.plan.measures))
+    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in COSTS if costs))
+    lines = []
+    for row in table.rows:
+        numbers = [_value(row, measure) for measure in table.plan.measures]
+        numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
+        lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
+    caption = f"{CAPTION} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
+    return Sheet(caption, head, 3, lines, "results")
+
+
+def _value(row: Row, measure: str) -> Value | None:
+    found, paper = row.numbers[measure], row.printed[measure]
+    printed = () if paper is None else (f"{paper_label(measure)} {paper:.2f}",)
+    if found is None:
+        return Value(row.missing, "", printed)
+    return Value(found.text, round(found.mean, 4), (*_interval(found), *printed), f"#{_anchor(row)}-{found.seeds[0]}")
+
+
+def _interval(found: Summary) -> tuple[str, str]:
+    return found.interval, f"n = {found.n}, {counted(len(found.seeds), 'seed')}"
+
+
+def _mean(
+    cells: Iterable[Measured], read: Callable[[Measured], float | None], form: str, unit: str = ""
+) -> Value | None:
+    values = [value for cell in cells if (value := read(cell)) is not None]
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    return Value(form.format(mean), round(mean, 6), (counted(len(values), "seed"),))
+
+
+def _fitted(cell: Measured) -> float | None:
+    rows = cell.facts.get("memorisation") or []
+    last = rows[-1].get("noisy_fitted") if rows else None
+    return None if last is None else 100 * float(last)
+
+
+def _percent(path: str) -> Callable[[Measured], float | None]:
+    return lambda cell: None if (value := cell.number(path)) is None else 100 * value
+
+
+def _cost(row: Row) -> Value | None:
+    """The cost in all, with the cost per image and step and the time."""
+    each = _mean(row.cells, lambda cell: cell.number("cost.forward_equivalents"), "{:.3g} per image")
+    time = _mean(row.cells, lambda cell: cell.number("cost.train_seconds"), "{:.0f} s")
+    total = _mean(row.cells, total_cost, "{:.4g}")
+    return total and replace(total, details=tuple(one.text for one in (each, time) if one))
+
+
+COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
+    ("wrong labels fitted, %", lambda row: _mean(row.cells, _fitted, "{:.1f}")),
+    ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
+    ("cost, millions", _cost),
+)
+COSTS_CAPTION = (
+    "Wrong labels fitted: share of the wrong training labels that the model predicts at the last epoch. Effective noise: wrong labels "
+    "of a batch, generated images included. Cost: forward passes of an image, in millions; a backward pass to the images or to the weights counts "
+    "as one each."
+)
+
+
+def _differences_sheet(table: GridTable, reference: str) -> Sheet:
+    rows: dict[tuple[str, str, str], list[Difference]] = {}
+    for one in table.differences:
+        rows.setdefault((one.method, one.setting.noise_text, one.checkpoint), []).append(one)
+    lines = [
+        Line(key, tuple(map(_difference_value, found)))
+        for key, found in rows.items()
+        if any(one.estimate != NOT_RUN for one in found)
+    ]
+    head = ("method", "noise", "checkpoint", *map(attack_title, table.plan.measures))
+    return Sheet(DIFFERENCES_CAPTION.format(reference), head, 3, lines, "differences")
+
+
+def _difference_value(one: Difference) -> Value | None:
+    found = one.estimate
+    if isinstance(found, str):
+        return None if found == NOT_RUN else Value("-", "", (found,))
+    text, _, interval = one.text.partition(" ")
+    details = (interval, f"n = {found.n}, {counted(len(found.seeds), 'seed')}")
+    return Value(text, round(found.points, 4), (*details, f"over {found.covers}") if len(found.seeds) == 1 else details)
+
+
+def _seeds_sheet(table: GridTable, folder: Path) -> Sheet:
+    lines = []
+    for row in table.rows:
+        for cell in row.cells:
+            link = os.path.relpath(cell.path, folder).replace(os.sep, "/")
+            numbers = []
+            for measure in table.plan.measures:
+                found = summarise([cell], row.checkpoint, measure)
+                numbers.append(
+                    found and Value(found.text, round(found.mean, 4), (found.interval, f"n = {found.n}"), link)
+                )
+            words = (row.method, row.setting.noise_text, row.checkpoint)
+            lines.append(Line(words, (Value(str(cell.seed), cell.seed), *numbers), f"{_anchor(row)}-{cell.seed}"))
+    head = ("method", "noise", "checkpoint", "seed", *map(attack_title, table.plan.measures))
+    return Sheet(
+        "Test accuracy in % of each seed with its 95 % Wilson interval; numbers lead to the results of the run.",
+        head,
+        3,
+        lines,
+    )

@@ -1,0 +1,216 @@
+"""Grids: the paper's tables are all there, settings have sources, order and choices; wrong files are refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nrat_scale.core.errors import UserError
+from nrat_scale.reproduce.cells import Place
+from nrat_scale.reproduce.grid import Choices
+from nrat_scale.reproduce.grid_files import GRIDS, grid_names, read_grid
+from nrat_scale.reproduce.paper import printed_numbers
+from tests.support.small_grids import EDITIONS, GRID, write_grid
+
+NAMES = ["figure1", "figure3", "figure4", "figure5", "noise-benchmark", *(f"table{i}" for i in range(1, 6))]
+GRID_OF = {name: read_grid(name) for name in NAMES}
+PAPER_EDITIONS = {"table4_mnist": "paper-mnist", "table4_fashion_mnist": "paper-fashion_mnist"}
+
+
+# ---- the grids of the package ---------------------------------------------------------------------------------------
+
+
+def test_the_papers_tables_and_figures_and_the_benchmark_are_there():
+    """Every one is a grid, and recipes/grids is the folder that the package reads."""
+    assert grid_names() == NAMES
+    assert GRIDS.resolve() == (Path(__file__).parents[2] / "recipes" / "grids").resolve()
+
+
+def test_every_printed_number_has_a_cell():
+    """Of the 396 numbers of paper.csv, each has its method, noise and table in the grid of that table."""
+    assert len(printed_numbers()) == 396
+    cells = {name: {(cell.edition.name, cell.id) for cell in grid.cells("paper")} for name, grid in GRID_OF.items()}
+    for table, method, noise in {key[:3] for key in printed_numbers()}:
+        name = table.partition("_")[0]
+        ours = {theirs: own for own, theirs in GRID_OF[name].paper[table].items()}.get(method, method)
+        kind, _, rate = noise.partition("_")
+        label = "none-0" if kind == "clean" else f"{kind}-{rate}"
+        assert (PAPER_EDITIONS.get(table, "paper"), f"{ours}/{label}/seed-0") in cells[name]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("edition", ["paper", "fashion", "mnist"])
+def test_every_method_and_noise_has_a_recipe(edition, tmp_path):
+    """Methods and exceptions give valid recipes, no two of which are the same training."""
+    hashes: dict[str, str] = {}
+    for name in NAMES:
+        for cell in GRID_OF[name].cells(edition, seeds=1):
+            place = Place(cell, tmp_path)
+            if cell.method == "nrat" or str(cell.noise) == "asymmetric-0.4":
+                hashes[place.key] = hashes.get(place.key) or place.hash
+    assert max(Counter((key.split("/")[0], value) for key, value in hashes.items()).values()) == 1
+
+
+def test_the_small_editions_have_more_seeds():
+    """The small editions run the headline methods five times and the others three times; the paper's once."""
+    for edition, counts in (("fashion", (5, 3)), ("mnist", (5, 3)), ("paper", (1, 1))):
+        seeds = Counter(cell.method for cell in GRID_OF["table1"].cells(edition) if str(cell.noise) == "none-0")
+        assert (seeds["nrat"], seeds["trades"], seeds["trades_apl"]) == (counts[0],) * 3
+        assert (seeds["pgd_at"], seeds["mart"]) == (counts[1],) * 2
+
+
+def test_the_benchmark_runs_the_headline_first():
+    """Stages in order, and within a stage all methods and noises of a seed before the next seed."""
+    cells = GRID_OF["noise-benchmark"].cells("fashion")
+    first = [cell.id for cell in cells[:8]]
+    assert {name.split("/")[0] for name in first} == {"nrat", "trades_apl", "trades", "pgd_at"}
+    assert {name.split("/")[1] for name in first} == {"none-0", "symmetric-0.4"}
+    assert all(name.endswith("seed-0") for name in first)
+    assert [cell.stage for cell in cells] == sorted((cell.stage for cell in cells), key=_order(cells))
+    assert len({cell.id for cell in cells}) == len(cells)
+
+
+def _order(cells):
+    stages = list(dict.fromkeys(cell.stage for cell in cells))
+    return stages.index
+
+
+def test_learning_rates_of_the_paper_have_sources():
+    """NRAT 0.05, the others 0.1, on CIFAR-10; every exception of every edition says where its values come from."""
+    grid = GRID_OF["table1"]
+    for cell in grid.cells("paper")[::3]:
+        assert cell.recipe().optim.lr == (0.05 if cell.method == "nrat" else 0.1)
+    assert all(override.source for edition in grid.editions.values() for override in edition.overrides)
+
+
+def test_omissions_of_the_paper_are_marked():
+    """awp.gamma, the attack of table 4, and which asymmetric kind."""
+    assert any("awp.gamma" in text for text in GRID_OF["table3"].omissions)
+    assert any("number of steps" in text for text in GRID_OF["table4"].omissions)
+    assert any("--noise text" in text for text in GRID_OF["table2"].omissions)
+
+
+# ---- choices --------------------------------------------------------------------------------------------------------
+
+
+def test_choices_change_all_cells_and_their_folder():
+    """Another kind of asymmetric noise, the released code's threat space, curves on test images."""
+    grid = GRID_OF["table2"]
+    kinds = {"text": "asymmetric_bidirectional", "released": "asymmetric_released", "default": "asymmetric"}
+    for noise, kind in kinds.items():
+        assert {cell.noise.kind for cell in grid.cells("fashion", Choices(noise=noise))} == {kind}
+        assert grid.cells("fashion", Choices(noise=noise))[0].recipe().data.real.noise.class_map == {
+            1: 3,
+            2: 4,
+            6: 0,
+            0: 6,
+            9: 7,
+        }
+    (cell, *_) = grid.cells("fashion", Choices(space="released_code", curves="test"))
+    assert cell.folder == "fashion-released_code-test_curves"
+    assert cell.recipe().threat.space == "released_code"
+    assert cell.recipe().release.every_epochs == 1
+    (usual, *_) = grid.cells("fashion")
+    assert (usual.folder, usual.recipe().threat.space, usual.recipe().release.every_epochs) == (
+        "fashion",
+        "pixel",
+        None,
+    )
+
+
+def test_the_seed_is_that_of_training_and_of_the_noise():
+    """Cells of two seeds differ in both, and share the validation split."""
+    cells = [cell for cell in GRID_OF["table1"].cells("fashion") if cell.method == "nrat"]
+    one, other = (cell.recipe() for cell in cells if str(cell.noise) == "symmetric-0.4" and cell.seed in (0, 1))
+    assert [(one.seed, one.data.real.noise.seed), (other.seed, other.data.real.noise.seed)] == [(0, 0), (1, 1)]
+    assert one.data.validation == other.data.validation
+
+
+def test_a_method_is_one_line(tmp_path):
+    """In methods.yaml: recipe keys, lists included."""
+    line = "mine: {title: Mine, objective.name: trades, objective.lam: 2, optim.milestones: [1, 2], awp.gamma: 0.01}"
+    path = write_grid(
+        tmp_path,
+        shards=False,
+        methods=line,
+        tiny=GRID.replace("nrat, trades", "mine"),
+        editions=EDITIONS.replace(", nrat: 2", ""),
+    )
+    (cell, *_) = read_grid(str(path)).cells("tiny")
+    recipe = cell.recipe()
+    assert (recipe.objective.name, recipe.objective.lam, recipe.awp.gamma) == ("trades", 2, 0.01)
+    assert list(recipe.optim.milestones) == [1, 2]
+
+
+# ---- wrong files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "words"),
+    [
+        ("tiny", "none-0", "none-0.4", "contradicts itself"),
+        ("tiny", "symmetric-0.4", "symmetric-0", "contradicts itself"),
+        ("tiny", "symmetric-0.4", "symetric-0.4", "symmetric"),
+        ("tiny", "symmetric-0.4", "symmetric-1.4", "KIND-RATE"),
+        ("tiny", "none-0,", "symmetric-0.40,", "twice"),
+        ("tiny", "[nrat, trades]", "[nrat, nrat]", "twice"),
+        ("tiny", "[nrat, trades]", "[nrta]", "Did you mean 'nrat'?"),
+        ("tiny", "[nrat, trades]", "[]", "at least one"),
+        ("tiny", "stages", "stage", "Did you mean 'stages'?"),
+        ("tiny", "{table1: {}}", "{table1: {mart: mart}}", "mart"),
+        ("tiny", "title: A tiny grid", "editions: {tiny: [huge]}", "huge"),
+        ("tiny", "title: A tiny grid", "seeds: {nrat: 2}", "default"),
+        ("tiny", "title: A tiny grid", "seeds: 0", "at least 1"),
+        ("tiny", "title: A tiny grid", "title: [", "cannot be read as YAML"),
+        ("tiny", "title: A tiny grid", "title: a\ntitle: b", "duplicate key"),
+        ("editions", "base_tiny.yaml", "base_other.yaml", "no base recipe"),
+        ("editions", "images: 30", "images: 0", "at least 1"),
+        ("editions", "nrat: 2", "nrta: 2", "nrta"),
+        ("editions", "evaluation:", "evalution:", "Did you mean 'evaluation'?"),
+    ],
+)
+def test_wrong_grids_are_refused(tmp_path, file, before, after, words):
+    """The message names the file, and what is wrong in it."""
+    text = {"tiny": GRID, "editions": EDITIONS}[file]
+    assert before in text
+    path = write_grid(tmp_path, shards=False, **{file: text.replace(before, after, 1)})
+    with pytest.raises(UserError) as error:
+        read_grid(str(path))
+    assert words in str(error.value)
+    assert f"{file}.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("- {set: {optim.lr: 1}}", "no source"),
+        ("- {set: {optim.lr: 1}, source: us, methods: [other]}", "other"),
+        ("- {set: {optim.lr: 1}, source: us, noises: [mild]}", "mild"),
+        (
+            "- {set: {optim.lr: 1}, source: us}\n    - {set: {optim.lr: 2}, source: us, noises: [symmetric]}",
+            "contradicts itself",
+        ),
+    ],
+)
+def test_wrong_exceptions_are_refused(tmp_path, overrides, words):
+    """Without a source, for what is not there, or two that contradict each other for one cell."""
+    path = write_grid(tmp_path, shards=False, editions=f"{EDITIONS}  overrides:\n    {overrides}\n")
+    with pytest.raises(UserError, match=words):
+        read_grid(str(path)).cells("tiny")
+
+
+def test_unknown_names_are_refused(tmp_path):
+    """A grid, an edition, choices, a number of seeds."""
+    with pytest.raises(UserError, match="Did you mean 'table1'"):
+        read_grid("tabel1")
+    with pytest.raises(UserError, match="no grid file"):
+        read_grid(str(tmp_path / "none.yaml"))
+    grid = GRID_OF["table1"]
+    for call in (
+        lambda: grid.cells("fashon"),
+        lambda: grid.cells("fashion", seeds=0),
+        lambda: Choices(noise="txt"),
+        lambda: Choices(space="l2"),
+    ):
+        with pytest.raises(UserError, match="--"):
+            call()
