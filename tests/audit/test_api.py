@@ -12,6 +12,7 @@ import pytest
 from nrat_scale.audit import __main__ as cli
 from nrat_scale.audit import predictors
 from nrat_scale.audit.api import audit
+from nrat_scale.audit.audited_labels import parse_noise
 from nrat_scale.audit.probabilities import Probabilities
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.audit_scores import read_audit_scores
@@ -302,3 +303,12 @@ def test_command_line_options(data, capsys, tmp_path):
         with pytest.raises(UserError, match=match):
             cli.main([str(data), *words, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_by_a_matrix():
+    """`matrix:FILE:SEED` names the file of a transition matrix; without a seed it is 0, and a colon may be in the name."""
+    for text, path, seed in (
+        ("matrix:m.json:3", "m.json", 3), ("matrix:m.json", "m.json", 0), ("matrix:a:b.csv:-1", "a:b.csv", -1),
+    ):  # fmt: skip
+        noise = parse_noise(text)
+        assert (noise.kind, noise.matrix, noise.seed, noise.rate) == ("matrix", path, seed, 0.0)
