@@ -63,7 +63,8 @@ class ClassStarts(nn.Module):
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Move the starts after the micro-batches of a step; `reduce` sums a tensor over ranks."""
         assert self._sums is not None, "the attack comes first"
-        num_classes, self._sums, sums = len(self.starts), None, reduce(self._sums)
+        num_classes, sums = len(self.starts), reduce(self._sums)
+        self._sums = None
         gradients = sums[: -num_classes - 1].view_as(self.momentum)
         counts, total = sums[-num_classes - 1 : -1].view(-1, 1, 1, 1), sums[-1]
         mean = gradients / counts.clamp(min=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
