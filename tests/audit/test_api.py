@@ -295,6 +295,10 @@ def test_command_line_options(data, capsys, tmp_path):
     for words, match in {
         ("--folds", "1"): "--folds is 1; it must be at least 2",
         ("--model", "runs/x", "--folds", "2"): "Give one of the two",
+        ("--model", "nothing"): "There is no nothing here",
+        ("--clean-holdout", "nothing"): "no shards of --clean-holdout at nothing",
+        ("--noise", "cifar10n:0:0"): "needs data.real.noise.human_labels",
+        ("--noise", "symmetric:1.5:0"): "--noise 'symmetric:1.5:0'.* in .0, 1.",
         ("--bootstrap", "3"): "--bootstrap is 3",
         ("run_dir=x",): "The audit sets run_dir for each fold",
         ("data.real.noise.rate=0.5",): "The audit sets data.real.noise.rate",
