@@ -76,7 +76,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must be a mapping of names to values.")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _known(raw: Mapping[str, Any], keys: Sequence[str], where: Path | str) -> None:
@@ -109,7 +109,10 @@ def _methods(path: Path) -> dict[str, dict[str, Any]]:
     for name, settings in _mapping(path).items():
         where = f"{path}: {name}"
         check_value(
-            f"{path}: the method", name, _METHOD.fullmatch(name), "lower-case letters, digits, `_`, `.` and `-`"
+            f"{path}: the method",
+            name,
+            _METHOD.fullmatch(name) is not None,
+            "lower-case letters, digits, `_`, `.` and `-`",
         )
         if not isinstance(settings, dict) or "objective.name" not in settings:
             raise UserError(f"{where} must be a mapping of recipe keys to values, with objective.name.")
