@@ -129,6 +129,7 @@ def read_cell(path: Path) -> Measured:
         raise UserError(
             f"The results of a cell {path} have version {quoted(facts.get('version'))}; expected {VERSION}."
         )
+    _check_types(path, facts)
     texts = [facts.get(key) for key in ("edition", "method", "noise", "space", "status")]
     rate, seed = number_at(facts, "rate"), facts.get("seed")
     if not all(isinstance(text, str) and text for text in texts) or rate is None or not isinstance(seed, int):
@@ -140,6 +141,26 @@ def read_cell(path: Path) -> Measured:
         raise _damaged(path, "it is finished and has no results")
     setting, recipe_hash = Setting(method, noise, rate), str(facts.get("recipe_hash"))
     return Measured(path, edition, setting, seed, space, error, recipe_hash, outcomes, facts)
+
+
+# Parts of cell.json that may be absent, but must have these types.
+_TYPES = {
+    **dict.fromkeys(("recipe", "evaluation", "noise_realised", "cost", "versions"), dict),
+    **dict.fromkeys(("results", "flags"), dict),
+    **{f"results.{checkpoint}": dict for checkpoint in CHECKPOINTS},
+    **{f"flags.{checkpoint}": list for checkpoint in CHECKPOINTS},
+    **dict.fromkeys(("curve", "memorisation", "evaluation.attacks"), list),
+}
+
+
+def _check_types(path: Path, facts: dict[str, Any]) -> None:
+    for key, kind in _TYPES.items():
+        value = value_at(facts, key)
+        if value is not None and not isinstance(value, kind):
+            raise _damaged(path, f"{key} is {quoted(value)}")
+    for key in ("curve", "memorisation"):
+        if not all(isinstance(row, dict) for row in facts.get(key) or []):
+            raise _damaged(path, f"{key} has rows that are no objects")
 
 
 def _damaged(path: Path, reason: str) -> UserError:

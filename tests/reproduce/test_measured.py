@@ -56,6 +56,14 @@ def test_damaged_files(tmp_path: Path) -> None:
         (cell(results={"best": {"aa": {**right, "n": "many"}}}), "'aa' cannot be read"),
         (cell(results={"best": {"aa": {**right, "correct": 1}}}), "'aa' do not match"),
         (cell(results={"best": {"aa": 3}}), "'aa'"),
+        (cell(results={"best": []}), "results.best is"),
+        (cell(rate=float("nan")), "rate"),
+        (cell(flags=["doubt"]), "flags is"),
+        (cell(versions="2"), "versions is '2'"),
+        (cell(curve=3), "curve is '3'"),
+        (cell(curve=[3]), "curve has rows"),
+        (cell(memorisation={"epoch": 1}), "memorisation is"),
+        (cell(evaluation={"attacks": "aa"}), "evaluation.attacks is 'aa'"),
     ]
     path = tmp_path / "cell.json"
     for content, words in damaged:
