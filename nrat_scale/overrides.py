@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.attacks import parse_fraction
 from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted, warn
+from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES
 
@@ -38,11 +39,28 @@ SYNONYMS = {
 _CONSTANTS = ("lam", "inner", "smoothing", "smoothing_mode", "a", "b")
 
 
-def near_recipe(path: Path) -> str:
+def _near_recipe(path: Path) -> str:
     """The YAML file beside a missing one that has nearly its name."""
-    beside = [other.name for kind in ("*.yaml", "*.yml") for other in path.parent.glob(kind)]
-    near = get_close_matches(path.name, beside, n=1)
-    return f" Did you mean {path.parent / near[0]}?" if near else ""
+    beside = {other.stem: other for kind in ("*.yml", "*.yaml") for other in path.parent.glob(kind)}
+    near = get_close_matches(path.stem, beside, n=1)
+    return f" Did you mean {beside[near[0]]}?" if near else ""
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The recipe at `path` as it is written; raises `UserError` if it is missing or no mapping."""
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"There is no recipe {path}.{_near_recipe(path)}") from None
+    except IsADirectoryError:
+        recipe = RunFolder(path).recipe
+        way_out = f"a run: its recipe is {recipe}" if recipe.is_file() else "a folder. Name a YAML file in it"
+        raise UserError(f"The recipe {path} is {way_out}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"The recipe {path} must be a mapping of keys to values.")
+    return loaded
 
 
 def nearest_key(dotted: str, hints: Collection[str], recipe: type) -> str:

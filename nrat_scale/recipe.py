@@ -14,23 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nrat_scale.added_losses import stand_in
-from nrat_scale.attacks import PhaseSpec, ThreatSpec, parse_fraction
+from nrat_scale.attacks import ThreatSpec, parse_fraction
 from nrat_scale.collapse import GuardSpec
 from nrat_scale.core.errors import UserError, check_choice, check_value, quoted, warn
 from nrat_scale.core.imports import import_code
-from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
 from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
 from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
-from nrat_scale.overrides import check_norm_change, meant_key, near_recipe, nearest_key, one_line, with_overrides
+from nrat_scale.overrides import check_norm_change, meant_key, nearest_key, one_line, read_yaml, with_overrides
+from nrat_scale.threat import TRAINING_ONLY, read_phases
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec
 
@@ -63,9 +62,7 @@ _ADDED: dict[str, Any] = {
     "train.tf32": True,
     "model.init": None,
     "model.init_key": None,
-    "threat.attack": ThreatSpec.attack,
-    "threat.noise": ThreatSpec.noise,
-    "threat.schedule": [],
+    **{f"threat.{key}": value for key, value in TRAINING_ONLY.items()},
 }
 # Other values of the same meaning: nothing is injected, and the labels of generated images are never known to be clean.
 _EQUAL: dict[str, tuple[Any, ...]] = {"data.generated.noise.kind": (UNKNOWN, UNSET)}
@@ -172,12 +169,7 @@ class RecipeSpec:
             raise UserError("data.augment.cutmix mixes labels, but MART needs hard labels. Set it to 0.")
         cutmix, refine = self.data.augment.cutmix, self.objective.refine
         refine.check_recipe(ema_decay=self.ema.decay, cutmix=cutmix, awp_gamma=self.awp.gamma)
-        if self.threat.init == "class":
-            what, way_out = "threat.init is 'class', a perturbation of the label's class", "use threat.init=uniform"
-            if self.data.augment.cutmix:
-                raise UserError(f"{what}, but data.augment.cutmix mixes labels. Set it to 0, or {way_out}.")
-            if self.objective.family == "natural":
-                raise UserError(f"{what}, but objective '{self.objective.name}' makes no attack: {way_out}.")
+        self.threat.check_recipe(cutmix=cutmix, objective=self.objective.name, family=self.objective.family)
 
     @property
     def identity(self) -> str:
@@ -243,7 +235,7 @@ def difference(old: RecipeSpec, new: RecipeSpec) -> str:
 
 def outdated(path: Path) -> str:
     """What a stored recipe of an older version trained that this version cannot: the end of a sentence, or empty."""
-    raw = OmegaConf.to_container(_read_yaml(path), resolve=True)
+    raw = OmegaConf.to_container(read_yaml(path), resolve=True)
     assert isinstance(raw, dict)
     objective, augment = raw.get("objective"), (raw.get("data") or {}).get("augment") or {}
     if not isinstance(objective, dict) or not _is_former(objective):
@@ -298,7 +290,7 @@ def load_recipe(
             that its spec refuses.
     """
     path = Path(path)
-    stored = _read_yaml(path)
+    stored = read_yaml(path)
     given, changes = with_overrides(stored, overrides, path)
     try:
         container = OmegaConf.to_container(given, resolve=True)
@@ -335,22 +327,6 @@ def load_recipe(
     return recipe
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"There is no recipe {path}.{near_recipe(path)}") from None
-    except IsADirectoryError:
-        recipe = RunFolder(path).recipe
-        way_out = f"a run: its recipe is {recipe}" if recipe.is_file() else "a folder. Name a YAML file in it"
-        raise UserError(f"The recipe {path} is {way_out}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"The recipe {path} cannot be read as YAML: {one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"The recipe {path} must be a mapping of keys to values.")
-    return loaded
-
-
 def _import(modules: list[str], path: Path) -> None:
     """Import `modules`, unless the recipe is that of a release: a release comes from others, and never runs code."""
     if modules and (path.parent / "model.safetensors").is_file() and (path.parent / "config.json").is_file():
@@ -376,41 +352,12 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
                 raise UserError(f"{dotted} is {quoted(value)}; it must be a mapping of keys to values.{hint}")
             kept[key] = _known_keys(value, hints[key], f"{dotted}.", path) if section else value
             if dotted == "threat.schedule":
-                kept[key] = _known_phases(value, path)
+                kept[key] = read_phases(value)
         elif dotted not in RETIRED:
             raise UserError(f"unknown key {quoted(dotted)}. {nearest_key(dotted, hints, RecipeSpec)}")
         elif value != RETIRED[dotted][0]:
             warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
-
-
-def _known_phases(value: Any, path: Path) -> list[dict[str, Any]]:
-    """The phases of `threat.schedule`, with numbers for `8/255`; raises `UserError` for what is no list of phases."""
-    example = "[{until: 0.3, num_steps: 1, step: 8/255}]"
-    phases = [] if value is None else value
-    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
-        raise UserError(f"threat.schedule is {quoted(value)}; it must be a list of phases, such as {example}.")
-    known = []
-    for number, phase in enumerate(phases, start=1):
-        where = f"threat.schedule.{number}"
-        if phase.get("until") is None:
-            hint = " YAML needs a space after each colon." if any(":" in str(key) for key in phase) else ""
-            raise UserError(f"{where} is {quoted(phase)}; it needs `until`, as in {example}.{hint}")
-        known.append(_known_keys(phase, PhaseSpec, f"{where}.", path))
-        for key, given in known[-1].items():
-            known[-1][key] = _as_number(given, f"{where}.{key}", int if key == "num_steps" else float)
-    return known
-
-
-def _as_number(value: Any, key: str, kind: type) -> Any:
-    """The number of a phase, also from `8/255`; None stays."""
-    try:
-        number = parse_fraction(value) if isinstance(value, str) and kind is float else value
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
-    fits = isinstance(number, int if kind is int else (int, float)) and not isinstance(number, bool)
-    check_value(key, value, number is None or fits, "a whole number" if kind is int else "a number")
-    return number
 
 
 def _normalise(raw: dict[str, Any]) -> None:

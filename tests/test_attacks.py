@@ -289,7 +289,7 @@ def test_infinite_loss_with_a_finite_gradient_is_an_error(make_net):
         ({"eps": math.nan}, r"threat\.eps is nan"),
         ({"num_steps": -1}, r"threat\.num_steps is -1; it must be 0 or more"),
         ({"init": "normal1"}, "Did you mean 'normal"),
-        ({"init": "gauss"}, "Known: normal, normal01, uniform, zero"),
+        ({"init": "gauss"}, "Known: normal, normal01, per_class, uniform, zero"),
         ({"bn": "train"}, r"threat\.bn is 'train'. Known: batch, eval"),
         ({"space": "pixels"}, "Did you mean 'pixel'"),
     ],

@@ -53,6 +53,8 @@ PUBLISHED: dict[str, Reference] = {
         (1 - _p(z)[y]) + sum(_p(z)[k] for k in range(len(z)) if k != y)
     ),  # Ghosh et al. 2017: |e_y - p|_1
     "agce": lambda z, y: (1.6**0.6 - (0.6 + _p(z)[y]) ** 0.6) / 0.6,  # Zhou et al. 2021, a = q = 0.6
+    # Zhou et al. 2021, weights 1 and 4, a = 6, q = 1.5
+    "nce_agce": lambda z, y: _p(z)[y].log() / _p(z).log().sum() + 4 * (7**1.5 - (6 + _p(z)[y]) ** 1.5) / 1.5,
     "lse": lambda z, y: sum((_p(z)[k] - float(k == y)) ** 2 for k in range(len(z))),  # Pang et al. 2022
 }
 

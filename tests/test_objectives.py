@@ -303,7 +303,7 @@ def test_inner_loss_is_the_named_one_and_detaches_natural_logits(name):
     ("arguments", "message"),
     [
         ({"name": "nratt"}, "Did you mean 'nrat'"),
-        ({"name": "no such thing"}, "Known: dm_at, "),
+        ({"name": "no such thing"}, "Known: adr, dm_at, "),
         ({"name": "nrat", "inner": "symkl"}, "Did you mean 'sym_kl'"),
         ({"name": "pgd_at", "inner": "kl"}, "use ce"),
         ({"name": "natural", "inner": "lse"}, "use ce"),

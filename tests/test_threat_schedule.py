@@ -102,7 +102,7 @@ def test_a_bad_schedule_is_refused(recipe_path: Path, schedule: str, words: str)
         ([SCHEDULE], "1 step of 0.1 until 25 % of training, then 2 steps of 4/255 at eps = 8/255 until 50 % of training, then 2 "
          "steps of 0.05 at eps = 0.1", 2 * 1.75 + 1 + 6),
         (N_FGSM, "N-FGSM, 1 step of 0.1 after noise within 2 eps", 2 + 1 + 6),
-        (["threat.init=class"], "2 steps of 0.05 from a start per class", 4 + 1 + 6),
+        (["threat.init=per_class"], "2 steps of 0.05 from a start per class", 4 + 1 + 6),
     ],
 )  # fmt: skip
 def test_text_and_cost(recipe_path: Path, overrides: Sequence[str], text: str, cost: float) -> None:
@@ -123,7 +123,7 @@ def test_text_and_cost(recipe_path: Path, overrides: Sequence[str], text: str, c
         ([], 0.05),
         ([SCHEDULE], 0.05),
         (N_FGSM, 0.025),
-        (["threat.init=class"], 0.05),
+        (["threat.init=per_class"], 0.05),
         (["threat.num_steps=1", "threat.step=0.1"], 0.025),
     ],
 )
@@ -163,14 +163,14 @@ def test_n_fgsm_is_that_of_its_authors(noise: float) -> None:
         ([*N_FGSM, "threat.noise=-1"], "threat.noise is -1.0; it must be finite and 0 or more"),
         ([*N_FGSM, "threat.noise=.inf"], "threat.noise is inf"),
         (["threat.noise=1"], "threat.noise is 1, but it is N-FGSM's and threat.attack is 'pgd'"),
-        ([*N_FGSM, "threat.init=class"], "starts from noise"),
+        ([*N_FGSM, "threat.init=per_class"], "starts from noise"),
         ([*N_FGSM, "threat.norm=l2", "threat.eps=0.5"], "threat.attack 'n_fgsm' is defined for threat.norm 'linf' only"),
         ([*N_FGSM, "threat.space=released_code"], "is defined in pixels only"),
         ([*N_FGSM, "threat.schedule=[{until: 0.5, num_steps: 2}]"], "Phase 1 .* takes one step"),
-        (["threat.init=class", "threat.norm=l2", "threat.eps=0.5", "threat.step=0.2"], "threat.init 'class' is defined for"),
-        (["threat.init=class", "threat.num_steps=0"], "needs a step, whose gradient moves the starts"),
-        (["threat.init=class", "data.augment.cutmix=0.5"], "data.augment.cutmix mixes labels"),
-        (["threat.init=class", "objective.name=natural", "objective.inner=ce"], "makes no attack"),
+        (["threat.init=per_class", "threat.norm=l2", "threat.eps=0.5", "threat.step=0.2"], "threat.init 'per_class' is defined for"),
+        (["threat.init=per_class", "threat.num_steps=0"], "needs a step, whose gradient moves the starts"),
+        (["threat.init=per_class", "data.augment.cutmix=0.5"], "data.augment.cutmix mixes labels"),
+        (["threat.init=per_class", "objective.name=natural", "objective.inner=ce"], "makes no attack"),
     ],
 )  # fmt: skip
 def test_what_an_attack_cannot_do_is_refused(recipe_path: Path, overrides: list[str], words: str) -> None:
@@ -182,7 +182,7 @@ def test_what_an_attack_cannot_do_is_refused(recipe_path: Path, overrides: list[
 def test_starts_per_class_are_those_of_training() -> None:
     """Elsewhere nothing holds the perturbations."""
     with pytest.raises(UserError, match="is for training, which keeps the perturbations"):
-        start_noise(torch.Size((1, 1, 2, 2)), "class", torch.zeros(()), None)
+        start_noise(torch.Size((1, 1, 2, 2)), "per_class", torch.zeros(()), None)
     assert ThreatSpec(0.1, 0.1, 1, schedule=[PhaseSpec(0.5, eps=0.05)]).at(0.1).eps == 0.05
 
 

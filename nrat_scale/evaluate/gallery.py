@@ -23,6 +23,7 @@ from nrat_scale.core.locks import locked
 from nrat_scale.data.augment import to_float
 from nrat_scale.evaluate.attacks import ATTACKS, Attack, Block
 from nrat_scale.evaluate.measures import Images
+from nrat_scale.threat import TRAINING_ONLY
 
 NUM_IMAGES = 8
 _TEXTS = ("attack", "weights_sha256", "key")
@@ -57,7 +58,7 @@ def gallery_attack(attacks: tuple[Attack, ...]) -> Attack | None:
 def gallery_key(weights_sha256: str, attack: Attack, images: Images, threat: ThreatSpec, seed: int) -> str:
     """Hex SHA-256 of everything that a gallery depends on."""
     # In training only: galleries of earlier versions keep their keys.
-    spec = {key: value for key, value in asdict(threat).items() if key not in ("attack", "noise", "schedule")}
+    spec = {key: value for key, value in asdict(threat).items() if key not in TRAINING_ONLY}
     content = [weights_sha256, attack.name, images.ids.tolist(), spec, seed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from nrat_scale.attacks import SPACES
 from nrat_scale.core.errors import UserError, check_choice, check_value, first_line
 from nrat_scale.recipe import RecipeSpec, load_recipe
+from nrat_scale.threat import SPACES
 
 PAPER_SPACE = "released_code"
 # `--noise`: the kind that stands for `asymmetric` in the grids.

@@ -1,4 +1,4 @@
-"""Starts per class (`threat.init: class`): a perturbation for each label, from which the attack of its images starts.
+"""Starts per class (`threat.init: per_class`): a perturbation for each label, from which the attack of its images starts.
 
 FGSM-CUAP (Pan et al., "Adversarial Initialization with Universal Adversarial Perturbation", AAAI 2024), read in its authors'
 code (github.com/fzjcdt/FastAT_Benchmark, fast_at/fgsm_cuap.py): with g_i the attack's gradient at the start of image i and

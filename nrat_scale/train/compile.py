@@ -25,6 +25,7 @@ from nrat_scale.train.step import micro_batches
 
 AUTO_DEVICES = ("cuda",)  # on which `train.compile: auto` compiles
 _FOLDER_KEY = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
+_TRITON_KEY = "TRITON_CACHE_DIR"
 
 
 def compile_models(state: TrainState) -> None:
@@ -86,6 +87,8 @@ def _compile_despite_damage(state: TrainState, folder: Path | None) -> None:
         if folder is None or not stored:
             raise
         os.environ[_FOLDER_KEY] = tempfile.mkdtemp(prefix="torchinductor")
+        if Path(os.environ.get(_TRITON_KEY, "")).is_relative_to(folder):  # set by the first attempt
+            del os.environ[_TRITON_KEY]
         torch.compiler.reset()
         try:
             _compile(state)

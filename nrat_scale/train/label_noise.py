@@ -12,8 +12,9 @@ from nrat_scale.core.files import read_json, write_atomically, write_json
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.source import TrainingSource
+from nrat_scale.data.spec import REAL
 from nrat_scale.data.training_data import TrainingData
-from nrat_scale.labels import BEFORE, BEFORE_AUDIT, describe_noise, labels_sha256
+from nrat_scale.labels import BEFORE, BEFORE_AUDIT, UNKNOWN, describe_noise, labels_sha256
 
 
 def write_noise(run: RunFolder, data: TrainingData) -> None:
@@ -25,6 +26,8 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
     for source in data.sources:
         if source.action is not None:
             print(f"audit: {action_text(source.kind, source.action.describe(source.shards))}")
+        if source.kind == REAL and data.spec.noise_of(REAL).kind == UNKNOWN:
+            print("labels of the real images: as they came, nobody has checked them (data.real.noise.kind: unknown)")
         if source.given is None or source.clean is None:
             continue
         order = source.shards.in_source_order()

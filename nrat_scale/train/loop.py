@@ -143,7 +143,7 @@ def _run(state: TrainState, profile: int) -> None:
         accelerator.print(f"objective.warm_start has no effect: {recipe.objective.title} has cross-entropy throughout.")
     threat = recipe.threat
     if recipe.objective.family != "natural" and (
-        threat.schedule or (threat.attack, threat.init == "class") != ("pgd", False)
+        threat.schedule or (threat.attack, threat.init == "per_class") != ("pgd", False)
     ):
         accelerator.print(f"attack of training: {attack_text(threat)}")
     for note in recipe.objective.cutmix_notes if recipe.data.augment.cutmix else ():

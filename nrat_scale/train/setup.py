@@ -311,7 +311,7 @@ def _build(
         recipe, RunFolder(Path(recipe.run_dir)), data, accelerator, base, model, attack_model, optimizer, objective, ema,
         data.validation(), guard, checks, Clock(device), RunningStatistics(base, mean), draws, sums,
     )  # fmt: skip
-    if recipe.threat.init == "class" and objective.attacks:
+    if recipe.threat.init == "per_class" and objective.attacks:
         height, width, channels = data.shards.image_shape
         dtype = next(base.parameters()).dtype
         state.class_starts = ClassStarts(num_classes, (channels, height, width), recipe.seed, dtype).to(device)

@@ -177,7 +177,7 @@ def test_runs_are_named_by_what_differs(tmp_path: Path) -> None:
         ({"schedule": [{"until": 0.5, "num_steps": 4, "step": 2 / 255, "eps": None}]},
          "trained with 4 steps of 2/255 until 50 % of training, then 10 steps of 2/255"),
         ({"attack": "n_fgsm", "num_steps": 1, "step": 8 / 255}, "trained with N-FGSM, 1 step of 8/255 after noise within 2 eps"),
-        ({"init": "class"}, "trained with 10 steps of 2/255 from a start per class"),
+        ({"init": "per_class"}, "trained with 10 steps of 2/255 from a start per class"),
     ],
 )  # fmt: skip
 def test_the_attack_of_training_is_stated(tmp_path: Path, changes: dict, text: str) -> None:

@@ -72,6 +72,7 @@ BY_HAND: dict[str, Callable[[np.ndarray, int], float]] = {
     "nfl_rce": lambda p, j: nfl_by_hand(p, j) + rce_by_hand(p, j),
     "mae": lambda p, j: sum(abs(q - (k == j)) for k, q in enumerate(p)),
     "agce": lambda p, j: (1.6**0.6 - (0.6 + p[j]) ** 0.6) / 0.6,
+    "nce_agce": lambda p, j: nce_by_hand(p, j) + 4 * (7**1.5 - (6 + p[j]) ** 1.5) / 1.5,
     "lse": lambda p, j: sum((q - (k == j)) ** 2 for k, q in enumerate(p)),
 }
 

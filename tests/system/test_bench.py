@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench import __main__ as command
-from bench import against_package, data, gpu, loaders
+from bench import against_package, data, gpu, loaders, processes
 from bench.attack_profile import Profile, Spent, print_profile
 from bench.gpu import CONTENDERS, Case, Contender, step_gpu, step_seconds
 from bench.step import make_images
@@ -154,6 +154,30 @@ def test_other_loaders_give_the_images_and_labels(tmp_path: Path, kind: str) -> 
     found = [known[image.numpy().tobytes()] for image in images]
     assert [label for _, label in found] == labels.tolist()
     assert sum(source == "real" for source, _ in found) / loaders.BATCH == pytest.approx(0.3, abs=0.08)
+
+
+def test_starts_share_the_cache_of_the_first_compiled_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eager and first start begin with an empty cache, the second finds its files; the row has what the run said."""
+
+    def started(recipe: Path, run: Path, *overrides: str, cache: Path) -> tuple[float, str]:
+        assert "data.batch_size=4" in overrides
+        if "train.compile=false" in overrides:
+            return 2.0, ""
+        read = 5 if (cache / "fxgraph").exists() else 0
+        (cache / "fxgraph").mkdir(parents=True, exist_ok=True)
+        return 9.0 - read, f"torch.compile: {5 - read} graphs compiled, {read} read from {cache}, {6.5 - read} s\n"
+
+    monkeypatch.setattr(processes, "_startup_seconds", started)
+    monkeypatch.setattr(processes, "_cpu_seconds_of_children", lambda: 0.0)
+    command.main(["--work", str(tmp_path), "start", "--model", "cnn4", "data.batch_size=4"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        "| eager | 2.0 | 0.0 | 0 | 0 | 0 |",
+        "| compiled, empty cache | 9.0 | 0.0 | 6.5 | 5 | 0 |",
+        "| compiled, second start | 4.0 | 0.0 | 1.5 | 0 | 5 |",
+    ]
 
 
 # ---- autoattack -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ ROWS = (
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
     ("label_refinement", "label_files"),
-    ("losses", "datasets", "publications", "transition"),
+    ("losses", "datasets", "publications", "threat", "transition"),
     ("_class_names",),
     ("core",),
 )

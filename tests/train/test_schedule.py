@@ -24,8 +24,8 @@ SCHEDULE = "threat.schedule=[{until: 0.4, num_steps: 1, step: 0.1}, {until: 0.7,
 VARIANTS = {
     "schedule": [SCHEDULE],
     "n_fgsm": ["threat.attack=n_fgsm", "threat.num_steps=1", "threat.step=0.1"],
-    "class": ["threat.init=class"],
-    "class in phases": ["threat.init=class", SCHEDULE],
+    "class": ["threat.init=per_class"],
+    "class in phases": ["threat.init=per_class", SCHEDULE],
 }
 
 

@@ -51,6 +51,7 @@ def test_an_unset_kind_is_settled_by_the_data(
     rows = RunFolder(run).read_metrics()
     claims = kind == "none"
     assert ("clean" in out) == claims, out
+    assert ("labels of the real images: as they came, nobody has checked them" in out) != claims
     assert [(row["clean_accuracy"] is not None) for row in rows if row["kind"] == "train"] == [claims] * 2
     assert [(row["natural_clean"] is not None) for row in rows if row["kind"] == "validation"] == [claims] * 2
     assert (run / "label_noise.json").exists() == claims

@@ -59,9 +59,9 @@ def starts(work: Path, model: str, rounds: int, *overrides: str) -> None:
     make_images(work)
     recipe = write_recipe(work, "starts", model, "nrat", 8)
     print(
-        "| start | from the command to the end of the first step, s (each) | of it torch.compile, s | graphs compiled | read |"
+        "| start | to the end of the first step, s | CPU s of the run | of the former torch.compile | compiled | read |"
     )
-    print("|---|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|")
     for name, compiled, empty in (
         ("eager", "false", True),
         ("compiled, empty cache", "true", True),
