@@ -264,6 +264,19 @@ def test_a_failure_is_in_the_cell_and_the_next_try_finishes_it(tmp_path, reprodu
 
 
 @pytest.mark.medium
+def test_methods_with_another_step_are_evaluated_alike(finished, tmp_path, reproduce):
+    """A step of 0.06 in training: PGD of the evaluation has the step of the base recipe, as for the other methods."""
+    line = "nrat: {objective.name: nrat, threat.num_steps: 2, threat.step: 0.06}\ntrades: {objective.name: trades}"
+    path = write_grid(tmp_path, methods=line)
+    words = [path, "--edition", "tiny", "--out", tmp_path / "out", "--cells", "none", "--cell", KEY]
+    assert reproduce(*words).status == 0
+    cells = [tmp_path / "out" / "tiny" / "cells" / KEY.removeprefix("tiny/"), finished.cell]
+    changed, usual = (json.loads((cell / "cell.json").read_text()) for cell in cells)
+    assert (changed["recipe"]["threat.step"], usual["recipe"]["threat.step"]) == (0.06, 0.05)
+    assert changed["evaluation"]["keys"]["pgd2"] == usual["evaluation"]["keys"]["pgd2"]
+
+
+@pytest.mark.medium
 def test_test_curves_and_the_released_space_are_stamped(tmp_path, reproduce):
     """Own folders; the curve is that of test images, and selection that of held-out ones; the table says both."""
     path, out = write_grid(tmp_path), tmp_path / "out"
