@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": "natural and robust accuracy",
     "report": "one page about one run or several",
     "release": "a folder or a repository that loads in one line",
+    "audit": "find labels that are probably wrong",
+    "reproduce": "tables and figures of the paper",
 }
 
 
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"python -m nrat_scale takes no arguments. {known}")
     print("usage: python -m nrat_scale.COMMAND --help\n")
     for name, purpose in COMMANDS.items():
-        print(f"  nrat_scale.{name:9} {purpose}")
+        print(f"  nrat_scale.{name:10} {purpose}")
 
 
 if __name__ == "__main__":

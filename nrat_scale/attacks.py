@@ -14,6 +14,7 @@ from nrat_scale.threat import (
     INITS,
     NORMS,
     RELEASED_CODE_WARNING,
+    SPACES,
     PhaseSpec,
     ThreatSpec,
     attack_text,
@@ -22,13 +23,32 @@ from nrat_scale.threat import (
     parse_fraction,
     short_reach,
     threat_text,
-)  # fmt: skip
+)
 
 __all__ = [
-    "AUTOATTACK_NORMS", "INITS", "NORMS", "RELEASED_CODE_WARNING", "Found", "Map", "PhaseSpec", "ThreatSpec", "apply_noise",
-    "attack_text", "evaluation_threat", "fraction_text", "in_space", "inside_ball", "parse_fraction", "pgd", "project",
-    "search", "short_reach", "start_noise", "threat_text",
-]  # fmt: skip
+    "AUTOATTACK_NORMS",
+    "INITS",
+    "NORMS",
+    "RELEASED_CODE_WARNING",
+    "SPACES",
+    "Found",
+    "Map",
+    "PhaseSpec",
+    "ThreatSpec",
+    "apply_noise",
+    "attack_text",
+    "evaluation_threat",
+    "fraction_text",
+    "in_space",
+    "inside_ball",
+    "parse_fraction",
+    "pgd",
+    "project",
+    "search",
+    "short_reach",
+    "start_noise",
+    "threat_text",
+]
 
 Map = Callable[[Tensor], Tensor]
 

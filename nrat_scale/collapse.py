@@ -70,8 +70,9 @@ def catastrophic_epochs(rows: Iterable[Mapping[str, Any]]) -> list[int]:
             trained[row.get("epoch")] = row.get("robust_accuracy")
         elif row.get("kind") == "validation" and isinstance(robust, dict):
             validated[row.get("epoch")] = robust.get("accuracy")
-    pairs = ((epoch, trained.get(epoch), accuracy) for epoch, accuracy in validated.items())
-    return [epoch for epoch, fit, held in pairs if None not in (fit, held) and fit >= _OVERFITTED and held <= _BROKEN]
+    pairs = [(epoch, trained.get(epoch), accuracy) for epoch, accuracy in validated.items()]
+    known = [(epoch, fit, held) for epoch, fit, held in pairs if fit is not None and held is not None]
+    return [epoch for epoch, fit, held in known if fit >= _OVERFITTED and held <= _BROKEN]
 
 
 def near_chance(num_classes: int) -> float:

@@ -92,8 +92,9 @@ class RefineSpec:
         """Raise `UserError` if the objective called `name` has no such refinement; `losses` are its divergence and inner loss."""
         key = f"objective.refine.kind is '{self.kind}'"
         if family not in KINDS[self.kind]:
-            known = [kind for kind, families in KINDS.items() if family in families]
-            raise UserError(f"{key}, which the family '{family}' of {name} does not have. Use {' or '.join(known)}.")
+            *others, last = [kind for kind, families in KINDS.items() if family in families]
+            known = f"{', '.join(others)} or {last}"
+            raise UserError(f"{key}, which the family '{family}' of {name} does not have. Use {known}.")
         if self.kind in ("adr", "noilin") and "ikl" in losses:
             raise UserError(f"{key}, but IKL weighs by the given label, which it replaces. Choose another divergence.")
         if self.kind in ("adr", "sglr") and smoothing:

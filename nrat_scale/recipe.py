@@ -315,12 +315,9 @@ def load_recipe(
         }
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RecipeSpec), layer, raw))
     except (UserError, OmegaConfBaseException) as error:
-        if isinstance(error, MissingMandatoryValue):
-            missing = ", ".join(
-                f"threat.{key}" for key in ("eps", "step", "num_steps") if key not in raw.get("threat", {})
-            )
+        if isinstance(error, MissingMandatoryValue) and (missing := _missing(raw)):
             way_out = "Every recipe sets them; `prepare template SHARDS` writes one that fits your data"
-            raise UserError(f"{path}: {missing} not set. {way_out}.") from error
+            raise UserError(f"{path}: {', '.join(missing)} not set. {way_out}.") from error
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{one_line(error)}") from error
     assert isinstance(recipe, RecipeSpec)
@@ -358,6 +355,13 @@ def _known_keys(raw: dict[Any, Any], spec: type, prefix: str, path: Path) -> dic
         elif value != RETIRED[dotted][0]:
             warn(f"{path}: {dotted} is ignored: {RETIRED[dotted][1]}.")
     return kept
+
+
+def _missing(raw: dict[str, Any]) -> list[str]:
+    """The keys without a default that `raw` does not set; OmegaConf writes such a value as ???."""
+    threat = raw.get("threat", {})
+    missing = [f"threat.{key}" for key in ("eps", "step", "num_steps") if threat.get(key, "???") == "???"]
+    return missing if raw.get("data") else [*missing, "data.real.shards"]
 
 
 def _normalise(raw: dict[str, Any]) -> None:

@@ -115,8 +115,16 @@ def test_other_words_for_keys_name_keys(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "threat.eps, threat.step, threat.num_steps not set"),
-        ("threat: {eps: 0.1, step: 0.1}\n", r"r.yaml: threat.num_steps not set. .*prepare template"),
+        ("", r"threat\.eps, threat\.step, threat\.num_steps, data\.real\.shards not set"),
+        ("threat: {eps: 0.1, step: 0.1, num_steps: 1}\n", r"r\.yaml: data\.real\.shards not set"),
+        (
+            "threat: {eps: 0.1, step: '???', num_steps: 1}\ndata: {real: {shards: x}}\n",
+            r"r\.yaml: threat\.step not set",
+        ),
+        (
+            "threat: {eps: 0.1, step: 0.1}\ndata: {real: {shards: x}}\n",
+            r"r.yaml: threat.num_steps not set. .*prepare template",
+        ),
     ],
 )
 def test_a_recipe_without_its_threat_says_what_is_missing(recipe: Path, content: str, message: str) -> None:

@@ -48,8 +48,9 @@ def parse_noise(text: str) -> NoiseSpec:
     """
     kind, *numbers = text.strip().split(":")
     if kind == MATRIX and numbers:
-        seed = numbers.pop() if len(numbers) > 1 and numbers[-1].lstrip("-").isdecimal() else "0"
-        return NoiseSpec(kind=MATRIX, matrix=":".join(numbers), seed=int(seed))
+        stated = len(numbers) > 1 and numbers[-1].lstrip("-").isdecimal()
+        seed = int(numbers.pop()) if stated else 0
+        return NoiseSpec(kind=MATRIX, matrix=":".join(numbers), seed=seed)
     try:
         rate, seed = float(numbers[0]) if numbers else 0.0, int(numbers[1]) if len(numbers) > 1 else 0
         if len(numbers) > 2 or (not numbers and kind != NONE):

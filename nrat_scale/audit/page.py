@@ -195,7 +195,7 @@ def _gallery(
     worst = content["suspects"]["worst"]
     entries = [entry for label in range(len(names)) for entry in worst[str(label)][:each]][:_MOST_PICTURES]
     kept, listed = list(_readable(entries, shards)), sum(map(len, worst.values()))
-    images = shards.images(np.array([entry["position"] for entry in kept], np.int64)) if kept else []
+    images: Any = shards.images(np.array([entry["position"] for entry in kept], np.int64)) if kept else ()
     found: dict[int, list[Suspect]] = {}
     for entry, pixels in zip(kept, images, strict=True):
         labels = names[entry["given"]], names[entry["suggested"]]

@@ -44,6 +44,7 @@ def outside_model(what: str, shards: ShardSet, device: torch.device, *, unseen: 
         UserError: there is no such model, it was trained or selected on these images, no record excludes that and `unseen` is
             not given, or it has other channels or classes.
     """
+    (target,) = find_targets(what, TargetOptions(checkpoints=(checkpoint,))).targets
     found = training_overlap(what, shards)
     if found.verdict == SEEN:
         raise UserError(
@@ -54,7 +55,6 @@ def outside_model(what: str, shards: ShardSet, device: torch.device, *, unseen: 
         raise UserError(
             f"{what} {found.reason}. If it has never seen these images, say so with --unseen; if it has, use --folds 5."
         )
-    (target,) = find_targets(what, TargetOptions(checkpoints=(checkpoint,))).targets
     return Predictors([_placed(target, shards, what, device)], [{**_facts(target), "model": what, "fold": None}])
 
 

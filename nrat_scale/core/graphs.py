@@ -23,7 +23,10 @@ Capture = Callable[[Function, Tensors], tuple[Callable[[], None], Tensors]]
 _PLAIN_CALLS = 2  # before a capture: lazy state (momentum, gradients, cuDNN's choices) is made in the first ones
 _WARMUP_CALLS = 3  # on the stream of the capture, as torch asks for
 _MAX_KEPT = 16  # graphs of one part
-_MAX_CAPTURES, _LEAST_REPLAYS = 64, 4  # after so many captures of one part, each must have been worth so many replays
+_MAX_CAPTURES, _LEAST_REPLAYS = (
+    64,
+    4,
+)  # after so many captures of one part, each must have been replayed so often on average
 
 
 def capture_cuda(function: Function, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
@@ -122,8 +125,9 @@ class GraphedCall:
         except Exception as error:  # a model may do anything that a capture forbids
             problem = first_line(error)
         self._restore(before, random)
-        if not problem and self.num_captures > max(_MAX_CAPTURES, self.num_replays / _LEAST_REPLAYS):
-            problem = f"it was captured {self.num_captures - 1} times, because it changes too often"
+        earlier = self.num_captures - 1
+        if not problem and earlier >= _MAX_CAPTURES and self.num_replays < _LEAST_REPLAYS * earlier:
+            problem = f"it was captured {earlier} times, because it changes too often"
         if not problem:
             return captured
         self.enabled = False

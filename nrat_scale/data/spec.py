@@ -35,9 +35,8 @@ class AuditSpec:
 
     KEY = "data.real.audit"  # the section of the recipe, for messages; not a field
 
-    scores: str | None = (
-        None  # folder that `python -m nrat_scale.audit` wrote, of these shards and this noise; None: no action
-    )
+    # Folder that `python -m nrat_scale.audit` wrote, of these shards and this noise; None: no action.
+    scores: str | None = None
     # `drop`: samples of doubted labels are not trained on; `relabel`: they get the suggested label; `weight`: their loss is
     # multiplied by the probability that the label is right, and all weights of the source by one number, so that their mean is 1.
     action: str = DROP

@@ -53,13 +53,12 @@ def threat_at(tree: dict[str, Any]) -> str:
 def trained_attack(recipe: dict[str, Any]) -> str:
     """The attack of training in text, such as `10 steps of 2/255`; empty if there is none, or it is not known."""
     given = value_at(recipe, "threat")
-    known = (
-        {key: given[key] for key in ThreatSpec.__dataclass_fields__ if key in given} if isinstance(given, dict) else {}
-    )
+    known = given.items() if isinstance(given, dict) else ()
+    fields = {key: value for key, value in known if key in ThreatSpec.__dataclass_fields__ and value is not None}
     try:
-        phases = [PhaseSpec(**phase) for phase in known.pop("schedule", None) or []]
-        threat = ThreatSpec(**known, schedule=phases)
-    except (UserError, TypeError):  # of a version with other keys
+        phases = [PhaseSpec(**phase) for phase in fields.pop("schedule", [])]
+        threat = ThreatSpec(**fields, schedule=phases)
+    except (UserError, TypeError, AttributeError):  # of a version with other keys or kinds of values
         return ""
     return attack_text(threat) if threat.num_steps else ""
 

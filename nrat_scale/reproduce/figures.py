@@ -260,7 +260,7 @@ def memorisation(groups: Groups, title: Title, name: str = "memorisation") -> Dr
     if not logged:
         return None
     panels_of = list(dict.fromkeys((setting.noise, setting.rate) for setting in logged))
-    methods, _ = _order(logged)  # type: ignore[arg-type]
+    methods = list(dict.fromkeys(setting.method for setting in logged))
     columns = min(len(panels_of), 2)
     lines = -(-len(panels_of) // columns)
     figure = Figure(figsize=(4.8 * columns, 3.0 * lines + 0.6), dpi=160, layout="constrained")
@@ -269,8 +269,8 @@ def memorisation(groups: Groups, title: Title, name: str = "memorisation") -> Dr
         for setting, seeds in logged.items():
             if (setting.noise, setting.rate) == (noise, rate):
                 i = methods.index(setting.method)
-                for points in seeds:
-                    axes.plot(*zip(*points, strict=True), color=_COLOURS[i % len(_COLOURS)], lw=1.2)
+                for curve in seeds:
+                    axes.plot(*zip(*curve, strict=True), color=_COLOURS[i % len(_COLOURS)], lw=1.2)
         axes.set_title(f"{noise} {rate:g}", fontsize=10, loc="left")
         axes.set(xlabel="epoch", ylabel="wrong labels fitted, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -228,11 +228,11 @@ def _seeds_sheet(table: GridTable, folder: Path) -> Sheet:
     for row in table.rows:
         for cell in row.cells:
             link = os.path.relpath(cell.path, folder).replace(os.sep, "/")
-            numbers = []
+            numbers: list[Value | None] = []
             for measure in table.plan.measures:
                 found = summarise([cell], row.checkpoint, measure)
                 numbers.append(
-                    found and Value(found.text, round(found.mean, 4), (found.interval, f"n = {found.n}"), link)
+                    Value(found.text, round(found.mean, 4), (found.interval, f"n = {found.n}"), link) if found else None
                 )
             words = (row.method, row.setting.noise_text, row.checkpoint)
             lines.append(Line(words, (Value(str(cell.seed), cell.seed), *numbers), f"{_anchor(row)}-{cell.seed}"))

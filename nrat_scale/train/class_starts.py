@@ -62,8 +62,10 @@ class ClassStarts(nn.Module):
     @torch.no_grad()
     def update(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Move the starts after the micro-batches of a step; `reduce` sums a tensor over ranks."""
-        assert self._sums is not None, "the attack comes first"
-        num_classes, self._sums, sums = len(self.starts), None, reduce(self._sums)
+        added = self._sums
+        assert added is not None, "the attack comes first"
+        num_classes, sums = len(self.starts), reduce(added)
+        self._sums = None
         gradients = sums[: -num_classes - 1].view_as(self.momentum)
         counts, total = sums[-num_classes - 1 : -1].view(-1, 1, 1, 1), sums[-1]
         mean = gradients / counts.clamp(min=1) / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -12,6 +12,7 @@ import pytest
 from nrat_scale.audit import __main__ as cli
 from nrat_scale.audit import predictors
 from nrat_scale.audit.api import audit
+from nrat_scale.audit.audited_labels import parse_noise
 from nrat_scale.audit.probabilities import Probabilities
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.audit_scores import read_audit_scores
@@ -294,6 +295,10 @@ def test_command_line_options(data, capsys, tmp_path):
     for words, match in {
         ("--folds", "1"): "--folds is 1; it must be at least 2",
         ("--model", "runs/x", "--folds", "2"): "Give one of the two",
+        ("--model", "nothing"): "There is no nothing here",
+        ("--clean-holdout", "nothing"): "no shards of --clean-holdout at nothing",
+        ("--noise", "cifar10n:0:0"): "needs data.real.noise.human_labels",
+        ("--noise", "symmetric:1.5:0"): "--noise 'symmetric:1.5:0'.* in .0, 1.",
         ("--bootstrap", "3"): "--bootstrap is 3",
         ("run_dir=x",): "The audit sets run_dir for each fold",
         ("data.real.noise.rate=0.5",): "The audit sets data.real.noise.rate",
@@ -302,3 +307,12 @@ def test_command_line_options(data, capsys, tmp_path):
         with pytest.raises(UserError, match=match):
             cli.main([str(data), *words, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_by_a_matrix():
+    """`matrix:FILE:SEED` names the file of a transition matrix; without a seed it is 0, and a colon may be in the name."""
+    for text, path, seed in (
+        ("matrix:m.json:3", "m.json", 3), ("matrix:m.json", "m.json", 0), ("matrix:a:b.csv:-1", "a:b.csv", -1),
+    ):  # fmt: skip
+        noise = parse_noise(text)
+        assert (noise.kind, noise.matrix, noise.seed, noise.rate) == ("matrix", path, seed, 0.0)

@@ -134,3 +134,33 @@ def test_gradients_accumulate_in_a_replay():
         torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(*(list(model.buffers()) for model in models))
     assert call.num_captures == 1 and not said
+
+
+def test_a_number_that_changes_now_and_then_is_captured_for_ever():
+    """As a learning rate does each epoch: more captures than are kept, each replayed; a number of one call is not captured."""
+    model, said, factor = nn.Linear(3, 2), [], [0.0]
+    call = graphed(lambda x: (model(x).detach() * factor[0],), list(model.parameters()), said)
+    x = torch.ones(4, 3)
+    for number in range(70):
+        for _ in range(6):
+            factor[0] = float(number)
+            assert torch.equal(call(x, key=number)[0], model(x) * number)
+    assert call.enabled and not said and call.num_captures == 70 and call.num_replays == 70 * 4
+    assert len(call._captured) == len(call._calls) == 16
+    for number in range(100, 200):
+        call(x, key=number)
+    assert call.num_captures == 70
+
+
+def test_weights_that_always_move_are_given_up():
+    """A capture for each call costs more than it gives; the part says so and goes on without."""
+    model, said = nn.Linear(3, 2), []
+    call = graphed(lambda x: (model(x).detach(),), [model.weight], said)
+    kept = []
+    for _ in range(70):
+        kept.append(model.weight.data)
+        model.weight.data = model.weight.data.clone()
+        assert torch.equal(call(torch.ones(4, 3))[0], model(torch.ones(4, 3)))
+    assert not call.enabled and said == [
+        "The step cannot run as a CUDA graph (it was captured 64 times, because it changes too often); it runs eager."
+    ]
