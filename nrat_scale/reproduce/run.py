@@ -148,7 +148,10 @@ def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> li
             paper=grid.paper,
         )
         facts = PageFacts(
-            f"{grid.title}: {edition.title}", command, omissions=grid.omissions, costs=grid.name == "noise-benchmark"
+            f"{grid.title}: {edition.title}",
+            command,
+            omissions=grid.omissions,
+            costs=grid.name in ("noise-benchmark", "frontier"),
         )
         # `state` refuses finished cells of another recipe.
         cells = [read_cell(path) for place in mine if place.state() and (path := place.found) is not None]

@@ -24,7 +24,7 @@ from nrat_scale.data.spec import REAL
 from nrat_scale.evaluate.api import Evaluation, evaluate
 from nrat_scale.evaluate.measures import correct_under, read_images
 from nrat_scale.evaluate.results import read_arrays
-from nrat_scale.recipe import RecipeSpec
+from nrat_scale.recipe import RecipeSpec, load_recipe
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.train.api import train
 
@@ -66,9 +66,11 @@ def run_cell(place: Place) -> dict[str, Any]:
 
 
 def _evaluated(place: Place) -> Evaluation:
-    """Best and last on the test images of the edition."""
+    """Best and last on the test images of the edition, with one step of PGD and CW for all of its cells."""
     edition = place.cell.edition
-    measured = partial(evaluate, place.run, edition.test_shards, images=edition.images, aa_images=edition.aa_images)
+    step = load_recipe(edition.base).threat.step  # a method may train with another one
+    sizes = {"images": edition.images, "aa_images": edition.aa_images}
+    measured = partial(evaluate, place.run, edition.test_shards, step=step, **sizes)
     if edition.last_attacks is None:
         return measured(attacks=edition.attacks)
     asked = {"best": edition.attacks, "last": edition.last_attacks}

@@ -264,6 +264,19 @@ def test_a_failure_is_in_the_cell_and_the_next_try_finishes_it(tmp_path, reprodu
 
 
 @pytest.mark.medium
+def test_methods_with_another_step_are_evaluated_alike(finished, tmp_path, reproduce):
+    """A step of 0.06 in training: PGD of the evaluation has the step of the base recipe, as for the other methods."""
+    line = "nrat: {objective.name: nrat, threat.num_steps: 2, threat.step: 0.06}\ntrades: {objective.name: trades}"
+    path = write_grid(tmp_path, methods=line)
+    words = [path, "--edition", "tiny", "--out", tmp_path / "out", "--cells", "none", "--cell", KEY]
+    assert reproduce(*words).status == 0
+    cells = [tmp_path / "out" / "tiny" / "cells" / KEY.removeprefix("tiny/"), finished.cell]
+    changed, usual = (json.loads((cell / "cell.json").read_text()) for cell in cells)
+    assert (changed["recipe"]["threat.step"], usual["recipe"]["threat.step"]) == (0.06, 0.05)
+    assert changed["evaluation"]["keys"]["pgd2"] == usual["evaluation"]["keys"]["pgd2"]
+
+
+@pytest.mark.medium
 def test_test_curves_and_the_released_space_are_stamped(tmp_path, reproduce):
     """Own folders; the curve is that of test images, and selection that of held-out ones; the table says both."""
     path, out = write_grid(tmp_path), tmp_path / "out"
@@ -285,7 +298,10 @@ def test_test_curves_and_the_released_space_are_stamped(tmp_path, reproduce):
 
 @pytest.mark.slow
 def test_the_papers_edition_runs_on_images_of_cifars_shape(tmp_path, reproduce, monkeypatch):
-    """An npz becomes the shards that the edition names; ResNet-18 is trained and attacked by all four attacks."""
+    """An npz becomes the shards that the edition names; the printed numbers stand beside ours.
+
+    A small CNN stands in for ResNet-18, under which AutoAttack takes half an hour of a core.
+    """
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     for split, n in (("train", 60), ("test", 10)):
@@ -299,12 +315,13 @@ def test_the_papers_edition_runs_on_images_of_cifars_shape(tmp_path, reproduce, 
         "data.validation.size=10",
         "threat.num_steps=4",
     ]
+    short += ["model.name=cnn4", "model.kwargs={width: 4, hidden: 8}"]
     words = ["table1", *short, "--cells", "none", "--only", "nrat/symmetric-0.2"]
     result = reproduce(*words)
     assert result.status == 0, result.err
     (path,) = Path("runs/reproduce/paper/cells").rglob("cell.json")
     cell = json.loads(path.read_text())
-    assert cell["recipe"]["model.name"] == "resnet18_cifar" and cell["recipe"]["optim.lr"] == 0.05
+    assert cell["recipe"]["optim.lr"] == 0.05 and cell["recipe"]["optim.milestones"] == [100, 150]
     assert {name: entry["n"] for name, entry in cell["results"]["best"].items()} == dict.fromkeys(
         ("natural", "pgd20", "cw20", "aa"), 10
     )
