@@ -69,8 +69,8 @@ def _evaluated(place: Place) -> Evaluation:
     """Best and last on the test images of the edition, with one step of PGD and CW for all of its cells."""
     edition = place.cell.edition
     step = load_recipe(edition.base).threat.step  # a method may train with another one
-    sizes = {"images": edition.images, "aa_images": edition.aa_images}
-    measured = partial(evaluate, place.run, edition.test_shards, step=step, **sizes)
+    images, aa_images = edition.images, edition.aa_images
+    measured = partial(evaluate, place.run, edition.test_shards, step=step, images=images, aa_images=aa_images)
     if edition.last_attacks is None:
         return measured(attacks=edition.attacks)
     asked = {"best": edition.attacks, "last": edition.last_attacks}
