@@ -39,6 +39,7 @@ def test_noise_has_the_stated_rate(rate):
 def test_table_says_what_was_not_run(tmp_path):
     """A cell that is missing is not run, one that is not identified has no error, and finished ones are averaged."""
     base = {
+        "version": audit_calibration.VERSION,
         "truth": 0.2,
         "plain": {"rate": 0.3},
         "suspects": {"precision": 0.9, "recall": 0.8},
@@ -50,6 +51,8 @@ def test_table_says_what_was_not_run(tmp_path):
     other = {**corrected, "unclipped": 0.17, "covers": False}
     (tmp_path / "symmetric-0.2-seed-2.json").write_text(json.dumps({**base, "corrected": other}))
     (tmp_path / "matrix-0.4-seed-0.json").write_text(json.dumps({**base, "corrected": {"identified": False}}))
+    old = {**base, "version": 1, "corrected": corrected}  # of an earlier recipe: run again
+    (tmp_path / "none-0-seed-0.json").write_text(json.dumps(old))
     rows = table(tmp_path).splitlines()
     assert "| symmetric | 0.2 | 2 | 20.0 | 19.0 | -3.0 | 1 of 2 | 30.0 | 0.90, 0.80 | 0.70, 0.90 | 85.0 |" in rows
     assert any("| matrix | 0.4 | 1 |" in row and "not identified" in row for row in rows)
