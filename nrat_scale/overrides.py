@@ -71,7 +71,7 @@ def nearest_key(dotted: str, hints: Collection[str], recipe: type) -> str:
     name = dotted.rpartition(".")[2]
     if meant := SYNONYMS.get(name.lower()):
         return f"Did you mean '{meant}'?"
-    same = [key for key in _all_keys(recipe) if key.endswith(f".{name}")]
+    same = [key for key in _all_keys(recipe) if key.endswith(f".{name}") and key != dotted]
     if same and not get_close_matches(name, hints, n=1):
         return f"Did you mean '{min(same, key=len)}'?"
     return did_you_mean(name, hints)

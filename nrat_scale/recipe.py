@@ -376,7 +376,7 @@ def _normalise(raw: dict[str, Any]) -> None:
     if objective.get("smoothing_mode") is False:
         objective["smoothing_mode"] = "off"
     for key in ("eps", "step"):
-        if isinstance(threat.get(key), str):
+        if isinstance(threat.get(key), str) and threat[key] != MISSING:
             try:
                 threat[key] = parse_fraction(threat[key])
             except ValueError as error:
