@@ -6,7 +6,7 @@ Quality is the probability that the given label j of an image x is right. With t
 
 by Bayes, T being the transition matrix. A classifier that is trained on noisy labels predicts those: its p is T' t. `deconvolved`
 inverts that by expectation maximisation (Richardson 1972, Lucy 1974), which keeps probabilities non-negative. Finally the
-log-odds of all qualities are shifted by one number, so that the expected number of wrong labels is the estimated one: a
+log-odds of all qualities are shifted by one number, so that as many labels are below one half as the estimate says are wrong: a
 classifier that is trained for a short time is less sure than it is accurate.
 """
 
@@ -78,13 +78,10 @@ class LogOdds:
         self._counts += np.bincount(at.astype(np.int64), minlength=self._BINS)
 
     def shift(self, rate: float) -> float:
-        """The shift with which the mean of 1 - quality is `rate`, by bisection; at most 10."""
-        low, high = -10.0, 10.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            wrong = (self._counts / (1 + np.exp(self._values + middle))).sum() / self._counts.sum()
-            low, high = (middle, high) if wrong > rate else (low, middle)
-        return (low + high) / 2
+        """The shift with which the share `rate` of the labels has a quality below one half."""
+        below = np.cumsum(self._counts)
+        edge = int(np.searchsorted(below, rate * below[-1]))  # the bin that holds the last of them
+        return float(-(self._values[min(edge, self._BINS - 1)] + self._LIMIT / self._BINS))
 
 
 def smoothed(transition: np.ndarray, rate: float) -> np.ndarray:
@@ -167,7 +164,7 @@ def score_labels(
         folder: of the audit.
         chunks: all images in the order of their positions: (positions, given labels int64 [n], probabilities float32 [n, K]).
         transition: T of `label_quality`.
-        rate: the estimated share of wrong labels, which the qualities reproduce in the mean.
+        rate: the estimated share of wrong labels, which is that of the qualities below one half.
         facts: what else the manifest states.
 
     Raises:

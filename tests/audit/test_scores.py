@@ -1,4 +1,4 @@
-"""The quality of a label: Bayes' rule with the transition matrix, calibrated in the mean."""
+"""The quality of a label: Bayes' rule with the transition matrix, with as many suspects as wrong labels."""
 
 import numpy as np
 import pytest
@@ -40,15 +40,15 @@ def test_quality_is_the_probability_that_the_label_is_right():
 
 
 def test_shift_gives_the_estimated_rate():
-    """With the shift the expected number of wrong labels is the estimated one, also of an unsure classifier."""
+    """With the shift as many labels are below one half as are estimated to be wrong, also of an unsure classifier."""
     true, given, _, noisy = _labels(2, 20_000)
     unsure = np.sqrt(noisy) / np.sqrt(noisy).sum(axis=1, keepdims=True)
     rate, odds = float((true != given).mean()), LogOdds()
     odds.add(label_quality(given, unsure, NOISE)[0])
     quality = label_quality(given, unsure, NOISE, odds.shift(rate))[0]
-    assert (1 - quality).mean() == pytest.approx(rate, abs=2e-3)
+    assert (quality < 0.5).mean() == pytest.approx(rate, abs=2e-3)
     clean = label_quality(given, unsure, NOISE, odds.shift(1e-4))[0]
-    assert (clean < 0.5).sum() <= 5
+    assert (clean < 0.5).sum() <= 40
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.4])
