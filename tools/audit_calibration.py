@@ -1,11 +1,12 @@
 """How well an audit estimates noise that was injected: cells of Fashion-MNIST by kind, rate and seed, and their table.
 
-python tools/audit_calibration.py --train data/fm_train --test data/fm_test            all cells that docs/audit lacks
-python tools/audit_calibration.py ... --limit 1 --kinds symmetric --rates 0.4           one of them
-python tools/audit_calibration.py --table                                               the table of the finished cells
+python tools/audit_calibration.py --train data/fashion_mnist_train                    all cells that docs/audit lacks
+python tools/audit_calibration.py ... --limit 1 --kinds symmetric --rates 0.4         one of them
+python tools/audit_calibration.py --table                                             the table of the finished cells
 
-A cell audits 12,000 training images (1,200 of each class, drawn with its seed) in two folds against all 10,000 test images, and
-writes docs/audit/KIND-RATE-seed-SEED.json when it is finished. An interrupted cell continues in --work.
+A cell audits 12,000 training images (1,200 of each class, drawn with its seed) in two folds against 10,000 other training images
+(1,000 of each class, their labels taken as right), and writes docs/audit/KIND-RATE-seed-SEED.json when it is finished. With --test
+the hold-out is these images instead: give another --cells, too. An interrupted cell continues in --work.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from nrat_scale.prepare.subset import subset
 
 CELLS = Path(__file__).resolve().parents[1] / "docs" / "audit"
 KINDS, RATES, SEEDS = ("symmetric", "asymmetric", "instance_dependent", "matrix"), (0.05, 0.1, 0.2, 0.4), (0, 1, 2)
-VERSION = 2  # of a cell: raised when the recipe of the folds or the images change, so that all cells are run again
+VERSION = 3  # of a cell: raised when the recipe of the folds or the images change, so that all cells are run again
 PER_CLASS, HOLD_OUT_PER_CLASS, FOLDS = 1200, 1000, 2
 # Each class and its most similar one, both ways: no map is published for Fashion-MNIST.
 PAIRS = {0: 6, 6: 0, 1: 3, 3: 1, 2: 4, 4: 2, 5: 7, 7: 5, 8: 9, 9: 8}
@@ -87,17 +88,34 @@ def cells(kinds: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) ->
                     yield Cell(kind, rate, seed)
 
 
-def run_cell(cell: Cell, train: str, test: str, work: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def run_cell(cell: Cell, train: str, work: Path, overrides: Sequence[str], test: str | None = None) -> dict[str, Any]:
     """Audit one cell, in a folder below `work`; returns the content of its file."""
     began = time.perf_counter()
-    data, hold_out, out = work / f"train-{cell.seed}", work / f"test-{cell.seed}", work / cell.name
-    for where, folder, number in ((train, data, PER_CLASS), (test, hold_out, HOLD_OUT_PER_CLASS)):
-        if not (folder / "index.json").is_file():
-            subset(where, folder, per_class=number, seed=cell.seed, progress=False)
-    options: dict[str, Any] = {"noise": cell.noise, "out": out, "seed": cell.seed, "overrides": list(overrides)}
-    content = audit(data, folds=FOLDS, clean_holdout=hold_out, **options).content
+    data, out = work / f"data-{cell.seed}", work / cell.name
+    hold_out = work / f"{'other' if test is None else 'test'}-{cell.seed}"
+    options: dict[str, Any] = {"seed": cell.seed, "progress": False}
+    if not (data / "index.json").is_file():
+        subset(train, data, per_class=PER_CLASS, **options)
+    if not (hold_out / "index.json").is_file():
+        if test is None:
+            subset(train, hold_out, ids=_others(train, data, work / f"others-{cell.seed}", options), **options)
+        else:
+            subset(test, hold_out, per_class=HOLD_OUT_PER_CLASS, **options)
+    asked: dict[str, Any] = {"noise": cell.noise, "out": out, "seed": cell.seed, "overrides": list(overrides)}
+    content = audit(data, folds=FOLDS, clean_holdout=hold_out, **asked).content
     record = _record(cell, content) | {"cleanlab": _cleanlab(out, data, cell.noise)}
     return record | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _others(train: str, data: Path, scratch: Path, options: dict[str, Any]) -> Path:
+    """A file of source ids: `HOLD_OUT_PER_CLASS` of each class that are not in `data`."""
+    subset(train, scratch, per_class=PER_CLASS + HOLD_OUT_PER_CLASS, **options)  # in the same order, so it holds `data`
+    pool, used = (open_shards(folder) for folder in (scratch, data))
+    ids = [shards.source_ids(np.arange(len(shards))) for shards in (pool, used)]
+    path = scratch / "others.npy"
+    np.save(path, np.setdiff1d(*ids))
+    assert len(np.load(path)) == len(pool) - len(used)
+    return path
 
 
 def _record(cell: Cell, content: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key=value", help="keys of the recipe of the folds")
     add("--train", default="data/fashion_mnist_train", help="shards of Fashion-MNIST's training images")
-    add("--test", default="data/fashion_mnist_test", help="shards of its test images")
+    add("--test", help="shards of its test images, as hold-out instead of other training images")
     add("--kinds", type=lambda text: text.split(","), default=["none", *KINDS])
     add("--rates", type=lambda text: [float(part) for part in text.split(",")], default=list(RATES))
     add("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=list(SEEDS))
@@ -223,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     waiting = [cell for cell in waiting if not is_finished(given.cells / f"{cell.name}.json")]
     for number, cell in enumerate(waiting[: given.limit]):
         print(f"cell {number + 1} of {len(waiting[: given.limit])}: {cell.name}", flush=True)
-        record = run_cell(cell, given.train, given.test, given.work, given.overrides)
+        record = run_cell(cell, given.train, given.work, given.overrides, given.test)
         write_json(given.cells / f"{cell.name}.json", record)
         shutil.rmtree(given.work / cell.name)
         print(json.dumps({key: record[key] for key in ("truth", "corrected", "suspects", "cleanlab")}), flush=True)
