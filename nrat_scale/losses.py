@@ -208,6 +208,21 @@ def mean_predictions(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts[:, None].clamp_min(torch.finfo(sums.dtype).tiny)
 
 
+def mart_margin(logits_adv: Tensor, y: Tensor) -> Tensor:
+    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: second half of MART's BCE (Wang et al. 2020)."""
+    p_adv = logits_adv.softmax(1)
+    others = p_adv.scatter(1, y[:, None], -1.0)
+    return -(1.0001 - others.amax(1) + 1e-12).log()
+
+
+def mart_regulariser(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
+    """KL(p || p') * (1.0000001 - p_y), with log(p' + 1e-12) inside the KL."""
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    kl = (p * (log_p - (logits_adv.softmax(1) + 1e-12).log())).sum(1)
+    return kl * (1.0000001 - p.gather(1, y[:, None]).squeeze(1))
+
+
 # name -> f(natural logits [B, K], adversarial logits [B, K], y) -> [B]; also the attack's objective (`objective.inner`)
 DIVERGENCES: dict[str, Loss] = {"kl": _kl, "sym_kl": _sym_kl, "lse": _lse, "ikl": ikl}
 PUBLISHED = frozenset({*LOSSES, *DIVERGENCES})  # the entries above, without those that users add

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean
 from nrat_scale.label_refinement import LabelRefinement, RefineSpec
-from nrat_scale.losses import DIVERGENCES, LOSSES, ikl, ikl_weights, label_sums, plugin_smoothed, upcast
+from nrat_scale.losses import (
+    DIVERGENCES,
+    LOSSES,
+    ikl,
+    ikl_weights,
+    label_sums,
+    mart_margin,
+    mart_regulariser,
+    plugin_smoothed,
+    upcast,
+)
 
 FAMILIES = ("natural", "at", "trades", "mart")
 # Fields of `ObjectiveSpec` that only a preset sets; they are neither recipe keys nor stored in recipe.yaml.
@@ -209,21 +219,6 @@ def objective_title(name: str, loss: str, divergence: str, warm_start: float = 0
     return title + (f", warm start over {100 * warm_start:g} % of training" if warm else "")
 
 
-def _mart_margin(logits_adv: Tensor, y: Tensor) -> Tensor:
-    """-log(1.0001 - p'_j + 1e-12), j the most probable class other than y: second half of MART's BCE (Wang et al. 2020)."""
-    p_adv = logits_adv.softmax(1)
-    others = p_adv.scatter(1, y[:, None], -1.0)
-    return -(1.0001 - others.amax(1) + 1e-12).log()
-
-
-def _mart_regulariser(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
-    """KL(p || p') * (1.0000001 - p_y), with log(p' + 1e-12) inside the KL."""
-    log_p = logits.log_softmax(1)
-    p = log_p.exp()
-    kl = (p * (log_p - (logits_adv.softmax(1) + 1e-12).log())).sum(1)
-    return kl * (1.0000001 - p.gather(1, y[:, None]).squeeze(1))
-
-
 class Objective(nn.Module):
     """The inner and outer loss that an `ObjectiveSpec` describes.
 
@@ -299,8 +294,8 @@ class Objective(nn.Module):
             raise UserError("MART needs hard labels, because its margin and weight name one class.")
         logits, logits_adv = upcast(logits), upcast(logits_adv)
         if spec.loss == "ce":
-            outer = outer + _mart_margin(logits_adv, y)
-        return outer + spec.lam * _mart_regulariser(logits, logits_adv, y)
+            outer = outer + mart_margin(logits_adv, y)
+        return outer + spec.lam * mart_regulariser(logits, logits_adv, y)
 
     def loss(
         self,
