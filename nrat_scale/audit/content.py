@@ -162,12 +162,13 @@ def overlapping_classes(joint: np.ndarray, num_images: int) -> list[dict[str, An
 
 
 def estimate_record(found: Estimate) -> dict[str, Any]:
-    """An estimate as audit.json has it; rates and bounds below 0 are 0 there, and `unclipped` has the rate itself."""
+    """An estimate as audit.json has it; rates and bounds below 0 are 0 there, and `unclipped...` has what was estimated."""
     labels = found.joint.sum(axis=0)
     per_class = zip(found.by_given.tolist(), found.by_given_interval.tolist(), labels.tolist(), strict=True)
     return {
         "rate": _share(found.rate),
         "unclipped": found.rate,
+        "unclipped_interval": [float(bound) for bound in found.interval],
         "interval": [_share(bound) for bound in found.interval],
         "joint": found.joint.tolist(),
         "transition": transition(found.joint).tolist(),

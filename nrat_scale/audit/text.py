@@ -8,7 +8,8 @@ def _percent(value: float) -> str:
 
 
 def _with_interval(record: dict[str, Any]) -> str:
-    low, high = record["interval"]
+    """The rate with the interval as estimated: a bound below 0 says how far the estimate scatters."""
+    low, high = record.get("unclipped_interval", record["interval"])
     return f"{_percent(record['rate'])}  [{100 * low:.2f}, {100 * high:.2f}]"
 
 
@@ -45,6 +46,11 @@ def notes(content: dict[str, Any]) -> list[str]:
             f"The correction is not identified: {corrected['reason']}. The estimate includes the classifier's errors."
         )
     else:
+        if (bounds := corrected.get("unclipped_interval")) is not None and bounds[1] < 0:
+            found.append(
+                f"The corrected estimate is {_percent(corrected['unclipped'])}, below 0 beyond chance: the classifier errs more often on "
+                "the hold-out than on these images, so the hold-out is not of the same kind, and a small rate cannot be seen."
+            )
         found.append("The correction assumes that which labels are wrong depends on the class, not on the image.")
     if shift is not None and shift["beyond_chance"]:
         found.append(
