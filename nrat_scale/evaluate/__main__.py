@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
-from nrat_scale.attacks import NORMS, parse_fraction
+from nrat_scale.attacks import NORMS, SPACES, parse_fraction
 from nrat_scale.core.errors import run_cli
 from nrat_scale.evaluate.api import DEFAULT_ATTACKS, evaluate
 from nrat_scale.evaluate.attacks import attack_usage, parse_attack
@@ -54,6 +54,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=int, help="number of images, a fixed seeded choice (default: all; for curves at most 1000)")
     add("--aa-images", type=int, help="the same for AutoAttack alone")
     add("--norm", choices=NORMS, help="default: the recipe's, else linf")
+    space = "released_code: the threat space of NRAT's released code, another threat model (default: the recipe's)"
+    add("--space", choices=SPACES, help=space)
     add("--eps", type=number, help="radius, such as 8/255 (default: the recipe's)")
     add(
         "--step",

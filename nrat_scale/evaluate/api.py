@@ -72,6 +72,7 @@ def evaluate(
     norm: str | None = None,
     eps: float | None = None,
     step: float | None = None,
+    space: str | None = None,
     batch_size: int = 256,
     seed: int = 0,
     device: str | None = None,
@@ -88,6 +89,7 @@ def evaluate(
         curve: accuracy against eps or attack steps, such as `"eps=0,2/255,8/255"` or `["eps=0,8/255", "steps=1,10,50"]`.
         checkpoint, weights: of a run.
         eps, step: fractions of the pixel range, such as 8 / 255; by default those of the training.
+        space: `released_code` measures in the threat space of NRAT's released code; by default that of the training.
         images, aa_images: a fixed seeded choice of that many; None: all, and for curves at most 1000.
         out: results file; default: in the run, else evaluations/NAME-HASH/results.json.
 
@@ -115,7 +117,7 @@ def evaluate(
     if transfer_from is not None:
         options = TargetOptions(("best",), arch=source_arch, weights_key=source_weights_key, trust_code=trust_code)
         source = _source(transfer_from, options)
-    threat = request_threat(what, found.threat, norm, eps, step)
+    threat = request_threat(what, found.threat, norm, eps, step, space)
     if graphs and chosen.type != "cuda":
         raise UserError(f"--graphs needs a GPU, and this evaluation is on {chosen.type}. Omit it.")
     request = Request(parsed, threat, images, aa_images, batch_size, seed, source, drop_broken, graphs, parsed_curves)

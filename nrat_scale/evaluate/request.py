@@ -118,7 +118,12 @@ class Request:
 
 
 def request_threat(
-    what: str, trained: ThreatSpec | None, norm: str | None, eps: float | None, step: float | None
+    what: str,
+    trained: ThreatSpec | None,
+    norm: str | None,
+    eps: float | None,
+    step: float | None,
+    space: str | None = None,
 ) -> ThreatSpec:
     """The threat to evaluate: given values first, then those of training; the step defaults to eps / 4.
 
@@ -129,6 +134,8 @@ def request_threat(
     Raises:
         UserError: no radius is known, or the step is no step within the ball: 0, or longer than its diameter.
     """
+    if space is not None:
+        return replace(request_threat(what, trained, norm, eps, step), space=space)
     if step is not None and not step > 0:
         raise UserError(f"--step is {step:g}; PGD and CW would stay at their start. Give a length above 0, or omit it.")
     if trained is not None and norm in (None, trained.norm):  # a trained radius does not transfer to another norm

@@ -23,3 +23,14 @@ def test_a_step_that_makes_attacks_weak_is_refused(trained, step, words):
     """Such a step gave a number near the natural accuracy without a word."""
     with pytest.raises(UserError, match=words):
         request_threat("run", trained, None, 0.05, step)
+
+
+@pytest.mark.parametrize("trained", [None, TRAINED])
+def test_another_space_is_only_taken_when_asked_for(trained):
+    """`--space` replaces the recipe's space and nothing else; l_2 has no such space."""
+    usual = request_threat("run", trained, None, 0.2, 0.05)
+    released = request_threat("run", trained, None, 0.2, 0.05, "released_code")
+    assert (usual.space, released.space) == ("pixel", "released_code")
+    assert (released.eps, released.step, released.norm) == (usual.eps, usual.step, usual.norm)
+    with pytest.raises(UserError, match="released_code"):
+        request_threat("run", trained, "l2", 0.2, 0.05, "released_code")
