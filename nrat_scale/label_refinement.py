@@ -79,6 +79,10 @@ class RefineSpec:
                 check_value(f"objective.refine.{name}", value, 0 < value < math.inf, "finite and greater than 0")
             elif name == "noilin_window":
                 check_value(f"objective.refine.{name}", value, value >= 1, "at least 1")
+            elif name == "momentum":  # with 1 nothing would be remembered
+                check_value(f"objective.refine.{name}", value, 0 <= value < 1, "in [0, 1)")
+            elif name in ("noilin_first", "scores_step"):  # r grows by a factor: from 0 it would stay there
+                check_value(f"objective.refine.{name}", value, 0 < value <= 1, "in (0, 1]")
             else:
                 check_value(f"objective.refine.{name}", value, 0 <= value <= 1, "in [0, 1]")
         if self.kind == "te" and self.te_full <= self.te_start:

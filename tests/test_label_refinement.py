@@ -214,6 +214,8 @@ def test_old_recipes_keep_their_identity(recipe_path: Path) -> None:
         (["objective.name=adr", "objective.refine.adr_temperature_last=0"], "finite and greater than 0"),
         (["objective.name=te", "objective.refine.te_full=0.4"], r"must be above te_start 0\.45"),
         (["objective.name=noilin", "objective.refine.noilin_most=0.01"], r"below noilin_first 0\.05"),
+        (["objective.name=noilin", "objective.refine.noilin_first=0"], r"noilin_first is 0\.0; it must be in \(0, 1\]"),
+        (["objective.name=te", "objective.refine.momentum=1"], r"momentum is 1\.0; it must be in \[0, 1\)"),
         (["objective.name=noilin", "objective.refine.noilin_window=0"], "at least 1"),
         (["objective.name=sglr", "objective.refine.sglr_natural=2"], r"in \[0, 1\]"),
         (["objective.refine=adr"], r"objective\.refine is 'adr'; it must be a mapping.*objective\.refine\.kind=adr"),

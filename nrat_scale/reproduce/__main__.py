@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.what is None:
         print("\n".join(f"{name:16s} {read_grid(name).title}" for name in grid_names()))
         return
+    if given.what == CLAIMS:
+        raise UserError(
+            f"{CLAIMS} has options of its own and comes first: python -m nrat_scale.reproduce {CLAIMS} --help"
+        )
     if "=" in given.what and not Path(given.what).exists():
         raise UserError(f"{given.what} is an override. Name the grid before it, such as table1.")
     choices = Choices(given.space, given.noise, given.curves, tuple(given.settings))

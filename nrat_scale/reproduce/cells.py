@@ -24,13 +24,14 @@ from nrat_scale.data.shards import open_shards
 from nrat_scale.recipe import RecipeSpec, identity_values
 from nrat_scale.report.run import value_at
 from nrat_scale.reproduce.grid import Cell
+from nrat_scale.reproduce.measured import VERSION
 
-VERSION = 1  # of cell.json
 FINISHED, FAILED, STARTED, MISSING = "finished", "failed", "started", "missing"
 STORED = Path(nrat_scale.__file__).parents[1] / "docs" / "reproduction"  # finished cells of the repository
 # Keys of a recipe that are no part of a cell's hash: where the data are and what the run is called. The fingerprints of the
 # data are in cell.json.
 _PLACES = ("name", "data.real.shards", "data.generated.shards", "data.validation.shards", "data.real.exclude")
+_IDENTITY = ("edition", "method", "noise", "rate", "seed", "space", "curves")  # of cell.json: which cell it is
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,14 @@ class Place:
         if content.get("version") != VERSION:
             version = quoted(content.get("version"))
             raise UserError(f"{path} is of version {version}; this version reads {VERSION}. Move it away.")
+        for key, value in self.facts().items():
+            if key in _IDENTITY and content.get(key, value) != value:
+                what = f"{key} is {quoted(content[key])} in it and {quoted(value)} in the cell that belongs there"
+                raise UserError(f"{path} is the result of another cell: {what}. Move it away.")
         if content.get("recipe_hash") == self.hash:
             return
-        before, now = value_at(content, "recipe", {}), self.settings
+        recipe, now = content.get("recipe"), self.settings
+        before = recipe if isinstance(recipe, dict) else {}
         known = [key for key in {**now, **before} if before.get(key) != now.get(key)]
         change = "its hash differs"
         if known:
@@ -179,14 +185,19 @@ def recipe_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
+def check_recipes(places: Sequence[Place]) -> None:
+    """Refuse a wrong recipe before anything is run: that of one seed of each method and noise is read."""
+    for place in {(place.cell.edition, place.cell.method, place.cell.noise): place for place in places}.values():
+        assert place.recipe
+
+
 def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
     """Refuse to begin with a wrong recipe, without a data set, or with other test images than those of finished cells.
 
     Raises:
         UserError: the message has the commands that make the data.
     """
-    for place in {(place.cell.edition, place.cell.method, place.cell.noise): place for place in places}.values():
-        assert place.recipe  # of one seed of each method and noise: a wrong key is found before anything is run
+    check_recipes(places)
     for place in {place.cell.edition.name: place for place in places}.values():
         edition, data = place.cell.edition, place.recipe.data
         needed = {
@@ -202,8 +213,8 @@ def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] =
         }
         now = opened["the test images"].fingerprint
         for record in finished:
-            before = value_at(record, "evaluation.data", "")
-            if record["edition"] == edition.name and before != now:
+            before = str(value_at(record, "evaluation.data", ""))
+            if record.get("edition") == edition.name and before != now:
                 raise UserError(
                     f"{edition.test_shards} has other images than those that finished cells of edition {edition.name} were "
                     f"evaluated on (fingerprints {now[:12]} and {quoted(before[:12])}), so that they could not be compared. "

@@ -108,10 +108,12 @@ def learning_curves(groups: Groups, title: Title, name: str = "curves") -> Drawi
     splits = sorted(
         {str(row.get("split", "held-out")) for cells in curves.values() for cell in cells for row in cell.curve}
     )
-    counts = sorted({row["n"] for cells in curves.values() for cell in cells for row in cell.curve if "n" in row})
+    counts = sorted(
+        {n for cells in curves.values() for cell in cells for row in cell.curve if (n := number_at(row, "n"))}
+    )
     seeds = _seeds_text(curves)
     caption = (
-        f"Accuracy in % by epoch on {' and '.join(splits)} images (n = {', '.join(map(str, counts))}; {seeds}). Lines are means over "
+        f"Accuracy in % by epoch on {' and '.join(splits)} images (n = {', '.join(f'{n:.0f}' for n in counts)}; {seeds}). Lines are means over "
         "seeds, bands their range; a star marks the selected (best) epoch of each seed, a square the last epoch."
     )
     if "test" in splits:

@@ -1,7 +1,6 @@
 """`docs/findings.md`: every claim of the paper, what was measured, and whether it holds; written from finished cells."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from nrat_scale.reproduce.cells import STORED
 from nrat_scale.reproduce.claims import claims
 from nrat_scale.reproduce.decision import RULE, UNDECIDED, Claim, Finding, decide
 from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, read_cells, strongest_attack
-from nrat_scale.reproduce.page import protocol
+from nrat_scale.reproduce.page import protocol, relative_link
 from nrat_scale.reproduce.paper import PAPER
 from nrat_scale.reproduce.table_text import counted, markdown_lines, markdown_text, shown_path
 
@@ -167,7 +166,7 @@ def _runs(edition: str, cells: Sequence[Measured], folder: Path) -> list[str]:
             markdown_text,
             (setting.method, setting.noise_text, space + (", test curves" if split == "test" else ""), attacks),
         )
-        links = " ".join(f"[{cell.seed}]({os.path.relpath(cell.path, folder).replace(os.sep, '/')})" for cell in seeds)
+        links = " ".join(f"[{cell.seed}]({relative_link(cell.path, folder)})" for cell in seeds)
         lines.append(f"| {' | '.join(words)} | {links} |")
     failed = [cell for cell in cells if not cell.finished]
     lines += ["", *(f"* Failed: {markdown_text(f'{c.setting.folder}, seed {c.seed}: {c.error}')}" for c in failed)]

@@ -12,7 +12,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.cost import TRAINED, forward_equivalents
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.training_data import normalisation
-from nrat_scale.report.run import number_at
+from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.reproduce.jobs import duration
 from nrat_scale.reproduce.table_text import counted
@@ -31,7 +31,7 @@ def forecast(missing: Sequence[Place], finished: Sequence[Mapping[str, Any]]) ->
     lines = []
     for name in dict.fromkeys(place.cell.edition.name for place in missing):
         places = [place for place in missing if place.cell.edition.name == name]
-        lines.append(f"{name}: {_of_edition(places, [cell for cell in finished if cell['edition'] == name])}")
+        lines.append(f"{name}: {_of_edition(places, [cell for cell in finished if cell.get('edition') == name])}")
     return "\n".join(lines)
 
 
@@ -50,7 +50,7 @@ def _of_edition(places: Sequence[Place], finished: Sequence[Mapping[str, Any]]) 
         )
         train, attack = (sum(cell["cost"][key] for cell in finished) for key in _COSTS[:2])
         seconds, evaluation = train / done * sum(passes), attack / len(finished) * len(places)
-        hardware = ", ".join(sorted({cell["cost"]["hardware"] for cell in finished}))
+        hardware = ", ".join(sorted({str(value_at(cell, "cost.hardware", "unknown")) for cell in finished}))
         parts = f"training {duration(seconds)}, evaluation {duration(evaluation)}"
         source = f"by {counted(len(finished), 'finished cell')} on {hardware}"
         return f"{counted(len(places), 'cell')}: about {(seconds + evaluation) / 3600:.3g} {device}-hours ({parts}; {source})."

@@ -24,7 +24,7 @@ PAPER_SPACE = "released_code"
 ASYMMETRIC = {"default": "asymmetric", "text": "asymmetric_bidirectional", "released": "asymmetric_released"}
 _FACTS = ("title", "source")  # of a method; its other keys are recipe keys
 # Keys that no override may set: they are the axes of a grid, or follow from the cell. Key -> what sets it.
-_AXES = {
+AXES = {
     "objective.name": "its methods; choose some with --only",
     "data.real.noise.kind": "its noises; choose some with --only",
     "data.real.noise.rate": "its noises; choose some with --only",
@@ -100,8 +100,8 @@ class Choices:
         check_choice("--noise", self.noise, ASYMMETRIC)
         check_choice("--curves", self.curves, ("held-out", "test"))
         for key in self.overrides:
-            if key in _AXES:
-                raise UserError(f"{key} cannot be set for all cells of a grid: it is set by {_AXES[key]}.")
+            if key in AXES:
+                raise UserError(f"{key} cannot be set for all cells of a grid: it is set by {AXES[key]}.")
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Cell:
         """The resolved recipe. The seed is that of weights, batches and attacks, and of the label noise.
 
         Raises:
-            UserError: see `load_recipe`.
+            UserError: see `load_recipe`; or a section, or the base recipe, changes what the cell is named by.
         """
         settings = {**dict(self.settings), **self.noise.settings, "data.real.noise.seed": self.seed, "seed": self.seed}
         settings |= {"name": f"{self.folder}/{self.id}".replace("/", "-")}
@@ -160,9 +160,24 @@ class Cell:
         if run_dir is not None:
             settings["run_dir"] = str(run_dir)
         try:
-            return load_recipe(self.edition.base, settings)
+            recipe = load_recipe(self.edition.base, settings)
+            self._check_axes(recipe)
         except UserError as error:
             raise UserError(f"{self.edition.name}/{self.id}: {error}") from error
+        return recipe
+
+    def _check_axes(self, recipe: RecipeSpec) -> None:
+        """Refuse another seed, noise or space than the cell's: a whole section such as `threat={...}`, or the base, set it."""
+        noise = recipe.data.real.noise
+        for key, found, wanted in (
+            ("seed", recipe.seed, self.seed),
+            ("data.real.noise.kind", noise.kind, self.noise.kind),
+            ("data.real.noise.rate", noise.rate, self.noise.rate),
+            ("data.real.noise.seed", noise.seed, self.seed),
+            ("threat.space", recipe.threat.space, self.choices.space),
+        ):
+            if found != wanted:
+                raise UserError(f"{key} is {found} instead of {wanted}: it is set by {AXES[key]}. Remove it elsewhere.")
 
 
 @dataclass(frozen=True)

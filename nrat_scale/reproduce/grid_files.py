@@ -10,14 +10,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, quoted
+from nrat_scale.evaluate.attacks import parse_attack
 from nrat_scale.labels import NOISES
 from nrat_scale.overrides import one_line
-from nrat_scale.reproduce.grid import Edition, Grid, Noise, Override, Stage
+from nrat_scale.reproduce.grid import AXES, Edition, Grid, Noise, Override, Stage
+from nrat_scale.reproduce.paper import printed_numbers
 
 GRIDS = Path(__file__).parent / "grids"  # recipes/grids of the repository; in an installed package a folder of its own
 EDITIONS, METHODS = "editions.yaml", "methods.yaml"
 _NOISE = re.compile(r"([a-z][a-z0-9_]*)-(0|1|0\.[0-9]+)")
-_METHOD = re.compile(r"[a-z][a-z0-9_.-]*")  # it becomes the name of a folder
+_NAME = re.compile(r"[a-z][a-z0-9_.-]*")  # of a method or an edition: it becomes the name of a folder
 
 
 def grid_names(folder: Path = GRIDS) -> list[str]:
@@ -27,7 +29,7 @@ def grid_names(folder: Path = GRIDS) -> list[str]:
 
 
 def read_grid(what: str) -> Grid:
-    """A grid of the package by name, or a file of your own; editions.yaml and methods.yaml beside it come first.
+    """A grid of the package by name, or a file of your own; methods.yaml and editions.yaml beside it add to the package's.
 
     Raises:
         UserError: there is no such grid, or its files are wrong; the message names the file and the key.
@@ -41,29 +43,32 @@ def read_grid(what: str) -> Grid:
         raise UserError(
             f"There is no grid {quoted(what)}. {hint} A grid of your own: give its path, such as my_grid.yaml."
         )
-    methods, editions = (_beside(path, name) for name in (METHODS, EDITIONS))
     raw = _mapping(path)
-    known_methods = _methods(methods)
-    known_editions = _editions(editions, known_methods)
+    known_methods = {name: one for file in _files(path, METHODS) for name, one in _methods(file).items()}
+    known_editions = {
+        name: one for file in _files(path, EDITIONS) for name, one in _editions(file, known_methods).items()
+    }
     _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions"), path)
     stages = tuple(_stage(one, number, known_methods, path) for number, one in enumerate(_list(raw, "stages", path), 1))
     check_value(f"{path}: stages", len(stages), len(stages) > 0, "at least one stage")
     used = {method for stage in stages for method in stage.methods}
     return Grid(
         path.stem,
-        str(raw.get("title", path.stem)),
+        _text(raw, "title", path, default=path.stem),
         stages,
         known_methods,
         known_editions,
         _seeds(raw.get("seeds"), used, path),
-        _uses(raw.get("editions") or {}, known_editions, path),
-        _paper(raw.get("paper") or {}, used, path),
-        tuple(map(str, raw.get("omissions") or ())),
+        _uses(_section(raw, "editions", path, optional=True), known_editions, path),
+        _paper(_section(raw, "paper", path, optional=True), used, path),
+        tuple(_sentences(raw, "omissions", path)),
     )
 
 
-def _beside(path: Path, name: str) -> Path:
-    return own if (own := path.with_name(name)).is_file() else GRIDS / name
+def _files(path: Path, name: str) -> list[Path]:
+    """The package's file of this name, then the one beside the grid, whose entries replace those of the package."""
+    own = path.with_name(name)
+    return [GRIDS / name, *([own] if own.is_file() and path.parent != GRIDS else [])]
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def _names(value: Any, where: str, known: Iterable[str]) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {quoted(value)}; it must be a list with at least one entry.")
     for number, name in enumerate(value):
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise UserError(f"{where}: there is no {quoted(name)}. {did_you_mean(str(name), known)}")
         if name in value[:number]:
             raise UserError(f"{where} names {name} twice. Remove one.")
@@ -108,16 +113,25 @@ def _methods(path: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for name, settings in _mapping(path).items():
         where = f"{path}: {name}"
-        check_value(
-            f"{path}: the method",
-            name,
-            _METHOD.fullmatch(name) is not None,
-            "lower-case letters, digits, `_`, `.` and `-`",
-        )
+        _check_name(f"{path}: the method", name)
         if not isinstance(settings, dict) or "objective.name" not in settings:
             raise UserError(f"{where} must be a mapping of recipe keys to values, with objective.name.")
         found[name] = {str(key): value for key, value in settings.items()}
+        _check_no_axis([key for key in found[name] if key != "objective.name"], where)
+        if "title" in settings:
+            _text(settings, "title", where)
     return found
+
+
+def _check_name(what: str, name: str) -> None:
+    bound = "lower-case letters, digits, `_`, `.` and `-`, a letter first"
+    check_value(what, name, _NAME.fullmatch(name) is not None, bound)
+
+
+def _check_no_axis(keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key in AXES:
+            raise UserError(f"{where} sets {key}, which is set by {AXES[key]}. Remove it.")
 
 
 def _noise(text: Any, where: str) -> Noise:
@@ -166,13 +180,14 @@ def _editions(path: Path, methods: Mapping[str, Any]) -> dict[str, Edition]:
 
 def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edition:
     where = f"{path}: {name}"
+    _check_name(f"{path}: the edition", name)
     if not isinstance(raw, dict):
         raise UserError(f"{where} must be a mapping with the keys base, test and evaluation.")
     _known(raw, ("title", "base", "test", "evaluation", "seeds", "overrides"), where)
     test, evaluation = (_section(raw, key, where) for key in ("test", "evaluation"))
     _known(test, ("shards", "prepare"), f"{where}: test")
     _known(evaluation, ("attacks", "images", "aa_images", "last"), f"{where}: evaluation")
-    base = path.with_name(str(raw.get("base")))
+    base = path.parent / _text(raw, "base", where)
     if not base.is_file():
         raise UserError(f"{where}: there is no base recipe {base}.")
     sizes = {key: evaluation.get(key) for key in ("images", "aa_images")}
@@ -180,20 +195,54 @@ def _edition(name: str, raw: Any, methods: Mapping[str, Any], path: Path) -> Edi
         check_value(f"{where}: {key}", size, size is None or (type(size) is int and size >= 1), "at least 1")
     return Edition(
         name,
-        str(raw.get("title", name)),
+        _text(raw, "title", where, default=name),
         base,
-        str(test.get("shards")),
-        str(test.get("prepare", "")),
-        str(evaluation.get("attacks")),
+        _text(test, "shards", f"{where}: test"),
+        _text(test, "prepare", f"{where}: test", default=""),
+        _attacks(evaluation, "attacks", f"{where}: evaluation"),
         **sizes,
-        last_attacks=evaluation.get("last"),
-        seeds=_seeds(raw.get("seeds", 1), methods, path),
-        overrides=tuple(_override(one, f"{where}: overrides", methods) for one in raw.get("overrides") or ()),
+        last_attacks=None if evaluation.get("last") is None else _attacks(evaluation, "last", f"{where}: evaluation"),
+        seeds=_seeds(1 if raw.get("seeds") is None else raw["seeds"], methods, path),
+        overrides=tuple(
+            _override(one, f"{where}: overrides", methods)
+            for one in (_list(raw, "overrides", where) if raw.get("overrides") else ())
+        ),
     )
 
 
-def _section(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def _text(raw: Mapping[str, Any], key: str, where: Path | str, default: str | None = None) -> str:
+    """The text of a key; commands may have several lines."""
+    value = raw.get(key, default)
+    lines = value.splitlines() if isinstance(value, str) else []
+    if value != default and not (lines and all(line.isprintable() for line in lines)):
+        raise UserError(f"{where}: {key} is {quoted(value)}; it must be text, without control characters.")
+    if value is None:
+        raise UserError(f"{where}: {key} is missing.")
+    return str(value)
+
+
+def _sentences(raw: Mapping[str, Any], key: str, where: Path | str) -> list[str]:
+    values = _list(raw, key, where) if raw.get(key) else []
+    return [_text({key: value}, key, where) for value in values]
+
+
+def _attacks(raw: Mapping[str, Any], key: str, where: str) -> str:
+    """Names of attacks, comma-separated, each of which is known."""
+    text = _text(raw, key, where)
+    names = text.split(",")
+    for name in names:
+        try:
+            parse_attack(name)
+        except UserError as error:
+            raise UserError(f"{where}: {key}: {error}") from error
+    check_value(f"{where}: {key}", text, len(set(names)) == len(names), "attacks that differ")
+    return text
+
+
+def _section(raw: Mapping[str, Any], key: str, where: Path | str, *, optional: bool = False) -> dict[str, Any]:
     value = raw.get(key)
+    if optional and value is None:
+        return {}
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key} is {quoted(value)}; it must be a mapping of keys to values.")
     return value
@@ -205,12 +254,14 @@ def _override(raw: Any, where: str, methods: Mapping[str, Any]) -> Override:
     _known(raw, ("methods", "noises", "set", "source"), where)
     if not raw.get("source"):
         raise UserError(f"{where}: {quoted(raw)} has no source. Say where its values come from.")
-    noises = raw.get("noises") or []
+    noises = _list(raw, "noises", where) if raw.get("noises") else []
     for text in noises:
-        if text not in NOISES:
+        if not isinstance(text, str) or text not in NOISES:
             _noise(text, where)
     names = _names(raw["methods"], f"{where}: methods", methods) if raw.get("methods") else ()
-    return Override(_section(raw, "set", where), str(raw["source"]), names, tuple(noises))
+    settings = _section(raw, "set", where)
+    _check_no_axis(settings, where)
+    return Override(settings, _text(raw, "source", where), names, tuple(noises))
 
 
 def _uses(raw: dict[str, Any], editions: Mapping[str, Edition], path: Path) -> dict[str, list[str]]:
@@ -222,6 +273,11 @@ def _uses(raw: dict[str, Any], editions: Mapping[str, Edition], path: Path) -> d
 
 def _paper(raw: dict[str, Any], methods: Iterable[str], path: Path) -> dict[str, dict[str, str]]:
     """Table -> our method -> its name in the table."""
-    for table, names in raw.items():
-        _names(list(names or {}) or ["-"], f"{path}: paper: {table}", [*methods, "-"])
+    known = {(table, theirs) for table, theirs, *_ in printed_numbers()}
+    _names(list(raw) or ["-"], f"{path}: paper", {*(table for table, _ in known), "-"})
+    for table in raw:
+        names = _section(raw, table, f"{path}: paper", optional=True)
+        _names(list(names) or ["-"], f"{path}: paper: {table}", [*methods, "-"])
+        for theirs in names.values():
+            _names([theirs], f"{path}: paper: {table}", [name for one, name in known if one == table])
     return {table: {ours: str(theirs) for ours, theirs in (names or {}).items()} for table, names in raw.items()}

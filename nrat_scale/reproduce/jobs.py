@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from nrat_scale.core.errors import UserError, printable
-from nrat_scale.core.files import write_atomically
+from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.reproduce.cells import FAILED, FINISHED, STARTED, Place
 from nrat_scale.reproduce.table_text import counted
 
@@ -212,7 +212,7 @@ def write_script(kind: str, path: Path, title: str, places: Sequence[Place], com
     else:
         cells = "\n".join(f"  {key}" for key in keys)
         content = _SLURM.format(**facts, cells=cells, command=given, last=len(keys) - 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, content)
     path.chmod(0o755)
     return path

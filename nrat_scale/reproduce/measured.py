@@ -21,6 +21,7 @@ from nrat_scale.evaluate.statistics import wilson
 from nrat_scale.report.run import number_at, value_at
 
 VERSION = 1  # of cell.json
+_MOST_IMAGES = 10**8  # above it a count is damaged; NumPy would allocate it
 RELEASED = "released_code"  # `space` of cells in the released code's threat space
 CHECKPOINTS = ("best", "last")
 CURVES_WARNING = (
@@ -161,6 +162,8 @@ def _check_types(path: Path, facts: dict[str, Any]) -> None:
     for key in ("curve", "memorisation"):
         if not all(isinstance(row, dict) for row in facts.get(key) or []):
             raise _damaged(path, f"{key} has rows that are no objects")
+    if not all(isinstance(name, str) for name in value_at(facts, "evaluation.attacks", [])):
+        raise _damaged(path, "evaluation.attacks has entries that are no names")
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -173,12 +176,14 @@ def _outcomes(path: Path, facts: dict[str, Any]) -> Iterable[tuple[tuple[str, st
     for checkpoint in CHECKPOINTS:
         for attack, record in value_at(facts, f"results.{checkpoint}", {}).items():
             count, correct = value_at(record, "n"), value_at(record, "correct")
+            if type(count) is not int or not 0 < count <= _MOST_IMAGES:
+                raise _damaged(path, f"the outcomes of {quoted(attack)} are of {quoted(count)} images")
             try:
                 packed = base64.b64decode(str(value_at(record, "outcomes", "")), validate=True)
                 right = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
             except (binascii.Error, ValueError, TypeError) as error:
                 raise _damaged(path, f"the outcomes of {quoted(attack)} cannot be read") from error
-            if not count or len(packed) != -(-count // 8) or int(right.sum()) != correct:
+            if len(packed) != -(-count // 8) or int(right.sum()) != correct:
                 raise _damaged(path, f"the outcomes of {quoted(attack)} do not match its counts")
             yield (checkpoint, str(attack)), right
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
 
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.page import environment
-from nrat_scale.report.run import value_at
+from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.figures import Drawing, total_cost
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
 from nrat_scale.reproduce.paper import PAPER
@@ -96,7 +97,17 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
     )
 
 
+# `data.validation.labels` of a cell's recipe -> how its best checkpoint was selected.
+_SELECTION = {
+    "clean": "highest robust accuracy on held-out training images by their clean labels",
+    "given": "highest robust accuracy on held-out training images by their given labels, with the noise of training",
+}
 _TEMPLATES_STYLE = resources.files("nrat_scale.report").joinpath("templates/style.css").read_text("utf-8")
+
+
+def relative_link(path: Path, folder: Path) -> str:
+    """The address of a file in a page that lies in `folder`; spaces and other signs of its path are escaped."""
+    return quote(os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
 def _used(table: GridTable) -> list[Measured]:
@@ -110,7 +121,9 @@ def protocol(cells: Sequence[Measured]) -> dict[str, str]:
         "attacks": lambda cell: ", ".join(map(attack_title, value_at(cell.facts, "evaluation.attacks", []))),
         "test images": lambda cell: value_at(cell.facts, "evaluation.images"),
         "steps": lambda cell: value_at(cell.facts, "cost.steps"),
-        "best": lambda cell: "highest robust accuracy on held-out training images with their noisy labels",
+        "best": lambda cell: _SELECTION.get(
+            str(value_at(cell.facts, "recipe", {}).get("data.validation.labels", "given"))
+        ),
         "hardware": lambda cell: value_at(cell.facts, "cost.hardware"),
         "versions": lambda cell: ", ".join(
             f"{name} {text}" for name, text in value_at(cell.facts, "versions", {}).items()
@@ -173,8 +186,8 @@ def _mean(
 
 def _fitted(cell: Measured) -> float | None:
     rows = cell.facts.get("memorisation") or []
-    last = rows[-1].get("noisy_fitted") if rows else None
-    return None if last is None else 100 * float(last)
+    last = number_at(rows[-1], "noisy_fitted") if rows else None
+    return None if last is None else 100 * last
 
 
 def _percent(path: str) -> Callable[[Measured], float | None]:
@@ -227,7 +240,7 @@ def _seeds_sheet(table: GridTable, folder: Path) -> Sheet:
     lines = []
     for row in table.rows:
         for cell in row.cells:
-            link = os.path.relpath(cell.path, folder).replace(os.sep, "/")
+            link = relative_link(cell.path, folder)
             numbers: list[Value | None] = []
             for measure in table.plan.measures:
                 found = summarise([cell], row.checkpoint, measure)

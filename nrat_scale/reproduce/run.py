@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nrat_scale.core.errors import UserError, did_you_mean, quoted
 from nrat_scale.core.files import make_folder, write_atomically
-from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_start
+from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_recipes, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
 from nrat_scale.reproduce.grid_files import read_grid
@@ -100,6 +100,7 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
     for omission in grid.omissions:
         print(f"  not in the paper: {omission}")
     if dry_run:
+        check_recipes(missing)
         for place in places:
             print(f"  {states[place.key]:9s} {place.key}")
         print(forecast(missing, finished) if missing else "Nothing is missing.")

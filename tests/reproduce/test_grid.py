@@ -145,6 +145,30 @@ def test_a_method_is_one_line(tmp_path):
     assert [(phase.until, phase.num_steps, phase.step) for phase in recipe.threat.schedule] == [(0.5, 1, 0.1)]
 
 
+def test_methods_of_ones_own_stand_beside_the_packages(tmp_path):
+    """A file with one line adds to methods.yaml, also on an edition of the package; its entries replace those of the package."""
+    grid = "stages: [{methods: [nrat, mine], noises: [none-0]}]"
+    (tmp_path / "mine.yaml").write_text(grid)
+    (tmp_path / "methods.yaml").write_text("mine: {objective.name: trades}\n")
+    found = read_grid(str(tmp_path / "mine.yaml"))
+    assert {cell.method for cell in found.cells("fashion", seeds=1)} == {"nrat", "mine"}
+    assert found.cells("fashion")[0].recipe().threat.eps == 0.1
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("threat={space: released_code}", "threat.space"),
+        ("data.real.noise={kind: symmetric, rate: 0.9}", "data.real.noise.kind"),
+    ],
+)
+def test_a_section_cannot_change_what_a_cell_is_named_by(word, key):
+    """It is found in the recipe, and not only by the key that was written."""
+    (cell, *_) = GRID_OF["table1"].cells("fashion", Choices(settings=(word,)))
+    with pytest.raises(UserError, match=f"{key} is .* instead of"):
+        cell.recipe()
+
+
 # ---- wrong files ----------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +190,20 @@ def test_a_method_is_one_line(tmp_path):
         ("tiny", "title: A tiny grid", "seeds: 0", "at least 1"),
         ("tiny", "title: A tiny grid", "title: [", "cannot be read as YAML"),
         ("tiny", "title: A tiny grid", "title: a\ntitle: b", "duplicate key"),
+        ("tiny", "A tiny grid", "[a]", "text"),
+        ("tiny", "A tiny grid", '"\\e[31m"', "control characters"),
+        ("tiny", "title: A tiny grid", "omissions: a word", "list"),
+        ("tiny", "title: A tiny grid", "editions: [tiny]", "mapping"),
+        ("tiny", "[nrat, trades]", "[{nrat: 1}]", "there is no"),
+        ("tiny", "{table1: {}}", "[table1]", "mapping"),
+        ("tiny", "{table1: {}}", "{table9: {}}", "Did you mean 'table"),
+        ("tiny", "{table1: {}}", "{table1: {nrat: narat}}", "Did you mean 'nrat'?"),
+        ("editions", "tiny:", '"../../tiny":', "the edition is"),
+        ("editions", '"natural,pgd2"', "[natural, pgd2]", "text"),
+        ("editions", '"natural,pgd2"', '"natural,pgdd2"', "Unknown attack"),
+        ("editions", "images: 30", 'images: 30, last: "cw"', "Did you mean cw20?"),
+        ("editions", "shards: TEST, ", "", "shards is missing"),
+        ("editions", "base: base_tiny.yaml", "base: .", "no base recipe"),
         ("editions", "base_tiny.yaml", "base_other.yaml", "no base recipe"),
         ("editions", "images: 30", "images: 0", "at least 1"),
         ("editions", "nrat: 2", "nrta: 2", "nrta"),
@@ -189,6 +227,11 @@ def test_wrong_grids_are_refused(tmp_path, file, before, after, words):
         ("- {set: {optim.lr: 1}}", "no source"),
         ("- {set: {optim.lr: 1}, source: us, methods: [other]}", "other"),
         ("- {set: {optim.lr: 1}, source: us, noises: [mild]}", "mild"),
+        ("- {set: {optim.lr: 1}, source: us, noises: 3}", "noises is '3'"),
+        ("- {set: {optim.lr: 1}, source: us, noises: [[symmetric]]}", "is no noise"),
+        ("- {set: {threat.space: released_code}, source: us}", "sets threat.space, which is set by --space"),
+        ("- {set: {seed: 3}, source: us}", "sets seed"),
+        ("- 3", "must be a mapping"),
         (
             "- {set: {optim.lr: 1}, source: us}\n    - {set: {optim.lr: 2}, source: us, noises: [symmetric]}",
             "contradicts itself",

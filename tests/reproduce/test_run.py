@@ -203,6 +203,8 @@ def test_a_damaged_result_is_refused_by_name(finished, reproduce):
             (whole[:400], "not valid JSON"),
             (whole.replace('"version": 1', '"version": 2'), "version"),
             (json.dumps({"version": 1, "status": "finished"}), "another recipe"),
+            (json.dumps({"version": 1, "status": "finished", "recipe": "x"}), "another recipe"),
+            (whole.replace('"seed": 0', '"seed": 1', 1), "another cell"),
         ):
             path.write_text(content)
             assert refused(reproduce(*finished.words), "cell.json", word)
