@@ -66,8 +66,6 @@ def test_what_is_written_is_read(tmp_path, shards):
     wrong = np.arange(NUM) % 5 == 0
     np.testing.assert_array_equal(scores.suspect, wrong)
     np.testing.assert_array_equal(scores.suggested[wrong], (scores.given[wrong] + 1) % 10)
-    np.testing.assert_array_equal(scores.positions_of(scores.ids[::-1]), np.arange(NUM)[::-1])
-    assert scores.positions_of(np.array([10**9])).tolist() == [-1]
     scores.check_fits(shards)
     scores.check_fits(shards, scores.given.astype(np.int64))
     with pytest.raises(ValueError, match="read-only"):
