@@ -270,6 +270,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Choose another folder with --out.")
     if path.is_file():
+        make_folder(folder)  # exists; refuses a read-only one before hours of work
         stored = read_json(path, "settings of the audit")
         differing = [name for name in settings if stored.get(name) != json.loads(json.dumps(settings[name]))]
         if differing:

@@ -69,6 +69,12 @@ class AuditScores:
                 f"{len(self)} images with the fingerprint {printable(self.manifest['fingerprint'])[:16]}, not of {len(shards)} "
                 f"with {shards.fingerprint[:16]}. Audit these shards."
             )
+        if self.manifest["num_classes"] != shards.num_classes:
+            raise _damaged(
+                self.folder,
+                self.key,
+                f"its manifest has {self.manifest['num_classes']} classes, not {shards.num_classes}",
+            )
         if given is None and self.noise is None:
             return
         wrong = sum(
