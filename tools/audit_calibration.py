@@ -109,7 +109,10 @@ def run_cell(cell: Cell, train: str, work: Path, overrides: Sequence[str], test:
 
 def _others(train: str, data: Path, scratch: Path, options: dict[str, Any]) -> Path:
     """A file of source ids: `HOLD_OUT_PER_CLASS` of each class that are not in `data`."""
-    subset(train, scratch, per_class=PER_CLASS + HOLD_OUT_PER_CLASS, **options)  # in the same order, so it holds `data`
+    if not (scratch / "index.json").is_file():  # an interrupted cell may have made it
+        subset(
+            train, scratch, per_class=PER_CLASS + HOLD_OUT_PER_CLASS, **options
+        )  # in the same order, so it holds `data`
     pool, used = (open_shards(folder) for folder in (scratch, data))
     ids = [shards.source_ids(np.arange(len(shards))) for shards in (pool, used)]
     path = scratch / "others.npy"

@@ -121,7 +121,7 @@ def audit(
         UserError: an option or the data do not fit, `out` holds another audit, or the disk is full.
         FloatingPointError: a model's logits, or a step of training, are not finite.
     """
-    _check_options(model, folds, recipe, overrides, batch_size, bootstrap)
+    _check_options(model, folds, recipe, overrides, batch_size, bootstrap, seed)
     state = join_processes()
     if state.device.type == "cpu":
         use_all_cores()
@@ -162,6 +162,7 @@ def _check_options(
     overrides: Sequence[str] | Mapping[str, Any],
     batch_size: int,
     bootstrap: int,
+    seed: int,
 ) -> None:
     if importlib.util.find_spec("cleanlab") is None:
         raise UserError("The audit needs cleanlab. Install it with: pip install 'nrat-scale[audit]'")
@@ -172,6 +173,7 @@ def _check_options(
     check_value("--folds", folds, folds is None or folds >= 2, "at least 2")
     check_value("--batch-size", batch_size, batch_size >= 1, "at least 1")
     check_value("--bootstrap", bootstrap, bootstrap >= 100, "at least 100 replicates, for a 95 % interval")
+    check_value("--seed", seed, seed >= 0, "0 or more")
 
 
 def _noise(noise: str | NoiseSpec | None, recipe: str | Path | None, overrides: Any, data: str) -> NoiseSpec:
@@ -209,7 +211,7 @@ def _predict(
     outside: Predictors | None = None
     if sources.model is not None:
         outside = outside_model(
-            sources.model, shards, state.device, unseen=sources.unseen, checkpoint=sources.checkpoint
+            sources.model, shards, hold_out, state.device, unseen=sources.unseen, checkpoint=sources.checkpoint
         )
     settings = _settings(labels, sources, outside)
     on_main(state, lambda: _claim(folder, settings))
@@ -252,13 +254,13 @@ def _settings(labels: AuditedLabels, sources: _Sources, outside: Predictors | No
     }
 
 
-_NAMES = {
-    "data": "the shards",
-    "noise": "the noise",
-    "folds": "the number of folds",
-    "seed": "the seed",
-    "model": "the weights of the model",
-    "recipe": "the recipe of the folds",
+_OTHER = {
+    "data": "other shards",
+    "noise": "other noise",
+    "folds": "another number of folds",
+    "seed": "another seed",
+    "model": "other weights of the model",
+    "recipe": "another recipe of the folds",
 }
 
 
@@ -268,12 +270,12 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Choose another folder with --out.")
     if path.is_file():
+        make_folder(folder)  # exists; refuses a read-only one before hours of work
         stored = read_json(path, "settings of the audit")
         differing = [name for name in settings if stored.get(name) != json.loads(json.dumps(settings[name]))]
         if differing:
             raise UserError(
-                f"{folder} holds an audit in which {_NAMES[differing[0]]} was another. Choose another folder with --out, or "
-                "remove it."
+                f"{folder} holds an audit with {_OTHER[differing[0]]}. Choose another folder with --out, or remove that one."
             )
         for left in (path for pattern in ("probabilities", "holdout-*") for path in folder.glob(f"{pattern}/.*.tmp")):
             left.unlink(missing_ok=True)  # of a process that was killed while it wrote

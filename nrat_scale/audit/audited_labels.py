@@ -47,7 +47,7 @@ def parse_noise(text: str) -> NoiseSpec:
         UserError: another form, an unknown kind, a rate that is none.
     """
     kind, *numbers = text.strip().split(":")
-    if kind == MATRIX and numbers:
+    if kind == MATRIX and numbers and numbers[0]:
         stated = len(numbers) > 1 and numbers[-1].lstrip("-").isdecimal()
         seed = int(numbers.pop()) if stated else 0
         return NoiseSpec(kind=MATRIX, matrix=":".join(numbers), seed=seed)
@@ -104,5 +104,7 @@ def audited_labels(shards: ShardSet, where: str, noise: NoiseSpec) -> AuditedLab
     except ShardUnusable:
         raise
     except UserError as error:
+        if noise.kind == MATRIX:
+            raise
         raise UserError(f"{error} An audit takes what --noise cannot say from the recipe of --recipe.") from error
     return AuditedLabels(shards, where, noise, given.astype(np.int32), clean.astype(np.int32))

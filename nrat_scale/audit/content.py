@@ -146,7 +146,7 @@ def estimate(audited: Audited, seed: int, replicates: int) -> Estimates:
     if correction.estimate is not None:
         shares = correction.estimate.joint.sum(axis=1)
         means = float(found.confidence.sum() / found.counts.sum()), float(shares @ hold_out.mean_confidence)
-        shift = measure_shift(found.histogram, np.rint(hold_out.histogram).astype(np.int64), shares, means, seed)
+        shift = measure_shift(found.histogram, hold_out.histogram, shares, means, seed)
     return Estimates(found, hold_out, plain, correction, shift)
 
 

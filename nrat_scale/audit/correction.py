@@ -24,6 +24,8 @@ from itertools import islice
 
 import numpy as np
 
+from nrat_scale.core.errors import quoted
+
 REPLICATES = 1000
 
 
@@ -79,7 +81,9 @@ def correct(
     per_class = np.bincount(hold_out.true, minlength=num_classes)
     if (per_class < 2).any():
         first = int(np.flatnonzero(per_class < 2)[0])
-        return Correction(None, f"the hold-out has {per_class[first]} images of '{names[first]}'", None, None, None)
+        return Correction(
+            None, f"the hold-out has {per_class[first]} images of {quoted(names[first])}", None, None, None
+        )
     weights = counts.sum(axis=(1, 2)) / counts.sum()
 
     def resampled() -> Iterator[np.ndarray]:  # the same replicates again: they are not kept

@@ -58,6 +58,10 @@ def check_classes(counts: np.ndarray, shards: ShardSet) -> None:
         counts: int [F, K], of `class_counts`.
     """
     folds, total = len(counts), counts.sum(axis=0)
+    if len(total) < 2:
+        raise UserError(
+            f"{shards.folder} has one class, so that no label can be wrong. Give shards of at least 2 classes."
+        )
     if len(empty := np.flatnonzero(total == 0)):
         name = quoted(shards.class_names[empty[0]])
         raise UserError(
@@ -84,11 +88,11 @@ def fold_recipe(
     so that no image selects the checkpoint that predicts it.
     """
     path = recipe or DEFAULT_RECIPE
-    changes = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_key_and_value, overrides))
-    for key in changes:
+    for key in overrides if isinstance(overrides, Mapping) else (word.partition("=")[0] for word in overrides):
         if any(key == name or key.startswith(f"{name}.") for name in _SET_HERE):
             raise UserError(f"The audit sets {key} for each fold. Omit it.")
     epochs = load_recipe(path, overrides).train.epochs  # checks the overrides, too
+    changes = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_key_and_value, overrides))
     total = counts.sum(axis=0)
     noise = {"kind": "unknown", "rate": 0.0, "matrix": None} if labels.noise is None else dict(vars(labels.noise))
     values: dict[str, Any] = {

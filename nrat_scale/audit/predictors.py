@@ -33,8 +33,10 @@ class Predictors:
         return hashlib.sha256("\n".join(fact["sha256"] for fact in self.facts).encode()).hexdigest()
 
 
-def outside_model(what: str, shards: ShardSet, device: torch.device, *, unseen: bool, checkpoint: str) -> Predictors:
-    """The run or release `what`, if it never saw the images of `shards`.
+def outside_model(
+    what: str, shards: ShardSet, hold_out: ShardSet | None, device: torch.device, *, unseen: bool, checkpoint: str
+) -> Predictors:
+    """The run or release `what`, if it never saw the images of `shards` or of the hold-out.
 
     Args:
         unseen: the user says so, where no record does.
@@ -45,6 +47,13 @@ def outside_model(what: str, shards: ShardSet, device: torch.device, *, unseen: 
             not given, or it has other channels or classes.
     """
     (target,) = find_targets(what, TargetOptions(checkpoints=(checkpoint,))).targets
+    _check_unseen(what, shards, unseen)
+    if hold_out is not None:
+        _check_hold_out_unseen(what, hold_out, unseen)
+    return Predictors([_placed(target, shards, what, device)], [{**_facts(target), "model": what, "fold": None}])
+
+
+def _check_unseen(what: str, shards: ShardSet, unseen: bool) -> None:
     found = training_overlap(what, shards)
     if found.verdict == SEEN:
         raise UserError(
@@ -55,7 +64,21 @@ def outside_model(what: str, shards: ShardSet, device: torch.device, *, unseen: 
         raise UserError(
             f"{what} {found.reason}. If it has never seen these images, say so with --unseen; if it has, use --folds 5."
         )
-    return Predictors([_placed(target, shards, what, device)], [{**_facts(target), "model": what, "fold": None}])
+
+
+def _check_hold_out_unseen(what: str, hold_out: ShardSet, unseen: bool) -> None:
+    """Refuse a hold-out that the model was trained on: its errors there are too few, and the corrected rate too high."""
+    found = training_overlap(what, hold_out)
+    where = f"--clean-holdout {hold_out.folder}"
+    if found.verdict == SEEN:
+        raise UserError(
+            f"{where}: {what} {found.reason}, so that it makes fewer errors there than on the audited images. Give a hold-out "
+            "that it never saw."
+        )
+    if not found.is_unseen and not unseen:
+        raise UserError(
+            f"{where}: {what} {found.reason}. If it has never seen the hold-out, say so with --unseen; if it has, give another."
+        )
 
 
 def fold_models(folder: Path, folds: Folds, recipe: RecipeSpec, device: torch.device) -> Predictors:

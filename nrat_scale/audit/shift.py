@@ -31,7 +31,7 @@ def measure_shift(
 
     Args:
         data: int [K, BINS], `histogram` of the data.
-        hold_out: int [K, K, BINS], those of the hold-out by true class.
+        hold_out: float [K, K, BINS], those of the hold-out by true class, averaged over the models.
         shares: float [K], estimated shares of the true classes in the data.
         confidences: the mean confidence on the data, and on the hold-out with these shares.
 
@@ -41,8 +41,9 @@ def measure_shift(
         accurate the classifier is there (Guillory et al. 2021). By about as much the corrected rate is too low or too high.
     """
     shares = np.maximum(shares, 0) / np.maximum(shares, 0).sum()
-    sizes = hold_out.sum(axis=(1, 2))
-    by_class = hold_out.reshape(len(sizes), -1) / np.maximum(sizes, 1)[:, None]
+    by_class = hold_out.reshape(len(hold_out), -1)
+    sizes = np.rint(by_class.sum(axis=1)).astype(np.int64)
+    by_class = by_class / np.maximum(by_class.sum(axis=1, keepdims=True), 1e-12)
     expected = shares @ by_class
     total = int(data.sum())
     distance = _variation(data.reshape(-1) / total, expected)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from nrat_scale.core.errors import printable
+
 
 def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
@@ -29,7 +31,7 @@ def audit_text(content: dict[str, Any]) -> str:
     if (truth := content["measured_truth"]) is not None and truth["wrong"] and truth["suspects"]:
         lines.append(f"  of the suspects     precision {truth['precision']:.3f}, recall {truth['recall']:.3f}")
     for pair in content["overlapping"][:3]:
-        one, other = (data["class_names"][label] for label in pair["classes"])
+        one, other = (printable(data["class_names"][label]) for label in pair["classes"])
         lines.append(f"  overlapping         {one} and {other}: {_percent(pair['share'])} of all images")
     return "\n".join([*lines, *(f"  note: {note}" for note in content["notes"])])
 

@@ -69,6 +69,12 @@ class AuditScores:
                 f"{len(self)} images with the fingerprint {printable(self.manifest['fingerprint'])[:16]}, not of {len(shards)} "
                 f"with {shards.fingerprint[:16]}. Audit these shards."
             )
+        if self.manifest["num_classes"] != shards.num_classes:
+            raise _damaged(
+                self.folder,
+                self.key,
+                f"its manifest has {self.manifest['num_classes']} classes, not {shards.num_classes}",
+            )
         if given is None and self.noise is None:
             return
         wrong = sum(
@@ -77,16 +83,15 @@ class AuditScores:
         )
         if wrong:
             audited = "as stored" if self.noise is None else f"with the noise {quoted(self.noise)}"
+            here, noise = (
+                ("the stored ones", "without --noise")
+                if given is None
+                else ("those of this recipe", "with the recipe's noise (--noise KIND:RATE:SEED)")
+            )
             raise UserError(
                 f"The scores {self.folder} ({self.key}) are of other labels: the audit read them {audited}, and {wrong} of "
-                f"{len(self)} differ from those of this recipe. Audit with the recipe's noise (--noise KIND:RATE:SEED)."
+                f"{len(self)} differ from {here}. Audit {noise}."
             )
-
-    def positions_of(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [m]: the positions of the source ids [m]; -1 for an id without a score."""
-        order = np.argsort(self.ids, kind="stable")
-        at = np.minimum(np.searchsorted(self.ids, ids, sorter=order), len(self) - 1)
-        return np.where(self.ids[order[at]] == ids, order[at], -1)
 
 
 def _labels(shards: ShardSet, given: np.ndarray | None, chunk: slice) -> np.ndarray:

@@ -20,7 +20,16 @@ from nrat_scale.core.errors import UserError, first_line, quoted, warn
 from nrat_scale.datasets import DATASETS
 from nrat_scale.loading.checks import check_tensors, expected_tensors, require_known, type_name
 from nrat_scale.loading.file_kind import TRUNCATED, is_cut_pickle, is_safetensors, pickled_object, recognise
-from nrat_scale.loading.weight_sets import UNUSED_BATCH_COUNT, Constants, choose, find_sets, flatten, left_over
+from nrat_scale.loading.weight_sets import (
+    UNUSED_BATCH_COUNT,
+    Constants,
+    choose,
+    few_averaged,
+    find_sets,
+    flatten,
+    hidden_sets,
+    left_over,
+)
 
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "mnist": "MNIST"}
 
@@ -137,6 +146,8 @@ def select_weights(
         expected, parameters = expected_tensors(arch, model_args, len(flatten(content)), trust_code=True)
         saved = flatten(content, (parameters, expected))
         sets = find_sets(saved, expected)
+        everything = flatten(content, (parameters, expected), optimizers=True) if sets else saved
+        hidden = hidden_sets(everything, expected) if len(everything) > len(saved) else []
     except UserError as error:
         raise UserError(f"{path} cannot be loaded: {error}") from error
     if not sets:
@@ -145,7 +156,15 @@ def select_weights(
         names = f", but has {', '.join(map(quoted, list(saved)[:3]))}" if saved else ""
         wanted = f"expected one state dict of {arch}: {quoted(missing)} is missing, as most of its tensors are{names}"
         raise UserError(f"{path} holds {keys or 'nothing'}; {wanted}.")
+    saved |= {name: everything[name] for found in hidden for name in found.names.values()}
+    sets += hidden
     chosen = choose(sets, weights_key, saved, str(path))
+    if weights_key is None and (few := few_averaged(everything, sets, expected)):
+        names = ", ".join(map(quoted, few[:3])) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+        raise UserError(
+            f"{path} holds weights of {arch} under {quoted(chosen.path or '.')}, and averages of a few of them: {names}. "
+            f"weights_key={chosen.path or '.'!r} (--weights-key) loads the weights without the averages."
+        )
     more, constants = left_over(saved, chosen, sets)
     inside = [name for name in more if not chosen.path or name.startswith(f"{chosen.path}.")]
     if weights_key is None and len(inside) < len(more):

@@ -19,6 +19,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "step", "initted"})  # of averages: one number each
 _CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # of a normalisation
 _NOT_WEIGHTS = re.compile(r"(.*_)?(optimizer|optim|opt|scheduler|sched|scaler)s?(_states?|_state_dict)?")
+_AVERAGES = frozenset({"ema", "swa", "average", "averaged", "shadow", "polyak"})  # words in keys of averages
+_SLOTS = frozenset({"momentum", "exp", "square", "sq", "velocity", "mu", "nu"})  # words in keys of an optimizer's state
 _DEEPEST, _MOST_ENTRIES = 8, 500_000  # of nested dictionaries and lists
 _ROOT = "."  # on the command line, the set whose names have nothing before them
 UNUSED_BATCH_COUNT = "num_batches_tracked"  # of BatchNorm: torch before 0.4.1 had none, and evaluation does not use it
@@ -42,13 +44,16 @@ class WeightSet:
     names: dict[str, str]  # the architecture's name -> that in the file
 
 
-def flatten(content: Any, layouts: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Saved]:
+def flatten(
+    content: Any, layouts: Sequence[Mapping[str, Tensor]] = (), *, optimizers: bool = False
+) -> dict[str, Saved]:
     """All tensors of nested containers under dotted names, except those of optimizers and the like.
 
     Args:
         content: of a file.
         layouts: the architecture's parameters, and its state dict. A list of tensors with as many dimensions as one of them
             has (`shadow_params` of torch_ema and diffusers) takes its names.
+        optimizers: also the tensors of optimizers and the like.
 
     Raises:
         UserError: there are too many entries.
@@ -65,7 +70,7 @@ def flatten(content: Any, layouts: Sequence[Mapping[str, Tensor]] = ()) -> dict[
             found[".".join(path)] = Saved(value, ".".join(path[:-1]))
         elif isinstance(value, Mapping | list | tuple) and len(path) < _DEEPEST:
             for key, inner in _entries(value, layouts):
-                if not _NOT_WEIGHTS.fullmatch(key):
+                if optimizers or not _NOT_WEIGHTS.fullmatch(key):
                     visit(inner, (*path, key))
 
     visit(content, ())
@@ -158,6 +163,42 @@ def _largest(groups: _Groups, wanted: set[str], claimed: set[str]) -> tuple[list
             sets.append(WeightSet(path, {name: names[0] for name, names in own.items()}))
             claimed |= {names[0] for names in own.values()}
     return sets, claimed
+
+
+def hidden_sets(everything: Iterable[str], expected: Iterable[str]) -> list[WeightSet]:
+    """The sets of weights under keys that are named like an optimizer's: averages (`optimizer.ema`), and a whole state dict.
+
+    An optimizer has its own tensors of each parameter's shape (`momentum`, `exp_avg`, fp32 masters): those are no sets.
+    """
+    under = [
+        name
+        for name in everything
+        if any(_NOT_WEIGHTS.fullmatch(part) for part in name.split(".")) and not _words(name) & _SLOTS
+    ]
+    found = find_sets(under, expected)
+    return [one for one in found if _words(one.path) & _AVERAGES or _NOT_WEIGHTS.fullmatch(one.path.rpartition(".")[2])]
+
+
+def few_averaged(
+    everything: Mapping[str, Saved], sets: Sequence[WeightSet], expected: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of averaged tensors that are too few for a set: under a key such as `ema`, named and shaped as the model's."""
+    claimed = {name for found in sets for name in found.names.values()}
+    few = []
+    for name, entry in everything.items():
+        if name in claimed or _words(name) & _SLOTS:
+            continue
+        parts = name.split(".")
+        for start in range(1, len(parts)):
+            wanted = expected.get(".".join(parts[start:]))
+            if wanted is not None and wanted.shape == entry.tensor.shape and _words(*parts[:start]) & _AVERAGES:
+                few.append(name)
+                break
+    return few
+
+
+def _words(*names: str) -> set[str]:
+    return {word for name in names for word in re.split(r"[._]", name.lower())}
 
 
 def choose(sets: Sequence[WeightSet], key: str | None, saved: Mapping[str, Saved], where: str) -> WeightSet:

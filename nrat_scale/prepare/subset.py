@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nrat_scale.core.errors import UserError, first_line
+from nrat_scale.core.errors import UserError, first_line, quoted
 from nrat_scale.core.seeds import derive, hash64
 from nrat_scale.data.audit_scores import read_audit_scores
 from nrat_scale.data.shards import ShardSet, open_shards
@@ -94,7 +94,9 @@ def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, rank
     for label, name in enumerate(shards.class_names):
         members = np.flatnonzero(labels == label)
         if len(members) < per_class:
-            raise UserError(f"The class '{name}' has only {len(members)} images. Lower --per-class ({per_class}).")
+            raise UserError(
+                f"The class {quoted(name)} has only {len(members)} images. Lower --per-class ({per_class})."
+            )
         chosen.append(members[np.lexsort((ids[members], rank[members]))[:per_class]])
     return np.concatenate(chosen)
 

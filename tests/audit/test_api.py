@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from nrat_scale.audit import __main__ as cli
+from nrat_scale.audit import hold_out as hold_out_check
 from nrat_scale.audit import predictors
 from nrat_scale.audit.api import audit
 from nrat_scale.audit.audited_labels import parse_noise
+from nrat_scale.audit.hold_out import check_hold_out
 from nrat_scale.audit.probabilities import Probabilities
 from nrat_scale.core.errors import UserError
 from nrat_scale.data.audit_scores import read_audit_scores
@@ -142,17 +144,17 @@ def test_damaged_probabilities_are_refused(data, hold_out, tmp_path, overrides):
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"noise": "symmetric:0.2:1"}, "the noise"),
-        ({"folds": 3}, "the number of folds"),
-        ({"seed": 1}, "the seed"),
-        ({"overrides": {"optim.lr": 0.01}}, "the recipe of the folds"),
+        ({"noise": "symmetric:0.2:1"}, "other noise"),
+        ({"folds": 3}, "another number of folds"),
+        ({"seed": 1}, "another seed"),
+        ({"overrides": {"optim.lr": 0.01}}, "another recipe of the folds"),
     ],
 )
 def test_folder_of_another_audit_is_kept(data, finished, overrides, changed, name):
     """Other settings need another folder; the audit there is not touched."""
     before = _unchanged(finished.path)
     settings = {"folds": 2, "noise": NOISE, "overrides": overrides} | changed
-    with pytest.raises(UserError, match=f"in which {name} was another"):
+    with pytest.raises(UserError, match=f"holds an audit with {name}"):
         audit(data, out=finished.path, **settings)
     assert _unchanged(finished.path) == before
 
@@ -179,6 +181,28 @@ def test_classes_that_cannot_be_audited(tmp_path, labels, match):
     with pytest.raises(UserError, match=match):
         audit(_classes(tmp_path / "shards", labels), folds=3, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_class(tmp_path):
+    """With one class no label can be wrong; it is refused before any training."""
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    shards = write_shards(LabelledArrays(images, np.zeros(40, int), "custom", ("a",)), tmp_path / "one", progress=False)
+    with pytest.raises(UserError, match="has one class, so that no label can be wrong"):
+        audit(shards, folds=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlap_with_data_larger_than_the_compared_sample(data, tmp_path, monkeypatch):
+    """Of large data a sample is compared: the share of the hold-out in it is scaled to all of the data."""
+    stored = open_shards(data)
+    again = LabelledArrays(stored.images(np.arange(500)), stored.labels(np.arange(500)), "digits", stored.class_names)
+    part = open_shards(write_shards(again, tmp_path / "part", block_size=7, progress=False))
+    fresh = open_shards(make_shards(tmp_path / "fresh", 500, 9, dataset="digits"))
+    monkeypatch.setattr(hold_out_check, "_COMPARED", 60)  # about 5 of 60 are found in the 60 of 600 images
+    check_hold_out(fresh, stored)
+    monkeypatch.setattr(hold_out_check, "_MOST_SHARED", 0.3)
+    with pytest.raises(UserError, match=r"overlaps .* of 60 compared images"):
+        check_hold_out(part, stored)
 
 
 def test_hold_out_must_be_other_images_of_the_same_classes(data, tmp_path):
@@ -211,6 +235,17 @@ def test_model_must_not_have_seen_the_images(data, hold_out, finished, tmp_path)
     assert found.content["data"]["num_images"] == 300
 
 
+def test_model_must_not_have_seen_the_hold_out(data, hold_out, finished, tmp_path):
+    """A model makes fewer errors on its training data: as a hold-out they would leave errors in the corrected rate."""
+    run = finished.path / "folds" / "fold-0"
+    options = {"model": run, "checkpoint": "last", "out": tmp_path / "out", "bootstrap": 100}
+    with pytest.raises(UserError, match=r"--clean-holdout .* was trained on .* Give a hold-out that it never saw"):
+        audit(hold_out, clean_holdout=data, **options)
+    assert not (tmp_path / "out").exists()
+    other = make_shards(tmp_path / "other", 200, 4, dataset="digits")
+    assert audit(hold_out, clean_holdout=other, **options).content["corrected"] is not None
+
+
 def test_model_without_a_record_needs_unseen(hold_out, finished, tmp_path):
     """A run that does not say what it was trained on is refused, unless the user says that it never saw the images."""
     run = tmp_path / "run"
@@ -225,7 +260,7 @@ def test_scores_of_another_model_version(data, hold_out, finished, tmp_path):
     """An audit of one model is not continued with other weights."""
     runs = [finished.path / "folds" / f"fold-{number}" for number in range(2)]
     audit(hold_out, model=runs[0], out=tmp_path / "out", bootstrap=100)
-    with pytest.raises(UserError, match="the weights of the model was another"):
+    with pytest.raises(UserError, match="holds an audit with other weights of the model"):
         audit(hold_out, model=runs[1], out=tmp_path / "out", bootstrap=100)
 
 
@@ -300,6 +335,9 @@ def test_command_line_options(data, capsys, tmp_path):
         ("--noise", "cifar10n:0:0"): "needs data.real.noise.human_labels",
         ("--noise", "symmetric:1.5:0"): "--noise 'symmetric:1.5:0'.* in .0, 1.",
         ("--bootstrap", "3"): "--bootstrap is 3",
+        ("--seed", "-1"): "--seed is -1; it must be 0 or more",
+        ("--noise", "matrix::0"): "is not KIND:RATE:SEED",
+        ("model.kwargs={",): "model.kwargs",
         ("run_dir=x",): "The audit sets run_dir for each fold",
         ("data.real.noise.rate=0.5",): "The audit sets data.real.noise.rate",
         ("no.such=1",): "unknown key",

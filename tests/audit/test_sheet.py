@@ -37,7 +37,7 @@ def test_a_random_sample_and_the_worst(finished: Audit, tmp_path: Path, capsys: 
     order = np.lexsort((scores.ids, scores.p_given, scores.quality))
     assert found["worst"] == [int(scores.ids[at]) for at in order if scores.suspect[at]][:9]
     row = rows(tmp_path / "small.csv")[0]
-    at = int(scores.positions_of(np.array([int(row["id"])]))[0])
+    at = int(np.flatnonzero(scores.ids == int(row["id"]))[0])
     assert (
         row["given"] == str(scores.given[at]) and row["suggested"] == str(scores.suggested[at]) and row["verdict"] == ""
     )

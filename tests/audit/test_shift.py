@@ -48,3 +48,12 @@ def test_confidence_of_one_is_in_the_last_bin():
     counts = histogram(np.array([0, 1]), np.array([1.0, 0.0]), 2)
     assert counts[0, BINS - 1] == 1
     assert counts[1, 0] == 1
+
+
+def test_counts_averaged_over_models_are_not_rounded():
+    """With a few images of a class and several models, cells hold parts of an image: the same histogram is no shift."""
+    generator = np.random.default_rng(0)
+    held_out = generator.integers(0, 3, (K, K, BINS)) / 5
+    shares = held_out.sum(axis=(1, 2)) / held_out.sum()
+    data = np.rint(held_out.sum(axis=0) * 5000).astype(np.int64)
+    assert measure_shift(data, held_out, shares, (0.8, 0.8), 0)["distance"] < 1e-6

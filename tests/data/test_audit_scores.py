@@ -66,8 +66,6 @@ def test_what_is_written_is_read(tmp_path, shards):
     wrong = np.arange(NUM) % 5 == 0
     np.testing.assert_array_equal(scores.suspect, wrong)
     np.testing.assert_array_equal(scores.suggested[wrong], (scores.given[wrong] + 1) % 10)
-    np.testing.assert_array_equal(scores.positions_of(scores.ids[::-1]), np.arange(NUM)[::-1])
-    assert scores.positions_of(np.array([10**9])).tolist() == [-1]
     scores.check_fits(shards)
     scores.check_fits(shards, scores.given.astype(np.int64))
     with pytest.raises(ValueError, match="read-only"):
@@ -80,6 +78,10 @@ def test_other_shards_and_other_labels(tmp_path, shards):
     scores = read_audit_scores(_write(tmp_path / "audit", shards), "data.real.audit.scores")
     with pytest.raises(UserError, match=r"\(data.real.audit.scores\) are of other shards"):
         scores.check_fits(other)
+    scores.manifest["num_classes"] = 11
+    with pytest.raises(UserError, match="its manifest has 11 classes, not 10"):
+        scores.check_fits(shards)
+    scores.manifest["num_classes"] = 10
     labels = scores.given.astype(np.int64)
     labels[3] = (labels[3] + 1) % 10
     with pytest.raises(UserError, match="of other labels: the audit read them as stored, and 1 of 90 differ"):

@@ -147,6 +147,62 @@ def test_an_average_of_the_parameters_alone_counts(tmp_path: Path) -> None:
         assert load(tmp_path / "w.pt", arch="resnet18_cifar", weights_key="state_dict").num_classes == 3
 
 
+@pytest.mark.parametrize(
+    ("key", "inside"),
+    [
+        ("optimizer", "ema"),
+        ("ema_optimizer", ""),
+        ("opt", ""),
+        ("optimizer_states", "averaged_model"),
+        ("sched", "swa"),
+    ],
+)
+def test_an_average_under_an_optimizers_key_is_found(
+    model: nn.Module, average: nn.Module, tmp_path: Path, key: str, inside: str
+) -> None:
+    """A second set under a key that is named like an optimizer's is named, and --weights-key loads either."""
+    averaged = dict(average.state_dict())
+    torch.save({"model": dict(model.state_dict()), key: {inside: averaged} if inside else averaged}, tmp_path / "w.pt")
+    named = f"{key}.{inside}" if inside else key
+    with pytest.raises(UserError, match=rf"holds 2 sets of weights: 'model', '{named}'"):
+        load(tmp_path / "w.pt", **OPTIONS)
+    assert same_logits(load(tmp_path / "w.pt", weights_key="model", **OPTIONS), model)
+    assert same_logits(load(tmp_path / "w.pt", weights_key=named, **OPTIONS), average)
+
+
+@pytest.mark.parametrize("where", ["ema", "optimizer"])
+def test_a_few_averaged_tensors_are_named(model: nn.Module, average: nn.Module, tmp_path: Path, where: str) -> None:
+    """An average of the last layer alone is no set; it is named, and the raw weights need --weights-key."""
+    name, tensor = list(average.state_dict().items())[-1]
+    few = {name: tensor} if where == "ema" else {"ema": {name: tensor}}
+    torch.save({"model": dict(model.state_dict()), where: few}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=rf"averages of a few of them: '{where}.*--weights-key"):
+        load(tmp_path / "w.pt", **OPTIONS)
+    assert same_logits(load(tmp_path / "w.pt", weights_key="model", **OPTIONS), model)
+    torch.save({**dict(model.state_dict()), where: few}, tmp_path / "flat.pt")
+    with pytest.raises(UserError, match=r"averages of a few of them: .*weights_key='\.'"):
+        load(tmp_path / "flat.pt", **OPTIONS)
+    assert same_logits(load(tmp_path / "flat.pt", weights_key=".", **OPTIONS), model)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.ASGD, torch.optim.RMSprop])
+def test_an_optimizers_own_tensors_are_no_weights(tmp_path: Path, kind: Any) -> None:
+    """An ordinary checkpoint, with the state of an optimizer by number or by name, loads without a key."""
+    net = create("cnn4", ARGUMENTS)
+    optimizer = kind(net.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    by_number = optimizer.state_dict()
+    names = [name for name, _ in net.named_parameters()]
+    slots = [name for name, value in by_number["state"][0].items() if isinstance(value, Tensor) and value.ndim]
+    by_name = {names[number]: state for number, state in by_number["state"].items()}
+    by_slot = {slot: {names[number]: state[slot] for number, state in by_number["state"].items()} for slot in slots}
+    masters = {"fp32_from_fp16": [[p.detach() for p in net.parameters()]]}
+    for state in (by_number, {"state": by_name}, masters, {"state": by_slot}):
+        torch.save({"model": net.state_dict(), "optimizer": state, "epoch": 3}, tmp_path / "w.pt")
+        assert same_logits(load(tmp_path / "w.pt", **OPTIONS), net.eval())
+
+
 def test_a_key_that_fits_nothing_or_too_much(model: nn.Module, average: nn.Module, tmp_path: Path) -> None:
     """The error names the keys; a part of a name is no key."""
     state, other = dict(model.state_dict()), dict(average.state_dict())

@@ -92,7 +92,11 @@ def test_confidences_that_do_not_fit(tmp_path, cli):
     write_sidecar(tmp_path / "good", shards, np.ones(70))
     for audit, more, message in (
         ([tmp_path / "others"], ["--per-class", "2"], "are of other shards"),
-        ([tmp_path / "noisy"], ["--per-class", "2"], "are of other labels"),
+        (
+            [tmp_path / "noisy"],
+            ["--per-class", "2"],
+            "differ from the stored ones. Audit without --noise",
+        ),
         ([], ["--per-class", "2"], "a-audit (--by-confidence) has no scores of an audit"),
         ([tmp_path / "good"], ["--ids", tmp_path / "x.npy"], "--by-confidence needs --per-class N"),
         ([tmp_path / "good"], ["--per-class", "60"], "has only"),
