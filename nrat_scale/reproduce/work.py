@@ -187,8 +187,8 @@ def _cost(run: RunFolder, recipe: RecipeSpec, rows: list[dict[str, Any]], evalua
     facts = starts[-1] if starts else {}
     threads = f", {facts['threads']} thread(s)" if "threads" in facts else ""
     return {
-        "train_seconds": round(sum(spent.values()), 1),
-        "evaluate_seconds": round(sum(entry["seconds"] for entry in entries.values()), 1),
+        "train_seconds": round(sum(spent.values()), 2),
+        "evaluate_seconds": round(sum(entry["seconds"] for entry in entries.values()), 2),
         "forward_equivalents": forward_equivalents(recipe),
         "steps": max((row["step"] for row in rows), default=0),
         "images": recipe.data.batch_size,
