@@ -114,9 +114,9 @@ def _others(train: str, data: Path, scratch: Path, options: dict[str, Any]) -> P
             train, scratch, per_class=PER_CLASS + HOLD_OUT_PER_CLASS, **options
         )  # in the same order, so it holds `data`
     pool, used = (open_shards(folder) for folder in (scratch, data))
-    ids = [shards.source_ids(np.arange(len(shards))) for shards in (pool, used)]
+    everybody, taken = (shards.source_ids(np.arange(len(shards))) for shards in (pool, used))
     path = scratch / "others.npy"
-    np.save(path, np.setdiff1d(*ids))
+    np.save(path, np.setdiff1d(everybody, taken))
     assert len(np.load(path)) == len(pool) - len(used)
     return path
 
