@@ -11,7 +11,7 @@ import pytest
 
 from nrat_scale.reproduce.figures import Drawing
 from nrat_scale.reproduce.measured import Setting, read_cells
-from nrat_scale.reproduce.page import PageFacts, render_page
+from nrat_scale.reproduce.page import PageFacts, protocol, relative_link, render_page
 from nrat_scale.reproduce.table import Plan, grid_table
 from tests.support.synthetic_cells import cell, write_cell
 
@@ -153,3 +153,16 @@ def test_how_to_add_a_method(tmp_path: Path, contents: list[dict[str, Any]]) -> 
     assert f"<code>{FACTS.command} --only my_method</code>" in source
     assert "recipes/grids/methods.yaml" in source and "Some &lt;curves&gt;." in source
     assert "6 cells: 0.1 h of training, 0.1 h of evaluation" in source and "l_inf, eps = 0.1" in source
+
+
+def test_paths_with_spaces_are_addresses() -> None:
+    """A space would end a link in Markdown, and `#` the path of any address."""
+    assert relative_link(Path("/a b/x#1/seed-0.json"), Path("/a b")) == "x%231/seed-0.json"
+    assert relative_link(Path("/a b/seed-0.json"), Path("/c")) == "../a%20b/seed-0.json"
+
+
+@pytest.mark.parametrize(("labels", "words"), [("clean", "by their clean labels"), ("given", "by their given labels")])
+def test_the_protocol_says_by_which_labels_best_was_selected(tmp_path: Path, labels: str, words: str) -> None:
+    """`data.validation.labels` of the cells' recipe."""
+    write_cell(tmp_path, cell(recipe={"data.validation.labels": labels}))
+    assert words in protocol(read_cells(tmp_path))["best"]
