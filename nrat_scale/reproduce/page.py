@@ -190,6 +190,12 @@ def _fitted(cell: Measured) -> float | None:
     return None if last is None else 100 * last
 
 
+def _memorised(row: Row) -> Value | None:
+    """The wrong labels that are fitted; a dash if a finished training had none."""
+    found = _mean(row.cells, _fitted, "{:.1f}")
+    return Value("-", "", ("no wrong labels",)) if found is None and row.cells else found
+
+
 def _percent(path: str) -> Callable[[Measured], float | None]:
     return lambda cell: None if (value := cell.number(path)) is None else 100 * value
 
@@ -203,7 +209,7 @@ def _cost(row: Row) -> Value | None:
 
 
 COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
-    ("wrong labels fitted, %", lambda row: _mean(row.cells, _fitted, "{:.1f}")),
+    ("wrong labels fitted, %", _memorised),
     ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
     ("cost, millions", _cost),
 )

@@ -100,6 +100,8 @@ def test_costs_are_columns(tmp_path: Path, contents: list[dict[str, Any]]) -> No
     results = Page(page_of(tmp_path, *contents)).tables[0]
     assert [text for text, _ in results[0]][7:] == ["wrong labels fitted, %", "effective noise, %", "cost, millions"]
     assert [text.split()[0] for text, _ in results[1][7:]] == ["25.0", "40.0", "2.688"]
+    clean = [{**content, "memorisation": []} for content in contents]
+    assert Page(page_of(tmp_path / "clean", *clean)).tables[0][1][7][0].startswith("- no wrong labels")
 
 
 def test_numbers_lead_to_their_results(tmp_path: Path, contents: list[dict[str, Any]]) -> None:
