@@ -76,8 +76,12 @@ class Ownership:
     def __enter__(self) -> "Ownership":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, UserError):
+                self.check()  # a file may be missing because a successor removed it as a leftover: then say that
+        finally:
+            self.release()
 
     def check(self) -> None:
         """Raise `UserError` if another process has replaced this one."""

@@ -272,6 +272,18 @@ def test_a_claim_of_the_same_process_is_renewed(tmp_path: Path) -> None:
     assert read_owner(run) is None
 
 
+def test_a_replaced_owner_names_its_successor_whatever_fails_first(tmp_path: Path) -> None:
+    """The successor removes the other's temporary file as a leftover; its absence is no fault of the disk."""
+    run = RunFolder(tmp_path)
+    first, second = claim(run), claim(run)
+    with pytest.raises(UserError, match="is now trained by"), first:
+        raise UserError("last.json cannot be written (No such file or directory).")
+    assert read_owner(run) == second.me
+    with pytest.raises(UserError, match="The disk is full"), second:
+        raise UserError("The disk is full.")
+    assert read_owner(run) is None
+
+
 def test_the_lease_outlasts_many_touches() -> None:
     """The timeout that the docs state, far above the period of the touches."""
     page = (Path(__file__).parents[2] / "docs/reliability.md").read_text()
