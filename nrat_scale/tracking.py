@@ -22,6 +22,7 @@ from nrat_scale.core.run_folder import RunFolder
 PROJECT = "nrat_scale"  # of all runs, in W&B and trackio
 _CLOSE_SECONDS = 60.0  # for what is still queued when a run ends
 _QUEUED = 1000  # calls; later ones are dropped, with a warning, if a server does not answer
+_ID_LOCK = threading.Lock()  # several trackers start at once, each in its thread, and share one id
 
 Values = Mapping[str, bool | int | float | str]
 
@@ -193,11 +194,12 @@ def _started(tracker: Any) -> Any:
 
 def tracking_id(run: RunFolder) -> str:
     """A random id stored in the run, so that a resumed run and its evaluation continue the same tracked run."""
-    with contextlib.suppress(UserError):
-        if run.tracking.is_file():
-            return str(read_json(run.tracking, "id for trackers")["id"])
-    write_json(run.tracking, {"id": secrets.token_hex(8)})
-    return str(read_json(run.tracking, "id for trackers")["id"])
+    with _ID_LOCK:
+        with contextlib.suppress(UserError):
+            if run.tracking.is_file():
+                return str(read_json(run.tracking, "id for trackers")["id"])
+        write_json(run.tracking, {"id": secrets.token_hex(8)})
+        return str(read_json(run.tracking, "id for trackers")["id"])
 
 
 class _Guarded:

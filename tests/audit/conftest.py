@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nrat_scale.audit import api as audit_api
 from nrat_scale.audit.api import Audit, audit
-from tests.support.accelerate import fresh_process  # noqa: F401  (autouse in this folder)
+from tests.support.accelerate import fresh_process, new_process  # noqa: F401  (fresh_process is autouse in this folder)
 from tests.support.runs import make_shards
 
 pytest.importorskip("cleanlab")
@@ -19,12 +18,6 @@ OVERRIDES = {
     "train.epochs": 8,
     "optim.lr": 0.02,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The audit would use all cores for the whole test process."""
-    monkeypatch.setattr(audit_api, "use_all_cores", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -48,4 +41,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, hold_out: Pat
     """An audit of 20 % symmetric noise in two folds."""
     out = tmp_path_factory.mktemp("audits") / "symmetric"
     chosen = {"clean_holdout": hold_out, "noise": "symmetric:0.2:0", "bootstrap": 200, "overrides": OVERRIDES}
-    return audit(data, folds=2, out=out, **chosen)
+    with new_process():
+        return audit(data, folds=2, out=out, **chosen)

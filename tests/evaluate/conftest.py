@@ -10,18 +10,11 @@ from torch import nn
 
 from nrat_scale.attacks import ThreatSpec
 from nrat_scale.evaluate import __main__ as evaluate_cli
-from nrat_scale.evaluate import api as evaluate_api
 from nrat_scale.evaluate.measures import Images
 from nrat_scale.prepare.input import LabelledArrays
 from nrat_scale.prepare.writer import write_shards
 from tests.support.digits import CNN_ARGUMENTS, DIGIT_NAMES, as_images, digits, trained_cnn
 from tests.support.run_folders import write_run
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line would use all cores for the whole test process; small models are slower on several threads."""
-    monkeypatch.setattr(evaluate_api, "use_all_cores", lambda: None)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,11 @@ from accelerate.state import AcceleratorState
 
 @contextlib.contextmanager
 def new_process() -> Iterator[None]:
-    """Train inside the block as in a new process, on one thread: the small models of the tests are slower on two."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nrat_scale.train.setup.use_all_cores", lambda threads=None: torch.set_num_threads(threads or 1))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.set_flush_denormal(False)
+    """Train inside the block as in a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

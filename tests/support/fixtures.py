@@ -36,6 +36,19 @@ class SmallNet(nn.Module):
         return self.core((x - self.mean) / self.std)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Training, evaluation and audits of this process use one thread: the number decides how sums round.
+
+    For the session, because fixtures with a wider scope than a function come before any fixture of one test.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("train.setup", "evaluate.api", "audit.api"):
+            name = f"nrat_scale.{user}.use_all_cores"
+            patch.setattr(name, lambda threads=None: torch.set_num_threads(threads or 1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_net() -> Callable[..., SmallNet]:
     """`make_net(seed=0, dtype=torch.float64)`: a SmallNet in training mode with non-trivial running statistics."""

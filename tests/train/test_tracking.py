@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -171,6 +172,25 @@ def test_every_tracker_gets_recipe_metrics_images_and_results(
         "results/text_summary",
     } <= set(tags["tensors"])
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_trackers_that_start_at_once_share_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one draws the id of a new run, another one asks for it."""
+    run, others = RunFolder(tmp_path), []
+    draw = secrets.token_hex
+
+    def interrupted(size: int) -> str:
+        if not others:
+            asking = threading.Thread(target=lambda: others.append(tracking.tracking_id(run)))
+            others.append(asking)
+            asking.start()
+            asking.join(0.5)  # without a lock it has its own id by now; with one it waits for ours
+        return draw(size)
+
+    monkeypatch.setattr(secrets, "token_hex", interrupted)
+    ours = tracking.tracking_id(run)
+    others[0].join()
+    assert others[1:] == [ours]
 
 
 @pytest.mark.parametrize("when", ["init", "log", "finish", "import"])
