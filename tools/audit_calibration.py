@@ -98,27 +98,13 @@ def run_cell(cell: Cell, train: str, work: Path, overrides: Sequence[str], test:
         subset(train, data, per_class=PER_CLASS, **options)
     if not (hold_out / "index.json").is_file():
         if test is None:
-            subset(train, hold_out, ids=_others(train, data, work / f"others-{cell.seed}", options), **options)
+            subset(train, hold_out, per_class=HOLD_OUT_PER_CLASS, without=str(data), **options)
         else:
             subset(test, hold_out, per_class=HOLD_OUT_PER_CLASS, **options)
     asked: dict[str, Any] = {"noise": cell.noise, "out": out, "seed": cell.seed, "overrides": list(overrides)}
     content = audit(data, folds=FOLDS, clean_holdout=hold_out, **asked).content
     record = _record(cell, content) | {"cleanlab": _cleanlab(out, data, cell.noise)}
     return record | {"seconds": round(time.perf_counter() - began, 1)}
-
-
-def _others(train: str, data: Path, scratch: Path, options: dict[str, Any]) -> Path:
-    """A file of source ids: `HOLD_OUT_PER_CLASS` of each class that are not in `data`."""
-    if not (scratch / "index.json").is_file():  # an interrupted cell may have made it
-        subset(
-            train, scratch, per_class=PER_CLASS + HOLD_OUT_PER_CLASS, **options
-        )  # in the same order, so it holds `data`
-    pool, used = (open_shards(folder) for folder in (scratch, data))
-    everybody, taken = (shards.source_ids(np.arange(len(shards))) for shards in (pool, used))
-    path = scratch / "others.npy"
-    np.save(path, np.setdiff1d(everybody, taken))
-    assert len(np.load(path)) == len(pool) - len(used)
-    return path
 
 
 def _record(cell: Cell, content: dict[str, Any]) -> dict[str, Any]:

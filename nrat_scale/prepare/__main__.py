@@ -45,6 +45,7 @@ _WRITING = (
     argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default: %(default)s)"),
     argument("--push", metavar="ADDRESS", help="then upload the shards to hf://datasets/USER/REPO[@REVISION]"),
 )
+_SELECTION = ("per_class", "without", "by_confidence", "ids", "scores", "keep")
 _WHERE = argument("where", metavar="DIR", help="folder of shards, or its address (https://, s3://, hf://)")
 
 
@@ -125,13 +126,12 @@ COMMANDS: dict[str, Command] = {  # besides those of `READERS`
         ("data/all/first data/all/second --out data/all/index.json",),
     ),
     "subset": Command(
-        lambda given: [
-            subset(given.where, given.out, **_options(given, "per_class", "by_confidence", "ids", "scores", "keep"))
-        ],
+        lambda given: [subset(given.where, given.out, **_options(given, *_SELECTION))],
         "write some samples of shards, under their source ids: exactly one of --per-class, --ids, --scores",
         (
             _WHERE,
             argument("--per-class", help="N of each class, drawn with --seed", **_SIZE),
+            argument("--without", metavar="SHARDS", help="with --per-class: none of another subset of the same shards"),
             argument(
                 "--by-confidence",
                 nargs="?",

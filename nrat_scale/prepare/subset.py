@@ -31,6 +31,7 @@ def subset(
     out: Path,
     *,
     per_class: int | None = None,
+    without: str | None = None,
     ids: Path | None = None,
     scores: Path | None = None,
     keep: str | None = None,
@@ -42,6 +43,7 @@ def subset(
 
     Args:
         per_class: that many of each class, the first ones in an order drawn with `seed`.
+        without: with `per_class`: another subset of the same shards, whose samples are left out.
         by_confidence: with `per_class`: the folder of an audit of these shards (`BESIDE`: the one beside them); those with the
             highest out-of-sample probability of their label, ties by lowest id.
         ids: file of source ids, .npy (integers [m]) or .txt (one per line).
@@ -54,8 +56,9 @@ def subset(
     """
     if [per_class, ids, scores].count(None) != 2 or (scores is None) != (keep is None):
         raise UserError("Give exactly one selection: --per-class N, --ids FILE, or --scores FILE with --keep.")
-    if by_confidence is not None and per_class is None:
-        raise UserError("--by-confidence needs --per-class N, the number of images to keep of each class.")
+    for option, given in {"--by-confidence": by_confidence, "--without": without}.items():
+        if given is not None and per_class is None:
+            raise UserError(f"{option} needs --per-class N, the number of images to keep of each class.")
     shards = open_shards(where, where)
     shards.verify()
     all_ids = shards.source_ids(np.arange(len(shards)))
@@ -65,7 +68,10 @@ def subset(
             confidence = read_audit_scores(_audit_folder(shards, by_confidence), "--by-confidence")
             confidence.check_fits(shards)
             rank = -confidence.p_given.astype(np.float64)
-        positions = _first_of_each_class(shards, all_ids, per_class, rank)
+        left = np.ones(len(shards), bool)
+        if without is not None:
+            left[_positions_of_subset(shards, without)] = False
+        positions = _first_of_each_class(shards, all_ids, per_class, rank, left)
     elif ids is not None:
         positions = _positions_of_ids(shards, ids)
     else:
@@ -87,18 +93,33 @@ def _audit_folder(shards: ShardSet, given: str) -> str:
     return str(path.with_name(f"{path.resolve().name}-audit"))
 
 
-def _first_of_each_class(shards: ShardSet, ids: np.ndarray, per_class: int, rank: np.ndarray) -> np.ndarray:
-    """The positions of the `per_class` samples of each class with the lowest `rank` [N]; ties are broken by the lowest id."""
+def _first_of_each_class(
+    shards: ShardSet, ids: np.ndarray, per_class: int, rank: np.ndarray, left: np.ndarray
+) -> np.ndarray:
+    """Positions of the `per_class` samples of each class with the lowest `rank` [N], of those `left` bool [N]; ties: lowest id."""
     labels = shards.labels(np.arange(len(shards)))
     chosen = []
     for label, name in enumerate(shards.class_names):
-        members = np.flatnonzero(labels == label)
+        members = np.flatnonzero((labels == label) & left)
         if len(members) < per_class:
             raise UserError(
-                f"The class {quoted(name)} has only {len(members)} images. Lower --per-class ({per_class})."
+                f"The class {quoted(name)} has only {len(members)} images{' left' if not left.all() else ''}. Lower --per-class ({per_class})."
             )
         chosen.append(members[np.lexsort((ids[members], rank[members]))[:per_class]])
     return np.concatenate(chosen)
+
+
+def _positions_of_subset(shards: ShardSet, where: str) -> np.ndarray:
+    """The positions in `shards` of the samples of a subset of them."""
+    other = open_shards(where, "--without")
+    ids, labels = (of(np.arange(len(other))) for of in (other.source_ids, other.labels))
+    same = (other.dataset, other.num_ids, other.image_shape) == (shards.dataset, shards.num_ids, shards.image_shape)
+    positions = shards.positions_of(ids) if same else np.full(len(ids), -1)
+    if (positions < 0).any() or (shards.labels(positions) != labels).any():
+        raise UserError(
+            f"--without {other.folder} is no subset of {shards.folder}: give one that was made from these shards."
+        )
+    return positions
 
 
 def _read_numbers(path: Path, what: str, kinds: str) -> np.ndarray:

@@ -20,7 +20,9 @@ from nrat_scale.core.errors import UserError, quoted
 from nrat_scale.core.files import make_folder, read_json, write_json
 from nrat_scale.core.locks import try_lock
 from nrat_scale.core.run_folder import RunFolder
+from nrat_scale.data.audit_scores import read_audit_scores
 from nrat_scale.data.shards import open_shards
+from nrat_scale.data.spec import AuditSpec
 from nrat_scale.recipe import RecipeSpec, identity_values
 from nrat_scale.report.run import value_at
 from nrat_scale.reproduce.grid import Cell
@@ -185,6 +187,10 @@ def recipe_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
+def _audits(recipe: RecipeSpec) -> tuple[AuditSpec, ...]:
+    return recipe.data.real.audit, recipe.data.generated.audit
+
+
 def check_recipes(places: Sequence[Place]) -> None:
     """Refuse a wrong recipe before anything is run: that of one seed of each method and noise is read."""
     for place in {(place.cell.edition, place.cell.method, place.cell.noise): place for place in places}.values():
@@ -192,12 +198,15 @@ def check_recipes(places: Sequence[Place]) -> None:
 
 
 def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Refuse to begin with a wrong recipe, without a data set, or with other test images than those of finished cells.
+    """Refuse to begin with a wrong recipe, without a data set or an audit, or with other test images than finished cells have.
 
     Raises:
         UserError: the message has the commands that make the data.
     """
     check_recipes(places)
+    for scores, key in {(audit.scores, audit.KEY) for place in places for audit in _audits(place.recipe)}:
+        if scores is not None:
+            read_audit_scores(scores, f"{key}.scores")
     for place in {place.cell.edition.name: place for place in places}.values():
         edition, data = place.cell.edition, place.recipe.data
         needed = {

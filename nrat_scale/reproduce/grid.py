@@ -202,6 +202,7 @@ class Grid:
     uses: dict[str, list[str]] = field(default_factory=dict)  # requested edition -> those it consists of
     paper: dict[str, dict[str, str]] = field(default_factory=dict)  # table of paper.csv -> our method -> its name there
     omissions: tuple[str, ...] = ()  # what the paper does not say, and what stands here instead
+    references: dict[str, str] = field(default_factory=dict)  # method -> the one that is subtracted from it, not NRAT
 
     def cells(self, edition: str, choices: Choices | None = None, seeds: int | None = None) -> list[Cell]:
         """The cells in the order in which they are run: stage by stage, and all methods and noises of a seed together.

@@ -48,7 +48,7 @@ def read_grid(what: str) -> Grid:
     known_editions = {
         name: one for file in _files(path, EDITIONS) for name, one in _editions(file, known_methods).items()
     }
-    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions"), path)
+    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions", "differences"), path)
     stages = tuple(_stage(one, number, known_methods, path) for number, one in enumerate(_list(raw, "stages", path), 1))
     check_value(f"{path}: stages", len(stages), len(stages) > 0, "at least one stage")
     used = {method for stage in stages for method in stage.methods}
@@ -62,6 +62,7 @@ def read_grid(what: str) -> Grid:
         _uses(_section(raw, "editions", path, optional=True), known_editions, path),
         _paper(_section(raw, "paper", path, optional=True), used, path),
         tuple(_sentences(raw, "omissions", path)),
+        _references(_section(raw, "differences", path, optional=True), used, path),
     )
 
 
@@ -262,6 +263,14 @@ def _override(raw: Any, where: str, methods: Mapping[str, Any]) -> Override:
     settings = _section(raw, "set", where)
     _check_no_axis(settings, where)
     return Override(settings, _text(raw, "source", where), names, tuple(noises))
+
+
+def _references(raw: dict[str, Any], methods: Iterable[str], path: Path) -> dict[str, str]:
+    """Method -> the method that is subtracted from it."""
+    for method, reference in raw.items():
+        _names([method], f"{path}: differences", methods)
+        _names([reference], f"{path}: differences: {method}", [name for name in methods if name != method])
+    return {method: str(reference) for method, reference in raw.items()}
 
 
 def _uses(raw: dict[str, Any], editions: Mapping[str, Edition], path: Path) -> dict[str, list[str]]:

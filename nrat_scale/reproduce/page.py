@@ -19,7 +19,7 @@ from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.figures import Drawing, total_cost
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
 from nrat_scale.reproduce.paper import PAPER
-from nrat_scale.reproduce.table import CAPTION, DIFFERENCES_CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
+from nrat_scale.reproduce.table import CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
 from nrat_scale.reproduce.table_text import counted
 
 _TEMPLATES = environment("nrat_scale.reproduce", autoescape=True)
@@ -73,8 +73,7 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
     style = _TEMPLATES_STYLE + resources.files("nrat_scale.reproduce").joinpath("templates/page.css").read_text("utf-8")
     script = resources.files("nrat_scale.reproduce").joinpath("templates/sort.js").read_text("utf-8")
     cells = _used(table)
-    reference = table.plan.method_title(table.plan.reference)
-    differences = _differences_sheet(table, reference)
+    differences = _differences_sheet(table)
     return _TEMPLATES.get_template("page.html").render(
         title=facts.title,
         lead=facts.lead or f"{table.plan.title}. Printed numbers: {PAPER}.",
@@ -220,7 +219,7 @@ COSTS_CAPTION = (
 )
 
 
-def _differences_sheet(table: GridTable, reference: str) -> Sheet:
+def _differences_sheet(table: GridTable) -> Sheet:
     rows: dict[tuple[str, str, str], list[Difference]] = {}
     for one in table.differences:
         rows.setdefault((one.method, one.setting.noise_text, one.checkpoint), []).append(one)
@@ -230,7 +229,7 @@ def _differences_sheet(table: GridTable, reference: str) -> Sheet:
         if any(one.estimate != NOT_RUN for one in found)
     ]
     head = ("method", "noise", "checkpoint", *map(attack_title, table.plan.measures))
-    return Sheet(DIFFERENCES_CAPTION.format(reference), head, 3, lines, "differences")
+    return Sheet(table.plan.differences_caption, head, 3, lines, "differences")
 
 
 def _difference_value(one: Difference) -> Value | None:

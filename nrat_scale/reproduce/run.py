@@ -146,6 +146,7 @@ def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> li
             measures=tuple(edition.attacks.split(",")),
             titles=titles,
             reference="nrat" if "nrat" in methods else next(iter(seeds)).method,
+            references=grid.references,
             paper=grid.paper,
         )
         facts = PageFacts(

@@ -1,7 +1,7 @@
 """The table of a grid as values: ours beside the paper's numbers, and paired differences."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ CAPTION = (
     "Test accuracy in %: mean over seeds ± its standard deviation over seeds (denominator S − 1), the 95 % Wilson interval of n "
     "test images at the mean (the choice of test images only, not the variation between trainings), the paper's printed number."
 )
-DIFFERENCES_CAPTION = (
+_DIFFERENCES_CAPTION = (
     "Accuracy minus that of {} in points, image by image on the same test images and averaged over the seeds that both have. The "
     "95 % interval covers the choice of test images and, from two seeds on, the variation between trainings (images and seeds as "
     "crossed random effects). A star marks intervals without zero."
@@ -44,10 +44,24 @@ class Plan:
     titles: Mapping[str, str] = field(default_factory=dict)  # of methods; the id without one
     paper: Names = field(default_factory=lambda: CIFAR10)  # where printed numbers are looked up
     reference: str = "nrat"  # of the paired differences
+    references: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by method, instead; other methods have no difference then
 
     def method_title(self, method: str) -> str:
         """`NRAT` for `nrat`."""
         return self.titles.get(method, method)
+
+    def reference_of(self, method: str) -> str | None:
+        """The method that is subtracted from `method`; None if there is none."""
+        found = self.references.get(method) if self.references else self.reference
+        return None if found == method else found
+
+    @property
+    def differences_caption(self) -> str:
+        """What the paired differences are."""
+        named = "the method after the minus sign" if self.references else self.method_title(self.reference)
+        return _DIFFERENCES_CAPTION.format(named)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class Difference:
     """A method minus the reference, under one attack."""
 
     setting: Setting
-    method: str
+    reference: str  # its id
+    method: str  # titles: `TRADES`, or `TRADES, suspects dropped − TRADES` where references differ
     checkpoint: str
     measure: str
     estimate: Estimate | str  # why there is none
@@ -156,17 +171,16 @@ def _notes(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[str
 
 
 def _differences(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[Difference]:
-    references = {(setting.noise, setting.rate): setting for setting in groups if setting.method == plan.reference}
     found = []
     for setting in groups:
-        reference = references.get((setting.noise, setting.rate))
-        if reference is None or reference == setting:
+        name = plan.reference_of(setting.method)
+        if name is None or (reference := replace(setting, method=name)) not in groups:
             continue
+        title = plan.method_title(setting.method) + (f" − {plan.method_title(name)}" if plan.references else "")
         for checkpoint in CHECKPOINTS:
             for measure in plan.measures:
                 terms = [(1.0, groups[setting], checkpoint, measure), (-1.0, groups[reference], checkpoint, measure)]
-                title = plan.method_title(setting.method)
-                found.append(Difference(setting, title, checkpoint, measure, estimate(terms)))
+                found.append(Difference(setting, name, title, checkpoint, measure, estimate(terms)))
     return found
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.prepare.subset import subset
 from nrat_scale.prepare.verify import verify
-from tests.support.preparation import assert_refused, small_shards
+from tests.support.preparation import assert_refused, random_source, small_shards
 from tests.support.sidecars import write_sidecar
 
 
@@ -44,6 +44,26 @@ def test_the_first_of_each_class(tmp_path, cli):
         assert set(part.class_counts) == {int(options[0])}
         chosen[number] = set(_is_part_of(part, shards))
     assert chosen[0] < chosen[1] and chosen[0] == chosen[3] != chosen[2]
+
+
+def test_none_of_another_subset(tmp_path, cli):
+    """--without leaves the next ones of the same order; what is no subset of the shards, or leaves too few, is refused."""
+    shards = open_shards(small_shards(tmp_path / "a"))
+    assert cli("subset", tmp_path / "a", "--per-class", "9", "--out", tmp_path / "nine").status == 0
+    assert cli("subset", tmp_path / "a", "--per-class", "4", "--out", tmp_path / "four").status == 0
+    without = ("subset", tmp_path / "a", "--without", tmp_path / "four")
+    assert cli(*without, "--per-class", "5", "--out", tmp_path / "five").status == 0
+    nine, four, five = (set(_is_part_of(open_shards(tmp_path / name), shards)) for name in ("nine", "four", "five"))
+    assert not four & five and four | five == nine
+    small_shards(tmp_path / "other", random_source(seed=5))
+    other = ["subset", tmp_path / "a", "--without", tmp_path / "other", "--per-class", "2"]
+    for words, sentence in {
+        (*without, "--ids", "x.txt"): "--without needs --per-class",
+        (*without, "--scores", "x.npy", "--keep", "3"): "--without needs --per-class",
+        (*without, "--per-class", "60"): "images left. Lower --per-class (60)",
+        tuple(other): "is no subset of",
+    }.items():
+        assert_refused(cli, tmp_path, list(words), sentence)
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)

@@ -12,7 +12,8 @@ from nrat_scale.reproduce.grid_files import GRIDS, grid_names, read_grid
 from nrat_scale.reproduce.paper import printed_numbers
 from tests.support.small_grids import EDITIONS, GRID, write_grid
 
-NAMES = ["figure1", "figure3", "figure4", "figure5", "frontier", "noise-benchmark", *(f"table{i}" for i in range(1, 6))]
+PAPER = [*(f"figure{i}" for i in (1, 3, 4, 5)), *(f"table{i}" for i in range(1, 6))]
+NAMES = sorted(["audited-labels", "frontier", "noise-benchmark", *PAPER])
 GRID_OF = {name: read_grid(name) for name in NAMES}
 PAPER_EDITIONS = {"table4_mnist": "paper-mnist", "table4_fashion_mnist": "paper-fashion_mnist"}
 
@@ -195,6 +196,9 @@ def test_a_section_cannot_change_what_a_cell_is_named_by(word, key):
         ("tiny", "title: A tiny grid", "omissions: a word", "list"),
         ("tiny", "title: A tiny grid", "editions: [tiny]", "mapping"),
         ("tiny", "[nrat, trades]", "[{nrat: 1}]", "there is no"),
+        ("tiny", "{table1: {}}", "{table1: {}}\ndifferences: {narat: trades}", "Did you mean 'nrat'?"),
+        ("tiny", "{table1: {}}", "{table1: {}}\ndifferences: {nrat: nrat}", "there is no 'nrat'"),
+        ("tiny", "{table1: {}}", "{table1: {}}\ndifferences: [nrat]", "mapping"),
         ("tiny", "{table1: {}}", "[table1]", "mapping"),
         ("tiny", "{table1: {}}", "{table9: {}}", "Did you mean 'table"),
         ("tiny", "{table1: {}}", "{table1: {nrat: narat}}", "Did you mean 'nrat'?"),

@@ -220,6 +220,16 @@ def test_missing_data_give_the_commands(reproduce, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_audits_are_refused_before_anything_is_run(reproduce, tmp_path):
+    """Of each seed; a method may train on labels that an audit of its seed doubts."""
+    method = 'nrat-drop: {objective.name: nrat, data.real.audit.scores: "${data.real.shards}-audit-${seed}"}'
+    grid = "stages: [{methods: [nrat-drop], noises: [symmetric-0.4]}]"
+    path = write_grid(tmp_path, tiny=grid, methods=method)
+    result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
+    assert refused(result, "train-audit-0 (data.real.audit.scores)", "no such folder")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -84,6 +84,20 @@ def test_differences_by_hand(tmp_path: Path) -> None:
     assert line["covers"] == "test images and trainings"
 
 
+def test_each_method_has_its_own_reference(tmp_path: Path) -> None:
+    """A grid may say what is subtracted from which method; each row names both, and a method without a reference has none."""
+    other = Setting("mart", "symmetric", 0.4)
+    plan = replace(PLAN, settings=(NRAT, TRADES, other), references={"mart": "trades"})
+    contents = [fixed("nrat", 100), fixed("trades", 90), fixed("mart", 93)]
+    table = grid_table(plan, cells_of(tmp_path, *contents))
+    (one,) = [found for found in table.differences if not isinstance(found.estimate, str)]
+    assert not isinstance(one.estimate, str) and one.estimate.points == pytest.approx(1.5)
+    for text in (text_table(table), markdown_table(table)):
+        assert "mart − TRADES" in text and "minus that of the method after the minus sign" in text
+    (line,) = [row for row in rows_of(differences_csv(table)) if row["points"]]
+    assert (line["method"], line["minus"], line["points"]) == ("mart", "trades", "1.5")
+
+
 def test_unlike_cells_are_not_compared(tmp_path: Path) -> None:
     """Other images, attacks or numbers of images: no difference, and a note."""
     other = {**cell()["evaluation"], "data": "other"}
