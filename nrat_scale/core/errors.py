@@ -81,12 +81,30 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        _leave_process_group()
     except (UserError, FloatingPointError) as error:
+        _leave_process_group(("gloo",))
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except SystemExit:  # after a signal, for instance
+        _leave_process_group(("gloo",))
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the pipe is closed (`... | head`); flushing at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _leave_process_group(backends: tuple[str, ...] = ("gloo", "nccl")) -> None:
+    """Leave torch's process group, if this process has joined one of these `backends`.
+
+    At exit its threads would sometimes end the interpreter with SIGABRT ("terminate called without an active exception"). After
+    an error NCCL may wait for the other ranks, so that only the caller of a finished command leaves its group.
+    """
+    distributed = sys.modules.get("torch.distributed")  # torch is not imported for commands that need none
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() in backends:
+        distributed.destroy_process_group()

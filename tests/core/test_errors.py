@@ -1,6 +1,7 @@
 """Messages: exit status, warnings, suggestions, and text from files that must not control the terminal."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,26 @@ def test_text_from_files_is_harmless() -> None:
     assert first_line(ValueError(" ")) == "ValueError"
     assert quoted("a\x1b\n") == r"'a\x1b\n'"
     assert len(quoted("x" * 1000)) == 82 and quoted("x" * 1000).endswith("...'")
+
+
+_JOINED = """
+import atexit, sys
+import torch.distributed as distributed
+from nrat_scale.core.errors import UserError, run_cli
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+atexit.register(lambda: print("joined at exit:", distributed.is_initialized()))
+def main():
+    END
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("pass", 0), ("raise UserError('wrong')", 2), ("raise FloatingPointError('nan')", 1), ("sys.exit(143)", 143)],
+)
+def test_a_command_leaves_its_process_group(end: str, status: int, tmp_path: Path) -> None:
+    """Threads of a group that is still joined when the interpreter ends may abort it, and hide the exit status."""
+    command = [sys.executable, "-c", _JOINED.replace("END", end), str(tmp_path / "group")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (status, "joined at exit: False\n"), done.stderr
