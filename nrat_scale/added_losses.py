@@ -9,7 +9,7 @@ from torch import Tensor
 from nrat_scale.core.errors import UserError, first_line
 from nrat_scale.core.imports import location, reason
 from nrat_scale.losses import DIVERGENCES, LOSSES, PUBLISHED
-from nrat_scale.objectives import OBJECTIVES, ObjectiveSpec
+from nrat_scale.presets import OBJECTIVES, ObjectiveSpec
 
 
 def stand_in(objective: dict[str, Any]) -> None:

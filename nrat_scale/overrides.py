@@ -15,7 +15,7 @@ from nrat_scale.attacks import parse_fraction
 from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted, warn
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.models import ModelSpec
-from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES
+from nrat_scale.presets import IKL_DEFAULTS, OBJECTIVES
 
 # What papers and other code call a key of ours.
 SYNONYMS = {

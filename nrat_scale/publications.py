@@ -1,4 +1,4 @@
-"""Which publication each preset of `objectives.OBJECTIVES` is, with the citations; the licences that the Hub knows."""
+"""Which publication each preset of `presets.OBJECTIVES` is, with the citations; the licences that the Hub knows."""
 
 # Preset -> its origin. A key of `PAPERS` in it becomes a citation of the model card.
 ORIGINS = {

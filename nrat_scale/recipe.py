@@ -26,9 +26,9 @@ from nrat_scale.data.spec import GENERATED, REAL, AuditSpec, DataSpec
 from nrat_scale.label_refinement import RefineSpec
 from nrat_scale.labels import NONE, UNKNOWN, UNSET, GeneratedNoiseSpec
 from nrat_scale.models import ModelSpec
-from nrat_scale.objectives import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.optim import OptimSpec
 from nrat_scale.overrides import check_norm_change, meant_key, nearest_key, one_line, read_yaml, with_overrides
+from nrat_scale.presets import IKL_DEFAULTS, OBJECTIVES, PRESET_ONLY, ObjectiveSpec, preset
 from nrat_scale.threat import TRAINING_ONLY, read_phases
 from nrat_scale.tracking import TRACKERS
 from nrat_scale.weights import AwpSpec, EmaSpec

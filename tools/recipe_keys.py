@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nrat_scale.core.errors import UserError
-from nrat_scale.objectives import PRESET_ONLY, ObjectiveSpec
+from nrat_scale.presets import PRESET_ONLY, ObjectiveSpec
 from nrat_scale.recipe import RecipeSpec
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipe_keys.md"

@@ -132,25 +132,14 @@ def audit(
     assignment = Folds(shards, 1 if model is not None else folds or 5, seed)
     counts = class_counts(labels, assignment)
     check_classes(counts, shards)
-    hold_out = None if clean_holdout is None else open_shards(clean_holdout, "--clean-holdout")
-    if hold_out is not None:
-        on_main(state, hold_out.verify)
-        on_main(state, lambda: check_hold_out(hold_out, shards))
+    hold_out = None if clean_holdout is None else _open_hold_out(state, clean_holdout, shards)
     spec = (
         None if model is not None else fold_recipe(None if recipe is None else Path(recipe), overrides, labels, counts)
     )
     sources = _Sources(assignment, spec, None if model is None else str(model), unseen, checkpoint)
     folder = Path(out) if out is not None else _default_folder(labels)
     audited, facts, key = _predict(state, folder, labels, sources, hold_out, batch_size)
-    method = {
-        "folds": None if spec is None else assignment.number,
-        "recipe": None if spec is None else str(recipe or "the built-in folds.yaml"),
-        "recipe_identity": None if spec is None else spec.identity,
-        "models": facts,
-        "holdout": None if hold_out is None else _described(hold_out),
-        "bootstrap": bootstrap,
-        "seed": seed,
-    }
+    method = _method(sources, recipe, facts, hold_out, bootstrap)
     content = known_to_all(state, lambda: _write(folder, audited, method, key))
     return Audit(folder, content)
 
@@ -182,6 +171,34 @@ def _noise(noise: str | NoiseSpec | None, recipe: str | Path | None, overrides: 
     if noise is not None:
         return parse_noise(noise)
     return NoiseSpec() if recipe is None else recipe_noise(load_recipe(recipe, overrides), data)
+
+
+def _open_hold_out(state: PartialState, clean_holdout: str | Path, shards: ShardSet) -> ShardSet:
+    """The clean hold-out, which is complete and fits the audited data; raises `UserError` otherwise."""
+    hold_out = open_shards(clean_holdout, "--clean-holdout")
+    on_main(state, hold_out.verify)
+    on_main(state, lambda: check_hold_out(hold_out, shards))
+    return hold_out
+
+
+def _method(
+    sources: _Sources,
+    recipe: str | Path | None,
+    facts: list[dict[str, Any]],
+    hold_out: ShardSet | None,
+    bootstrap: int,
+) -> dict[str, Any]:
+    """The section `method` of audit.json: the folds or the model, the hold-out and the bootstrap."""
+    spec = sources.recipe
+    return {
+        "folds": None if spec is None else sources.folds.number,
+        "recipe": None if spec is None else str(recipe or "the built-in folds.yaml"),
+        "recipe_identity": None if spec is None else spec.identity,
+        "models": facts,
+        "holdout": None if hold_out is None else _described(hold_out),
+        "bootstrap": bootstrap,
+        "seed": sources.folds.seed,
+    }
 
 
 def _default_folder(labels: AuditedLabels) -> Path:

@@ -9,20 +9,18 @@ import argparse
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from jinja2 import UndefinedError
-from markupsafe import Markup
 from PIL import Image
 
 from nrat_scale.audit.figures import draw_class_rates, draw_reliability
 from nrat_scale.core.errors import UserError, first_line, quoted, run_cli, warn
 from nrat_scale.core.files import make_folder, read_json, write_atomically
+from nrat_scale.core.pages import Figure, check_page_name, environment
 from nrat_scale.data.shards import ShardSet, open_shards
-from nrat_scale.report.page import Figure, as_data, environment
 
 AUDIT, PAGE = "audit.json", "audit.html"  # in the folder of an audit
 FORMAT, VERSION = "nrat_scale.audit", 1
@@ -33,7 +31,6 @@ _MOST_PICTURES = 240
 _MOST_FETCHED = 32  # remote shards that the gallery reads
 
 _TEMPLATES = environment("nrat_scale.audit", autoescape=True)
-_TEMPLATES.filters["data"] = as_data
 
 
 @dataclass(frozen=True)
@@ -90,8 +87,7 @@ def write_page(folder: Path, content: dict[str, Any], shards: ShardSet, out: Pat
         UserError: `out` is not an .html file or cannot be written, or `content` is damaged.
     """
     out = out or folder / PAGE
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"The page {out} must be an .html file. Choose another name with --out.")
+    check_page_name(out, "page")
     try:
         page = render_page(content, shards)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError, UndefinedError) as error:
@@ -108,13 +104,11 @@ def render_page(content: dict[str, Any], shards: ShardSet) -> str:
     names = [str(name) for name in content["data"]["class_names"]]
     best, is_corrected = best_estimate(content)
     gallery, left_out = _gallery(content, shards, names)
-    style = (resources.files("nrat_scale.report") / "templates" / "style.css").read_text(encoding="utf-8")
     confidence = "mean confidence of a bin against the share of its images whose given label is predicted"
     hold_out = content["calibration"]["holdout_bins"]
     more = ", and for the clean hold-out the share that is predicted right" if hold_out else ""
     shown = len(best["per_class"]) if len(names) <= 40 else 40
     return _TEMPLATES.get_template("page.html").render(
-        style=Markup(style),
         title=f"Label audit: {'/'.join(PurePath(str(content['data']['shards'])).parts[-2:])}",
         content=content,
         names=names,

@@ -1,1 +1,1 @@
-"""Shared by every package: errors, files, run directories, seeds, processes, module modes."""
+"""Shared by every package: errors, files, run directories, seeds, processes, module modes, HTML pages."""

@@ -13,14 +13,14 @@ from nrat_scale.core.distributed import join_processes, on_main, use_all_cores
 from nrat_scale.core.errors import UserError, first_line, warn
 from nrat_scale.core.float32 import use_float32
 from nrat_scale.core.run_folder import RunFolder
-from nrat_scale.data.shards import open_shards
+from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.evaluate import run
 from nrat_scale.evaluate.attacks import Attack, parse_attack
 from nrat_scale.evaluate.curves import Curve, parse_curve
 from nrat_scale.evaluate.measures import memory_errors
 from nrat_scale.evaluate.request import Request, check_fits, check_unseen, request_threat
 from nrat_scale.evaluate.results import results_text
-from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, Target, TargetOptions, find_targets
+from nrat_scale.evaluate.targets import CHECKPOINTS, WEIGHT_CHOICES, FoundTargets, Target, TargetOptions, find_targets
 from nrat_scale.recipe import flat_values, load_recipe, to_yaml
 from nrat_scale.tracking import Trackers
 
@@ -121,18 +121,9 @@ def evaluate(
     if graphs and chosen.type != "cuda":
         raise UserError(f"--graphs needs a GPU, and this evaluation is on {chosen.type}. Omit it.")
     request = Request(parsed, threat, images, aa_images, batch_size, seed, source, drop_broken, graphs, parsed_curves)
-    path = found.results if out is None else Path(out)
-    if out is None and found.earlier is not None and found.earlier.is_file():
-        warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
-    if path.is_dir() or path.suffix != ".json":
-        raise UserError(
-            f"--out {path} must be a .json file (the per-image outcomes go beside it). Choose another name."
-        )
+    path = _results_path(found, out)
     on_main(state, shards.verify)
-    for target in [*found.targets, *([] if source is None else [source])]:
-        check_fits(target.model, shards, what)
-        with memory_errors(f"The model of {target.label}", 1):
-            target.model.to(chosen)
+    _place([*found.targets, *([] if source is None else [source])], shards, what, chosen)
     results = run.evaluate(found.targets, shards, request, path, replace_models=out is None)
     evaluation = Evaluation(path, results, tuple(target.label for target in found.targets))
     if state.is_main_process and found.run is not None and path == found.results:
@@ -144,6 +135,26 @@ def _source(what: str, options: TargetOptions) -> Target:
     """The model on which a transfer attack makes its images."""
     (source,) = find_targets(what, options).targets
     return replace(source, label=Path(what).name)
+
+
+def _results_path(found: FoundTargets, out: str | Path | None) -> Path:
+    """The results file: `out`, or by default that of the targets."""
+    path = found.results if out is None else Path(out)
+    if out is None and found.earlier is not None and found.earlier.is_file():
+        warn(f"{found.earlier} is not used: an earlier version wrote it, which did not tell all models apart.")
+    if path.is_dir() or path.suffix != ".json":
+        raise UserError(
+            f"--out {path} must be a .json file (the per-image outcomes go beside it). Choose another name."
+        )
+    return path
+
+
+def _place(targets: Sequence[Target], shards: ShardSet, what: str, device: torch.device) -> None:
+    """Check that the models fit the test images, and move them to the device."""
+    for target in targets:
+        check_fits(target.model, shards, what)
+        with memory_errors(f"The model of {target.label}", 1):
+            target.model.to(device)
 
 
 def _track(run_folder: RunFolder, evaluation: Evaluation) -> None:

@@ -56,6 +56,15 @@ class WideClassifier(Classifier):
             nn.init.zeros_(bias)
 
 
+def wide_sizes(depth: int, width: int) -> tuple[int, list[int]]:
+    """(Blocks of a stage, channels of the stem and of the three stages) of a WideResNet; raises `UserError` if there is none."""
+    if depth < 10 or (depth - 4) % 6:
+        raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
+    if width < 1:
+        raise UserError(f"The width of a WideResNet is a factor of 1 or more, not {width}.")
+    return (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+
+
 class WideResNet(WideClassifier):
     """WideResNet (Zagoruyko and Komodakis 2016) as in Gowal et al. 2020 and DM_AT.
 
@@ -89,14 +98,10 @@ class WideResNet(WideClassifier):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
-        planes = [16, 16 * width, 32 * width, 64 * width]
+        blocks, planes = wide_sizes(depth, width)
         super().__init__(num_classes, in_chans, mean, std, planes[3], planes, drop_rate)
-        if depth < 10 or (depth - 4) % 6:
-            raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
-        if width < 1:
-            raise UserError(f"The width of a WideResNet is a factor of 1 or more, not {width}.")
         check_choice("The activation of a WideResNet", activation, ACTIVATIONS)
-        act, blocks = ACTIVATIONS[activation], (depth - 4) // 6
+        act = ACTIVATIONS[activation]
         self.init_conv = nn.Conv2d(in_chans, planes[0], 3, padding=1, bias=False)
         stages = []
         for before, after, stride in zip(planes, planes[1:], (1, 2, 2), strict=False):

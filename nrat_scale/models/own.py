@@ -7,7 +7,6 @@ import importlib
 import inspect
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from nrat_scale.core.errors import UserError, did_you_mean, first_line, printable, quoted
+from nrat_scale.core.errors import UserError, did_you_mean, printable, quoted
+from nrat_scale.core.imports import location, reason
 from nrat_scale.models.wrapped import NormalisedModel
 
 Factory = Callable[..., nn.Module]
@@ -98,7 +98,7 @@ def find_factory(name: str, *, trust_code: bool) -> Factory:
             f"{folder}.{meant}"
         ) from error
     except Exception as error:  # the user's module may raise anything
-        raise UserError(f"{name} cannot be imported: {_reason(error)}{location(error)}.") from error
+        raise UserError(f"{name} cannot be imported: {reason(error)}{location(error)}.") from error
     for part in path.split("."):
         if not hasattr(found, part):
             known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
@@ -140,8 +140,8 @@ def build_own(name: str, factory: Factory, arguments: Mapping[str, Any]) -> nn.M
     except UserError:
         raise
     except Exception as error:  # the user's code may raise anything
-        reason = f"{_reason(error)}{location(error)}"
-        raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {reason}.") from error
+        why = f"{reason(error)}{location(error)}"
+        raise UserError(f"The model '{name}' does not take these arguments (model.kwargs): {why}.") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"The model '{name}' is a {type(model).__name__}; it must be a torch.nn.Module.")
     if num_classes is None:
@@ -154,18 +154,3 @@ def build_own(name: str, factory: Factory, arguments: Mapping[str, Any]) -> nn.M
                 setattr(model, key, value)
         return model
     return NormalisedModel(model, num_classes, int(in_chans), constants["mean"], constants["std"])
-
-
-def location(error: BaseException) -> str:
-    """` (file.py, line 7)`: where the user's code raised the error; empty if nothing below is known."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({Path(error.filename).name}, line {error.lineno})"
-    own = str(Path(__file__).parents[1])
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
-    ours = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
-    return f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
-
-
-def _reason(error: BaseException) -> str:
-    text = first_line(error).rstrip(".")
-    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"

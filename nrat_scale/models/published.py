@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from nrat_scale.core.errors import UserError
-from nrat_scale.models.architectures import WideClassifier, build, timm_cfg
+from nrat_scale.models.architectures import WideClassifier, build, timm_cfg, wide_sizes
 from nrat_scale.models.classifier import Channels, Classifier
 
 
@@ -70,13 +69,8 @@ class TradesWideResNet(WideClassifier):
         global_pool: str = "avg",
         sub_block1: bool = False,
     ) -> None:
-        planes = [16, 16 * width, 32 * width, 64 * width]
+        blocks, planes = wide_sizes(depth, width)
         super().__init__(num_classes, in_chans, mean, std, planes[3], planes, drop_rate)
-        if depth < 10 or (depth - 4) % 6:
-            raise UserError(f"A WideResNet has depth 6 n + 4 (10, 16, 22, 28, 34, ...), not {depth}.")
-        if width < 1:
-            raise UserError(f"The width of a WideResNet is a factor of 1 or more, not {width}.")
-        blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(in_chans, planes[0], 3, padding=1, bias=False)
         self.block1 = _trades_stage(blocks, planes[0], planes[1], 1)
         if sub_block1:

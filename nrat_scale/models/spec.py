@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nrat_scale.core.errors import UserError, check_choice, check_value, did_you_mean, first_line, quoted, warn
+from nrat_scale.core.imports import location
 from nrat_scale.models import architectures, published
-from nrat_scale.models.own import REGISTERED, as_import, build_own, find_factory, is_own, location
+from nrat_scale.models.own import REGISTERED, as_import, build_own, find_factory, is_own
 from nrat_scale.models.wrapped import around_timm
 
 default_cfgs = {**architectures.default_cfgs, **published.default_cfgs}  # name -> timm's configurations

@@ -63,12 +63,7 @@ def release(
     Raises:
         UserError: no destination, no such checkpoint, no results, `to` is not empty, or the Hub refuses.
     """
-    if to is None and push is None:
-        raise UserError("Name a destination: --to FOLDER, --push user/repo, or both.")
-    if push is None and (private or revision or queued):
-        raise UserError("--private, --revision and --queued need --push user/repo.")
-    if queued and (to is not None or revision is not None):
-        raise UserError("--queued sends each checkpoint to its own revision; omit --to and --revision.")
+    _check_destination(to, push, private, revision, queued)
     address = f"{push}@{revision}" if push and revision else push
     publication = Publication(address, license, license_name, license_link, benchmark)
     if push is not None:
@@ -90,3 +85,14 @@ def release(
     name = str(RunFolder(Path(run)).read_model()["architecture"])
     own = origin(name) if is_own(name) else None
     return Release(None if to is None else folder, address, tuple(sent), own_code=own)
+
+
+def _check_destination(
+    to: str | Path | None, push: str | None, private: bool, revision: str | None, queued: bool
+) -> None:
+    if to is None and push is None:
+        raise UserError("Name a destination: --to FOLDER, --push user/repo, or both.")
+    if push is None and (private or revision or queued):
+        raise UserError("--private, --revision and --queued need --push user/repo.")
+    if queued and (to is not None or revision is not None):
+        raise UserError("--queued sends each checkpoint to its own revision; omit --to and --revision.")

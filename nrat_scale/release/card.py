@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 import nrat_scale
 from nrat_scale.attacks import RELEASED_CODE_WARNING, attack_text, fraction_text, threat_text
+from nrat_scale.core.pages import environment
 from nrat_scale.datasets import DATASETS
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.evaluate.results import left_out_notes
@@ -16,7 +17,6 @@ from nrat_scale.models import is_ours, is_own, origin
 from nrat_scale.publications import ORIGINS, PAPERS
 from nrat_scale.release.contents import Contents, init_text
 from nrat_scale.remote.address import is_bucket
-from nrat_scale.report.page import environment
 from nrat_scale.report.tables import markdown_table
 
 TEMPLATES = environment("nrat_scale.release", autoescape=False)  # Markdown

@@ -8,7 +8,7 @@ from nrat_scale.attacks import fraction_text
 from nrat_scale.data.audit_action import action_text
 from nrat_scale.data.spec import GENERATED, REAL, batch_shares
 from nrat_scale.labels import NONE, UNKNOWN, UNSET
-from nrat_scale.objectives import objective_title
+from nrat_scale.presets import objective_title
 from nrat_scale.report.details import noise_table
 from nrat_scale.report.run import Run, number_at, read_score, threat_at, trained_attack, value_at
 

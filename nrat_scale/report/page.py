@@ -3,17 +3,12 @@
 The page has no script, loads nothing and contains its figures; equal runs give equal pages. Jinja escapes every value.
 """
 
-import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from nrat_scale.core.errors import UserError, printable
 from nrat_scale.core.files import make_folder, write_atomically
+from nrat_scale.core.pages import Figure, check_page_name, environment
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.content import comparison_tables, run_tables
 from nrat_scale.report.curves import CURVES, draw_by_strength, draw_curves, draw_joint_curves, draw_memorisation
@@ -25,35 +20,7 @@ from nrat_scale.report.tables import RESULTS_CAPTION, all_flags, all_notes, atta
 
 _FEW_IMAGES = 1000
 
-
-def environment(package: str, *, autoescape: bool) -> Environment:
-    """The templates of a package; values are printed without control characters, unless they are `Markup`."""
-    return Environment(
-        loader=PackageLoader(package),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def as_data(png: bytes) -> Markup:
-    """A PNG as the address of an <img>."""
-    return Markup("data:image/png;base64,") + base64.b64encode(png).decode()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart and its caption, which is its alternative text too."""
-
-    png: bytes
-    caption: str
-
-
 _TEMPLATES = environment("nrat_scale.report", autoescape=True)
-_TEMPLATES.filters["data"] = as_data
 _TEMPLATES.globals["shared_n"] = shared_n
 _TEMPLATES.tests["score"] = lambda cell: isinstance(cell, Score)
 
@@ -70,8 +37,7 @@ def write_report(runs: Sequence[Run], out: Path | None = None, title: str | None
         UserError: `out` is not an .html file or cannot be written.
     """
     out = out or runs[0].path / "report.html"
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"The report {out} must be an .html file. Choose another name with --out.")
+    check_page_name(out, "report")
     curves = [draw_curves(run) for run in runs]
     page = render_page(runs, curves, title)
     make_folder(out.parent)

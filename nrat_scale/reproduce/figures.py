@@ -94,9 +94,7 @@ def learning_curves(groups: Groups, title: Title, name: str = "curves") -> Drawi
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in panels[-1]:
         axes.set(xlabel="epoch")
-    handles = [
-        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], label=safe_label(title(one))) for i, one in enumerate(methods)
-    ]
+    handles = _coloured_lines(methods, title)
     handles += [
         Line2D([], [], color=_SOFT, ls=_DASHES[i % len(_DASHES)], label=f"rate {rate:g}")
         for i, rate in enumerate(rates)
@@ -104,7 +102,7 @@ def learning_curves(groups: Groups, title: Title, name: str = "curves") -> Drawi
     handles += [
         Line2D([], [], color=_SOFT, marker=sign, ls="", label=text) for sign, text in (("*", "best"), ("s", "last"))
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, handles)
     splits = sorted(
         {str(row.get("split", "held-out")) for cells in curves.values() for cell in cells for row in cell.curve}
     )
@@ -234,6 +232,16 @@ def overfitting_gaps(groups: Groups, title: Title, name: str = "gaps") -> Drawin
     return drawing(name, caption, figure)
 
 
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+
+
+def _coloured_lines(methods: Sequence[str], title: Title) -> list[Line2D]:
+    return [
+        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], label=safe_label(title(one))) for i, one in enumerate(methods)
+    ]
+
+
 def _method_legend(figure: Figure, methods: Sequence[str], title: Title) -> None:
     handles = [
         Line2D(
@@ -246,7 +254,7 @@ def _method_legend(figure: Figure, methods: Sequence[str], title: Title) -> None
         )
         for i, one in enumerate(methods)
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, handles)
 
 
 # ---- memorisation and cost ------------------------------------------------------------------------------------------
@@ -279,10 +287,7 @@ def memorisation(groups: Groups, title: Title, name: str = "memorisation") -> Dr
         _clean(axes)
     for axes in panels[len(panels_of) :]:
         axes.set_visible(False)
-    handles = [
-        Line2D([], [], color=_COLOURS[i % len(_COLOURS)], label=safe_label(title(one))) for i, one in enumerate(methods)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, _coloured_lines(methods, title))
     caption = "Memorisation: wrong training labels that the model predicts, in % by epoch; a line per seed."
     return drawing(name, caption, figure)
 
@@ -350,7 +355,7 @@ def frontier(groups: Groups, title: Title, name: str = "frontier") -> Drawing | 
         )
         for i, m in enumerate(methods)
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, handles)
     _stamp_space(figure, groups)
     caption = (
         f"{attack_title(measure)} accuracy of the best checkpoint (mean over seeds, 95 % Wilson interval) against the cost of training: forward "

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
+from nrat_scale.core.pages import as_data, environment
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.report.page import environment
 from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.figures import Drawing, total_cost
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
@@ -23,7 +23,7 @@ from nrat_scale.reproduce.table import CAPTION, NOT_RUN, Difference, GridTable, 
 from nrat_scale.reproduce.table_text import counted
 
 _TEMPLATES = environment("nrat_scale.reproduce", autoescape=True)
-_TEMPLATES.filters["data"] = lambda svg: Markup("data:image/svg+xml;base64,") + base64.b64encode(svg.encode()).decode()
+_TEMPLATES.filters["data"] = lambda svg: as_data(svg.encode(), "svg+xml")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class PageFacts:
 
 def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, facts: PageFacts) -> str:
     """The HTML of a grid's page in `folder`, whose links to the cells' files are relative to it."""
-    style = _TEMPLATES_STYLE + resources.files("nrat_scale.reproduce").joinpath("templates/page.css").read_text("utf-8")
     script = resources.files("nrat_scale.reproduce").joinpath("templates/sort.js").read_text("utf-8")
     cells = _used(table)
     differences = _differences_sheet(table)
@@ -90,7 +89,6 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
         grid=table.plan.name,
         notes=[note for note in table.notes if note not in table.stamps],
         omissions=list(facts.omissions),
-        style=Markup(style),
         script=Markup(script),
         script_hash=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
     )
@@ -101,7 +99,6 @@ _SELECTION = {
     "clean": "highest robust accuracy on held-out training images by their clean labels",
     "given": "highest robust accuracy on held-out training images by their given labels, with the noise of training",
 }
-_TEMPLATES_STYLE = resources.files("nrat_scale.report").joinpath("templates/style.css").read_text("utf-8")
 
 
 def relative_link(path: Path, folder: Path) -> str:

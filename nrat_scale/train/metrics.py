@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.core.files import write_atomically
-from nrat_scale.objectives import FAMILIES
+from nrat_scale.presets import FAMILIES
 from nrat_scale.train.state import MicroBatch, TrainState
 
 # What a metric is averaged over -> its members in a `MicroBatch`, bool [b]. `clean` and `noisy`: images whose label is known

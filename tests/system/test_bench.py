@@ -12,7 +12,8 @@ from torch import nn
 from bench import __main__ as command
 from bench import against_package, data, gpu, loaders, processes
 from bench.attack_profile import Profile, Spent, print_profile
-from bench.gpu import CONTENDERS, Case, Contender, step_gpu, step_seconds
+from bench.gpu import step_gpu, step_seconds
+from bench.gpu_rows import CONTENDERS, Case, Contender
 from bench.step import make_images
 from nrat_scale.core.errors import UserError
 

@@ -19,6 +19,7 @@ ROWS = (
     ("recipe", "prepare"),
     ("data", "loading", "added_losses", "overrides"),
     ("objectives", "labels", "models", "attacks", "weights", "optim", "collapse", "checkpoint", "remote", "tracking"),
+    ("presets",),
     ("label_refinement", "label_files"),
     ("losses", "datasets", "publications", "threat", "transition"),
     ("_class_names",),

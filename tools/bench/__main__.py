@@ -78,49 +78,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("plan", lambda work, given: plan(work), "an index of 50 million images")
     conversion = add("convert", lambda work, given: convert(work, given.images), "npz -> shards")
     conversion.add_argument("--images", type=int, default=1_000_000, help="images (default: %(default)s)")
-    steps = add("step", _step, "the training step", 10)
-    steps.add_argument("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
-    steps.add_argument("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
-    steps.add_argument(
-        "--gpu", action="store_true", help="WRN-28-10 at 512, ResNet-18 at 128 and 512 images: each lever, on one GPU"
-    )
-    steps.add_argument("--seconds", type=float, default=230.0, help="budget of --gpu (default: %(default)s)")
-    steps.add_argument("--out", type=Path, default=Path("step_gpu.json"), help="of --gpu (default: %(default)s)")
+    _add_step_options(add("step", _step, "the training step", 10))
     low = add("precision", lambda work, given: precision(work, given.steps), "attacks in low precision")
     low.add_argument("--steps", type=int, default=40, help="training steps before (default: %(default)s)")
-    attacked = add("autoattack", _autoattack, "AutoAttack by our evaluation against a direct call of the package")
-    attacked.add_argument("--model", default="resnet18_cifar", help="of 32 x 32 images (default: %(default)s)")
-    attacked.add_argument("--images", type=int, default=256, help="(default: %(default)s)")
-    attacked.add_argument("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
-    attacked.add_argument("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
-    attacked.add_argument("--eps", type=parse_fraction, default=8 / 255, help="radius (default: 8/255)")
-    attacked.add_argument(
-        "--profile", action="store_true", help="no comparison: share of forward, backward and the attack's own work"
-    )
-    attacked.add_argument("--out", type=Path, help="JSON file (default: none)")
-    attacked.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
+    against = "AutoAttack by our evaluation against a direct call of the package"
+    _add_autoattack_options(add("autoattack", _autoattack, against))
     add("processes", lambda work, given: processes(work, given.rounds), "one process and two", 3)
     begun = add("start", _start, "seconds from the command to the first step, eager and compiled", 1)
     begun.add_argument("--model", default="resnet18_cifar", help="(default: %(default)s)")
     begun.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.batch_size=128")
     long = add("soak", lambda work, given: soak(work, given.minutes), "memory, descriptors and threads over time")
     long.add_argument("--minutes", type=float, default=10.0)
-    seeded = add(
-        "collapse",
-        lambda work, given: collapse(work, given.recipe, given.overrides, _variants(given), given),
-        "runs that collapse to one class, with and without the recipe's remedies",
-    )
-    seeded.add_argument("recipe", type=Path, metavar="RECIPE")
-    seeded.add_argument("overrides", nargs="*", metavar="key=value", help="of every run")
-    seeded.add_argument("--seeds", default="0-19", help="with the remedies; also of label noise (default: %(default)s)")
-    seeded.add_argument("--base-seeds", default="", help="without them (default: none)")
-    seeded.add_argument(
-        "--data", type=Path, metavar="SHARDS", help="test images: also measure natural and PGD-20 accuracy"
-    )
-    seeded.add_argument("--images", type=int, default=1000, help="of them (default: %(default)s)")
-    seeded.add_argument("--runs", type=Path, help="folder of the runs, which stay and are resumed (default: temporary)")
-    seeded.add_argument("--out", type=Path, help="JSON file of finished runs, which are not repeated")
+    collapsing = "runs that collapse to one class, with and without the recipe's remedies"
+    _add_collapse_options(add("collapse", _collapse, collapsing))
     return parser.parse_args(argv)
+
+
+def _add_step_options(kind: argparse.ArgumentParser) -> None:
+    add = kind.add_argument
+    add("--models", nargs="+", default=["resnet18_cifar", "wrn28_10_silu"])
+    add("--batch", type=int, nargs="+", default=[32, 8], help="images, for each model (default: 32 8)")
+    add("--gpu", action="store_true", help="WRN-28-10 at 512, ResNet-18 at 128 and 512 images: each lever, on one GPU")
+    add("--seconds", type=float, default=230.0, help="budget of --gpu (default: %(default)s)")
+    add("--out", type=Path, default=Path("step_gpu.json"), help="of --gpu (default: %(default)s)")
+
+
+def _add_autoattack_options(kind: argparse.ArgumentParser) -> None:
+    add = kind.add_argument
+    add("--model", default="resnet18_cifar", help="of 32 x 32 images (default: %(default)s)")
+    add("--images", type=int, default=256, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=256, help="of evaluation blocks (default: %(default)s)")
+    add("--steps", type=int, default=60, help="training steps before (default: %(default)s)")
+    add("--eps", type=parse_fraction, default=8 / 255, help="radius (default: 8/255)")
+    add("--profile", action="store_true", help="no comparison: share of forward, backward and the attack's own work")
+    add("--out", type=Path, help="JSON file (default: none)")
+    add("overrides", nargs="*", metavar="key=value", help="of the recipe, such as optim.lr=0.1")
+
+
+def _add_collapse_options(kind: argparse.ArgumentParser) -> None:
+    add = kind.add_argument
+    add("recipe", type=Path, metavar="RECIPE")
+    add("overrides", nargs="*", metavar="key=value", help="of every run")
+    add("--seeds", default="0-19", help="with the remedies; also of label noise (default: %(default)s)")
+    add("--base-seeds", default="", help="without them (default: none)")
+    add("--data", type=Path, metavar="SHARDS", help="test images: also measure natural and PGD-20 accuracy")
+    add("--images", type=int, default=1000, help="of them (default: %(default)s)")
+    add("--runs", type=Path, help="folder of the runs, which stay and are resumed (default: temporary)")
+    add("--out", type=Path, help="JSON file of finished runs, which are not repeated")
 
 
 def _autoattack(work: Path, given: argparse.Namespace) -> None:
@@ -137,6 +141,10 @@ def _step(work: Path, given: argparse.Namespace) -> None:
         step_gpu(work, given.out, given.seconds)
     else:
         step(work, given.models, given.rounds, dict(zip(given.models, given.batch, strict=True)))
+
+
+def _collapse(work: Path, given: argparse.Namespace) -> None:
+    collapse(work, given.recipe, given.overrides, _variants(given), given)
 
 
 def _variants(given: argparse.Namespace) -> dict[str, list[int]]:
