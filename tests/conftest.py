@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 
 pytest_plugins = ["tests.support.fixtures"]
 
@@ -14,6 +15,9 @@ _ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(_ROOT), str(_ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+settings.register_profile("tests", deadline=None, derandomize=True)  # a busy machine is slow at times
+settings.load_profile("tests")
 
 torch.set_num_threads(1)  # more threads slow down the small models of the tests
 

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,11 +111,18 @@ def _run(place: Place, lock: int, command: list[str]) -> str | None:
         return f"{place.log} cannot be written ({error.strerror})."
     with log:
         environment = {**os.environ, LOCK_VARIABLE: str(lock)}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], env=environment
-        )
-        with _forwarded(process.send_signal) as received:
+        with _forwarded() as signals:  # before the process starts, so that no signal ends this one alone
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                env=environment,
+            )
+            signals.to(process)
             status = process.wait()
+        received = signals.received
     if received:
         print(f"stopped by {signal.Signals(received[0]).name}; the same command resumes {place.key}.", flush=True)
         raise SystemExit(128 + received[0])
@@ -130,19 +137,37 @@ def _run(place: Place, lock: int, command: list[str]) -> str | None:
     return _last_error(place.log) or f"its process ended with status {status}; {place.log} has its output"
 
 
+class _Forwarded:
+    """Signals that arrived, passed on to a child process, also those that came while it was started."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def to(self, process: "subprocess.Popen[bytes]") -> None:
+        """Pass on to `process` from now on."""
+        self._process = process
+        for signum in self.received:
+            self._send(signum)
+
+    def handle(self, signum: int, _: FrameType | None) -> None:
+        """The handler of all of these signals."""
+        self.received.append(signum)
+        self._send(signum)
+
+    def _send(self, signum: int) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signum)
+
+
 @contextmanager
-def _forwarded(send: Callable[[int], None]) -> Iterator[list[int]]:
-    """Pass signals on to a child process; yields the list of those that arrived."""
-    received: list[int] = []
-
-    def forward(signum: int, _: FrameType | None) -> None:
-        received.append(signum)
-        with suppress(ProcessLookupError):
-            send(signum)
-
-    before = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+def _forwarded() -> Iterator[_Forwarded]:
+    """Handle signals until the block ends; `to` says which child process gets them."""
+    signals = _Forwarded()
+    before = {signum: signal.signal(signum, signals.handle) for signum in _FORWARDED}
     try:
-        yield received
+        yield signals
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -42,8 +42,11 @@ def test_two_processes_measure_the_same_as_one(run: Path, tmp_path: Path) -> Non
     evaluate_cli.main([*command, str(files[0])])
     script = tmp_path / "counted.py"  # prints the number of processes
     script.write_text(
-        "import sys\nfrom accelerate import PartialState\nfrom nrat_scale.evaluate.__main__ import main\nmain(sys.argv[1:])\n"
-        "state = PartialState()\nprint('WORLD', state.num_processes, flush=True) if state.is_main_process else None\n"
+        "import sys\nfrom accelerate import PartialState\nfrom nrat_scale.core.errors import run_cli\n"
+        "from nrat_scale.evaluate.__main__ import main\n"
+        "def counted():\n    main(sys.argv[1:])\n    state = PartialState()\n"
+        "    print('WORLD', state.num_processes, flush=True) if state.is_main_process else None\n"
+        "run_cli(counted)\n"
     )
     done = launched("-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *command, str(files[1]))
     assert done.returncode == 0, done.stderr

@@ -248,7 +248,7 @@ def test_a_malformed_sha256_is_refused(cache, sha256):
 @pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt])
 def test_a_cancelled_transfer_is_resumed_later(server, many, cache, error):
     """Ctrl-C or the end of a run frees the lock at once and keeps the bytes that had arrived."""
-    server.faults["/0.tar"] = [Fault(pieces=10, pause=0.05)]
+    server.faults["/0.tar"] = [Fault(pieces=10, pause=0.5)]
 
     def stopped() -> bool:
         if any(path.stat().st_size for path in cache.folder.glob("*.part")):

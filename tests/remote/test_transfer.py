@@ -114,7 +114,7 @@ def test_a_reset_connection_is_retried(server, get):
 @pytest.mark.parametrize("after", [-1, 0, 20_000])
 def test_a_stall_times_out_and_is_resumed(server, get, monkeypatch, after):
     """Silence before or within the answer ends by timeout, and no byte that had arrived is fetched again."""
-    monkeypatch.setattr(nrat_scale.remote.stores, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(nrat_scale.remote.stores, "STALL_SECONDS", 2)
     server.faults["/a.tar"] = [Fault(stall_after=after)]
     assert get() == server.files["/a.tar"]
     assert server.ranges("/a.tar")[1] == ("bytes=20000-" if after == 20_000 else None)

@@ -14,6 +14,7 @@ def new_process() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(False)
 
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 import sys
@@ -37,6 +38,15 @@ def _train(arguments: Sequence[str], environment: dict[str, str], output: Path, 
         run_cli(main)
 
 
+def free_port() -> int:
+    """A free port outside the range from which the kernel serves others, until a rank binds it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Launched:
     """The ranks of one launch, without a launcher that ends the others when one fails; see `launched`."""
 
@@ -51,9 +61,7 @@ class Launched:
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         environments: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": "", **(environment or {})}]
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            port = free_port()
             shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
             ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

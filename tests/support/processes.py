@@ -36,9 +36,9 @@ def started(script: str, given: object, **environment: str | None) -> "subproces
 
 
 def outputs(process: "subprocess.Popen[str]") -> list[Any]:
-    """The values that the process returned; asserts that it succeeds within 20 seconds."""
+    """The values that the process returned; asserts that it succeeds within two minutes."""
     try:
-        out, errors = process.communicate(timeout=20)
+        out, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, errors

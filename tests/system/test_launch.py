@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from nrat_scale.core.run_folder import RunFolder
+from tests.support.launched import free_port
 from tests.support.runs import RECIPE, ROOT, digest, make_shards, torchrun
 
 LAUNCH = ROOT / "recipes" / "launch"
@@ -89,7 +90,14 @@ def environment(tmp_path):
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     here = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **slurm, **here, "GPUS": "2", "REQUEUED": str(tmp_path / "requeued")}
+    return {
+        **os.environ,
+        **slurm,
+        **here,
+        "GPUS": "2",
+        "MASTER_PORT": str(free_port()),
+        "REQUEUED": str(tmp_path / "requeued"),
+    }
 
 
 def _stopped(process: subprocess.Popen, run: Path, number: int) -> str:
@@ -145,7 +153,7 @@ def test_a_stopped_job_is_requeued_and_resumes(tmp_path, recipe, environment, wh
 def test_two_nodes(tmp_path, recipe, environment):
     """Two launches with one master make one run of two processes, with the batches of one node."""
     runs = [tmp_path / "nodes", tmp_path / "one"]
-    environment |= {"GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    environment |= {"GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # One thread each: by itself, each node's process would take all cores, which sums in another order.
     settings = ("train.epochs=2", "train.threads=1")
     nodes = [_start("2x8_gpus.sh", recipe, {**environment, "NODE_RANK": rank}, runs[0], *settings) for rank in "01"]

@@ -231,18 +231,18 @@ def ranks(trials: int) -> Row:
 
 
 def stopped(trials: int) -> Row:
-    """SIGSTOP one of two processes; the other must end after train.timeout_minutes, here 6 s."""
+    """SIGSTOP one of two processes; the other must end after train.timeout_minutes, here 18 s."""
     wrong, lost, slowest = [], [0], 0.0
     with tempfile.TemporaryDirectory() as folder:
         case = _Case(Path(folder), processes=2)
         for trial in range(trials):
             run, victim = case.folder / f"run{trial}", 1 - trial % 2
-            launcher = case.start_and_wait_for_a_step(run, "train.timeout_minutes=0.1")
+            launcher = case.start_and_wait_for_a_step(run, "train.timeout_minutes=0.3")
             rank = _process_of_rank(launcher, victim)
             os.kill(rank, signal.SIGSTOP)
             begun = time.monotonic()
             named = False
-            while not named and time.monotonic() < begun + 60:
+            while not named and time.monotonic() < begun + 180:
                 time.sleep(0.1)
                 named = re.search(rf"error: .*rank {victim}\b", _log(run).read_text()) is not None
             slowest = max(slowest, time.monotonic() - begun)
