@@ -18,7 +18,10 @@ from nrat_scale.labels import GeneratedNoiseSpec, corrupt
 from tests.support.numbered_shards import columns
 from tests.support.sidecars import write_sidecar
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of webdataset
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.usefixtures("collected"),
+]  # of webdataset
 CPU = torch.device("cpu")
 Make = Callable[..., DataSpec]
 

@@ -65,6 +65,7 @@ def test_samples_are_permuted_when_written(tmp_path):
     assert not np.array_equal(*labels)
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the closing of files to the collector
 def test_plain_webdataset_reads_the_same_samples(folder):
     """Stock WebDataset and numpy without pickle read the images in stored order."""

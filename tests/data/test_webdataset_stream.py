@@ -20,6 +20,7 @@ def local(tmp_path: Path) -> DataSpec:
     return replace(two_sources(tmp_path), augment=AugmentSpec(crop=0, flip=False))
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_webdataset_loader_sees_the_same_multiset(local: DataSpec) -> None:
     """One pass of the standard pipeline has exactly the samples and labels of one pass of the plan."""
@@ -41,6 +42,7 @@ def test_the_webdataset_loader_sees_the_same_multiset(local: DataSpec) -> None:
     assert not torch.equal(order, torch.cat([b.ids for b in list(standard.batches(steps, 2 * steps))]))
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_webdataset_loader_mixes_exactly(local: DataSpec) -> None:
     """Both sources in every batch, with the counts of the plan and the noise of the recipe."""

@@ -1,5 +1,6 @@
 """Fixtures of several test folders; tests/conftest.py loads them."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,13 @@ def make_net() -> Callable[..., SmallNet]:
         return net.to(dtype)
 
     return make
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """Collect garbage when the test ends, while its filter of ResourceWarning holds: webdataset and boto3 leave files to the collector."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

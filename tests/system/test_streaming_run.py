@@ -82,6 +82,7 @@ def upload(folder: Path, bucket: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore.*", "ignore::DeprecationWarning:moto.*")
+@pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_processes_train_from_s3(data: Path, bucket: str) -> None:
     """Two processes with one cache train the model that one process trains on local shards."""

@@ -85,6 +85,7 @@ def test_weights_of_one_change_no_bit(recipe_path: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("extra", [["train.accumulate=2"], ["objective.name=trades_ikl"], ["objective.name=mart", "awp.gamma=0.01", "awp.warmup_epochs=0"], ["objective.name=natural", "data.augment.cutmix=0.5"], ["data.loader=webdataset"]])  # fmt: skip
+@pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_weights_reach_every_kind_of_step(recipe_path: Path, audit: Path, tmp_path: Path, extra: list[str]) -> None:
     """Micro-batches, class means, perturbed weights, CutMix and the other loader: weights change what is trained."""
