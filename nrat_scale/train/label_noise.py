@@ -42,7 +42,8 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
         if noise["num_noisy"]:
             rate, share = noise["realised_rate"], data.spec.shares[source.kind]
             print(
-                f"label noise: {noise['kind']}, {100 * rate:.1f} % of the {source.kind} labels, "
+                f"label noise: {noise['kind']}, {100 * rate:.1f} % of the {source.kind} "
+                f"{'training ' if BEFORE_AUDIT in noise else ''}labels, "
                 f"{100 * rate * share:.1f} % of a batch's labels"
                 + (
                     f" ({100 * noise[BEFORE_AUDIT]['realised_rate']:.1f} % before the audit)"
@@ -54,17 +55,22 @@ def write_noise(run: RunFolder, data: TrainingData) -> None:
 
 
 def _description(source: TrainingSource, data: TrainingData, order: np.ndarray) -> dict[str, Any]:
-    """`describe_noise` of the labels after an audit's action, with those before it; the hash is of those before."""
+    """`describe_noise` of all labels, whose hash is in it.
+
+    After an audit's action the counts are those of the training samples, as are those before it: held-out labels stay.
+    """
     assert source.given is not None and source.clean is not None
     spec, num_classes = data.spec.noise_of(source.kind), source.shards.num_classes
     known = spec.known_before(source.shards.dataset)
     drawn = describe_noise(source.clean[order], source.given[order], num_classes, spec, known_before=known)
     if source.action is None:
         return drawn
-    kept = order[~np.isin(order, source.action.dropped)]
+    kept = order[~np.isin(order, source.untrained)]
+    candidates = np.sort(np.concatenate([kept, source.action.dropped]))
     labels = source.acted_labels(kept, source.given[kept])
     noise = describe_noise(source.clean[kept], labels, num_classes, spec, known_before=known)
-    before = {key: drawn[key] for key in ("num_labels", "num_noisy", "realised_rate", "transition_matrix")}
+    unaudited = describe_noise(source.clean[candidates], source.given[candidates], num_classes, spec)
+    before = {key: unaudited[key] for key in ("num_labels", "num_noisy", "realised_rate", "transition_matrix")}
     return {**noise, "sha256": drawn["sha256"], BEFORE_AUDIT: before}
 
 
