@@ -61,7 +61,7 @@ def draw_all(groups: Groups, title: Title) -> list[Drawing]:
     for draw, name in ((learning_curves, "curves"), (overfitting_gaps, "gaps"), (memorisation, "memorisation")):
         for number, part in enumerate(parts, start=1):
             some = {setting: cells for setting, cells in groups.items() if setting.method in part}
-            found.append(draw(some, title, name if len(parts) == 1 else f"{name}-{number}"))
+            found.append(draw(some, title, name if number == 1 else f"{name}-{number}"))
     return [one for one in (*found, frontier(groups, title)) if one is not None]
 
 

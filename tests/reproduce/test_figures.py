@@ -100,7 +100,7 @@ def test_many_methods_get_several_figures(tmp_path: Path, monkeypatch: pytest.Mo
     names: list[str] = []
     monkeypatch.setattr("nrat_scale.reproduce.figures.drawing", lambda name, caption, figure: names.append(name))
     draw_all(groups_of(tmp_path, *(cell(f"method{i}") for i in range(9))), str)
-    assert names == ["curves-1", "curves-2", "gaps-1", "gaps-2", "memorisation-1", "memorisation-2", "frontier"]
+    assert names == ["curves", "curves-2", "gaps", "gaps-2", "memorisation", "memorisation-2", "frontier"]
 
 
 def test_frontier() -> None:
