@@ -19,7 +19,7 @@ from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.figures import Drawing, total_cost
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
 from nrat_scale.reproduce.paper import PAPER
-from nrat_scale.reproduce.table import CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
+from nrat_scale.reproduce.table import NOT_RUN, Difference, GridTable, Row, paper_label
 from nrat_scale.reproduce.table_text import counted
 
 _TEMPLATES = environment("nrat_scale.reproduce", autoescape=True)
@@ -75,7 +75,7 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
     differences = _differences_sheet(table)
     return _TEMPLATES.get_template("page.html").render(
         title=facts.title,
-        lead=facts.lead or f"{table.plan.title}. Printed numbers: {PAPER}.",
+        lead=facts.lead or f"{table.plan.title}." + (f" Printed numbers: {PAPER}." if table.has_printed else ""),
         stamps=table.stamps,
         protocol={**facts.protocol, **protocol(cells)},
         results=_results_sheet(table, facts.costs),
@@ -154,7 +154,7 @@ def _results_sheet(table: GridTable, costs: bool) -> Sheet:
         numbers = [_value(row, measure) for measure in table.plan.measures]
         numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
-    caption = f"{CAPTION} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
+    caption = f"{table.caption} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
 
 

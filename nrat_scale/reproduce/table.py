@@ -12,9 +12,9 @@ from nrat_scale.reproduce.paper import CIFAR10, Names, names_for, printed
 NOT_RUN = "not run"
 FAILED = "failed"
 MEASURES = ("natural", "pgd20", "cw20", "aa")
-CAPTION = (
+_CAPTION = (
     "Test accuracy in %: mean over seeds ± its standard deviation over seeds (denominator S − 1), the 95 % Wilson interval of n "
-    "test images at the mean (the choice of test images only, not the variation between trainings), the paper's printed number."
+    "test images at the mean (the choice of test images only, not the variation between trainings){}."
 )
 _DIFFERENCES_CAPTION = (
     "Accuracy minus that of {} in points, image by image on the same test images and averaged over the seeds that both have. The "
@@ -112,6 +112,16 @@ class GridTable:
     differences: list[Difference]
     notes: list[str]  # failed cells, missing seeds, stamps
     stamps: list[str]
+
+    @property
+    def has_printed(self) -> bool:
+        """Whether the paper prints any of these numbers."""
+        return any(number is not None for row in self.rows for number in row.printed.values())
+
+    @property
+    def caption(self) -> str:
+        """What the numbers of the rows are."""
+        return _CAPTION.format(", the paper's printed number" if self.has_printed else "")
 
 
 def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:

@@ -10,7 +10,7 @@ from nrat_scale.core.errors import printable
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.tables import spreadsheet_cell
 from nrat_scale.reproduce.measured import summarise
-from nrat_scale.reproduce.table import CAPTION, NOT_RUN, Difference, GridTable, Row, paper_label
+from nrat_scale.reproduce.table import NOT_RUN, Difference, GridTable, Row, paper_label
 
 _Lines = tuple[str, list[str], list[list[str]]]  # caption, head, rows
 
@@ -32,7 +32,7 @@ def _parts(table: GridTable, *, with_n: bool = True) -> list[_Lines]:
         texts.setdefault(key, []).append(difference_text(one, with_n=with_n))
     differences = [[*key, *cells] for key, cells in texts.items() if any(text != NOT_RUN for text in cells)]
     caption = table.plan.differences_caption
-    parts: list[_Lines] = [(CAPTION, [*head, "seeds", *titles], rows)]
+    parts: list[_Lines] = [(table.caption, [*head, "seeds", *titles], rows)]
     return [*parts, (caption, [*head, *titles], differences)] if differences else parts
 
 

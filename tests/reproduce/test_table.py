@@ -96,6 +96,9 @@ def test_each_method_has_its_own_reference(tmp_path: Path) -> None:
         assert "mart − TRADES" in text and "minus that of the method after the minus sign" in text
     (line,) = [row for row in rows_of(differences_csv(table)) if row["points"]]
     assert (line["method"], line["minus"], line["points"]) == ("mart", "trades", "1.5")
+    assert "the paper's printed number" in markdown_table(table)
+    unprinted = grid_table(replace(plan, paper={}), cells_of(tmp_path))
+    assert not unprinted.has_printed and "printed" not in text_table(unprinted) + markdown_table(unprinted)
 
 
 def test_unlike_cells_are_not_compared(tmp_path: Path) -> None:
