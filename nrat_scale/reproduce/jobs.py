@@ -145,7 +145,7 @@ class _Forwarded:
         self._process: subprocess.Popen[bytes] | None = None
 
     def to(self, process: "subprocess.Popen[bytes]") -> None:
-        """Pass on to `process` from now on."""
+        """Pass on to `process` from now on, first what has already arrived; one signal may be sent twice, none is lost."""
         self._process = process
         for signum in self.received:
             self._send(signum)

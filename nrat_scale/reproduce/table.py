@@ -116,12 +116,16 @@ class GridTable:
     @property
     def has_printed(self) -> bool:
         """Whether the paper prints any of these numbers."""
-        return any(number is not None for row in self.rows for number in row.printed.values())
+        return _has_printed(self.rows)
 
     @property
     def caption(self) -> str:
         """What the numbers of the rows are."""
         return _CAPTION.format(", the paper's printed number" if self.has_printed else "")
+
+
+def _has_printed(rows: Iterable[Row]) -> bool:
+    return any(number is not None for row in rows for number in row.printed.values())
 
 
 def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
@@ -136,7 +140,7 @@ def grid_table(plan: Plan, cells: Iterable[Measured]) -> GridTable:
             groups[cell.setting].append(cell)
     rows = [_row(plan, setting, checkpoint, found) for setting, found in groups.items() for checkpoint in CHECKPOINTS]
     used = [cell for found in groups.values() for cell in found]
-    compared = any(number is not None for row in rows for number in row.printed.values())
+    compared = _has_printed(rows)
     notes = [PAPER_EDITION if plan.edition.startswith("paper") else OTHER_EDITION] if compared else []
     finished = {setting: [cell for cell in found if cell.finished] for setting, found in groups.items()}
     stamps = list(dict.fromkeys(stamp for cell in used for stamp in cell.stamps))
