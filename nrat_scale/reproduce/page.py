@@ -72,13 +72,15 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
     """The HTML of a grid's page in `folder`, whose links to the cells' files are relative to it."""
     script = resources.files("nrat_scale.reproduce").joinpath("templates/sort.js").read_text("utf-8")
     cells = _used(table)
-    differences = _differences_sheet(table)
+    overview, differences = _overview_sheet(table), _differences_sheet(table)
     return _TEMPLATES.get_template("page.html").render(
         title=facts.title,
         lead=facts.lead or f"{table.plan.title}." + (f" Printed numbers: {PAPER}." if table.has_printed else ""),
         stamps=table.stamps,
         protocol={**facts.protocol, **protocol(cells)},
+        overview=overview if overview.rows else None,
         results=_results_sheet(table, facts.costs),
+        not_run=table.not_run,
         differences=differences if differences.rows else None,
         seeds=_seeds_sheet(table, folder),
         figures=[
@@ -150,12 +152,28 @@ def _results_sheet(table: GridTable, costs: bool) -> Sheet:
     titles = tuple(map(attack_title, table.plan.measures))
     head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in COSTS if costs))
     lines = []
-    for row in table.rows:
+    for row in table.shown:
         numbers = [_value(row, measure) for measure in table.plan.measures]
         numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
     caption = f"{table.caption} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
+
+
+def _overview_sheet(table: GridTable) -> Sheet:
+    found = table.overview()
+    noises = table.noises(found)
+    lines = []
+    for method, rows in found.items():
+        numbers = [_glance(rows[noise], table.strongest) if noise in rows else None for noise in noises]
+        lines.append(Line((method,), tuple(numbers)))
+    return Sheet(f"{table.overview_caption} Click a title to sort.", ("method", *noises), 1, lines, "overview")
+
+
+def _glance(row: Row, measure: str) -> Value | None:
+    value, found = _value(row, measure), row.numbers[measure]
+    flagged = (f"{row.flagged} flagged",) if row.flagged else ()
+    return value and replace(value, details=(*(_interval(found) if found else ()), *flagged))
 
 
 def _value(row: Row, measure: str) -> Value | None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.reproduce.contrasts import Estimate, contrast
-from nrat_scale.reproduce.measured import CHECKPOINTS, Measured, Setting, Summary, summarise
+from nrat_scale.reproduce.measured import CHECKPOINTS, Measured, Setting, Summary, strongest_attack, summarise
 from nrat_scale.reproduce.paper import CIFAR10, Names, names_for, printed
 
 NOT_RUN = "not run"
@@ -81,6 +82,16 @@ class Row:
         """What is printed where a number is missing."""
         return FAILED if self.failed and not self.cells else NOT_RUN
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show: no cell was tried, and the paper prints no number."""
+        return not self.cells and not self.failed and all(number is None for number in self.printed.values())
+
+    @property
+    def flagged(self) -> int:
+        """How many seeds have a warning of the evaluation about this checkpoint."""
+        return sum(bool(flags_of(cell, self.checkpoint)) for cell in self.cells)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -108,10 +119,57 @@ class GridTable:
     """All that the table of a grid says."""
 
     plan: Plan
-    rows: list[Row]
+    rows: list[Row]  # all of the plan; tables that are read show `shown`
     differences: list[Difference]
     notes: list[str]  # failed cells, missing seeds, stamps
     stamps: list[str]
+
+    @property
+    def shown(self) -> list[Row]:
+        """The rows with a number of ours or of the paper; the others are named by `not_run`."""
+        return [row for row in self.rows if not row.empty]
+
+    @property
+    def not_run(self) -> str:
+        """The methods without a row in `shown`, by noise, in a sentence; empty if there are none."""
+        methods: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.empty and row.checkpoint == CHECKPOINTS[0]:
+                methods.setdefault(row.setting.noise_text, []).append(row.method)
+        texts = [
+            f"{noise}: {', '.join(f'“{name}”' if ',' in name else name for name in names)}"
+            for noise, names in methods.items()
+        ]
+        return f"Not run: {'; '.join(texts)}." if texts else ""
+
+    @property
+    def strongest(self) -> str:
+        """The attack of the overview: AutoAttack, or the parts of it that were run."""
+        return strongest_attack(cell for row in self.rows for cell in row.cells)
+
+    def overview(self) -> dict[str, dict[str, Row]]:
+        """Method -> noise -> the row of its best checkpoint, where the strongest attack was run.
+
+        It is empty if all of them are of one method or of one noise: the table itself says it then.
+        """
+        found: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            if row.checkpoint == CHECKPOINTS[0] and row.numbers.get(self.strongest):
+                found.setdefault(row.method, {})[row.setting.noise_text] = row
+        return found if len(found) > 1 and len(self.noises(found)) > 1 else {}
+
+    def noises(self, overview: Mapping[str, Mapping[str, Row]]) -> list[str]:
+        """The columns of an overview, in the order of the table."""
+        found = {noise for rows in overview.values() for noise in rows}
+        return [noise for noise in dict.fromkeys(row.setting.noise_text for row in self.rows) if noise in found]
+
+    @property
+    def overview_caption(self) -> str:
+        """What the numbers of the overview are."""
+        return (
+            f"Test accuracy in % under {attack_title(self.strongest)} of the best checkpoint: mean over seeds ± its standard deviation, the "
+            "95 % Wilson interval of n test images at the mean. “Flagged”: the notes warn of that many seeds."
+        )
 
     @property
     def has_printed(self) -> bool:
@@ -176,12 +234,17 @@ def _notes(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[str
             f"{name}, seed {cell.seed}, {checkpoint}: {flag}"
             for cell in cells
             for checkpoint in CHECKPOINTS
-            for flag in (cell.facts.get("flags") or {}).get(checkpoint) or []
+            for flag in flags_of(cell, checkpoint)
         ]
     for measure, names in (("aa", "test images, threats or AutoAttacks"), ("pgd20", "settings of PGD")):
         if len({cell.protocol(measure) for cells in groups.values() for cell in cells if cell.finished}) > 1:
             return [*notes, f"These cells were evaluated with different {names}: rows of unlike ones are not compared."]
     return notes
+
+
+def flags_of(cell: Measured, checkpoint: str) -> list[str]:
+    """What the evaluation warns of about a checkpoint."""
+    return (cell.facts.get("flags") or {}).get(checkpoint) or []
 
 
 def _differences(plan: Plan, groups: Mapping[Setting, Sequence[Measured]]) -> list[Difference]:

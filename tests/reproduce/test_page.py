@@ -95,6 +95,22 @@ def test_every_number_has_its_n_and_interval(tmp_path: Path, contents: list[dict
     assert len(seeds) == 13 and all(re.search(r"\[.+\] n = 200", text) for row in seeds[1:] for text, _ in row[4:])
 
 
+def test_at_a_glance(tmp_path: Path) -> None:
+    """With several noises the page begins with one number per method and noise, which leads to its seeds."""
+    for noise, rate in (("none", 0.0), ("symmetric", 0.4)):
+        for method in METHODS[:2]:
+            write_cell(tmp_path / "cells", cell(method, noise, rate))
+    settings = [Setting(one, *noise) for noise in (("none", 0.0), ("symmetric", 0.4)) for one in (*METHODS, "adr")]
+    plan = Plan("noise-benchmark", "fashion", tuple(settings), 3)
+    source = render_page(grid_table(plan, read_cells(tmp_path / "cells")), [FIGURE], tmp_path / "docs", FACTS)
+    page = Page(source)
+    glance = page.tables[0]
+    assert [text for text, _ in glance[0]] == ["method", "clean", "symmetric 0.4"] and len(glance) == 3
+    assert all(re.search(r"\[.+, .+\] n = 200, 1 seed", text) for row in glance[1:] for text, _ in row[1:])
+    assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
+    assert "Not run: clean: adr; symmetric 0.4: adr." in source, "MART was not run, but is in the paper"
+
+
 def test_costs_are_columns(tmp_path: Path, contents: list[dict[str, Any]]) -> None:
     """Memorisation, effective noise rate and cost."""
     results = Page(page_of(tmp_path, *contents)).tables[0]

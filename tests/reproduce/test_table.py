@@ -57,6 +57,43 @@ def test_what_was_not_run_says_so(tmp_path: Path) -> None:
     assert "NRAT, symmetric 0.4: 1 of 3 seeds are finished." in table.notes
 
 
+def test_what_has_no_number_has_no_row(tmp_path: Path) -> None:
+    """A method that was not run, and is not in the paper, is named in one sentence by noise; the CSV keeps its lines."""
+    adr, other = Setting("adr", "symmetric", 0.4), Setting("adr", "none", 0.0)
+    plan = replace(PLAN, settings=(*PLAN.settings, adr, other), titles={**PLAN.titles, "adr": "ADR, tempered"})
+    table = grid_table(plan, cells_of(tmp_path, fixed("nrat", 100)))
+    assert table.not_run == "Not run: clean: “ADR, tempered”; symmetric 0.4: “ADR, tempered”."
+    for text in (text_table(table), markdown_table(table)):
+        assert text.count("ADR") == 2 and table.not_run in text
+    assert sum(row["method"] == "adr" for row in rows_of(csv_table(table))) == 2 * 2 * len(plan.measures)
+    tried = grid_table(
+        plan, cells_of(tmp_path, fixed("adr", 90), cell("adr", "none", 0.0, status="failed", results={}))
+    )
+    assert not tried.not_run and [row.missing for row in tried.shown[:2]] == [FAILED] * 2
+
+
+def test_at_a_glance(tmp_path: Path) -> None:
+    """One number per method and noise, of the best checkpoint under AutoAttack; warnings of the evaluation are counted."""
+    clean = Setting("nrat", "none", 0.0)
+    plan = replace(PLAN, settings=(clean, *PLAN.settings))
+    flags = {"flags": {"best": ["The gradient is zero."], "last": []}}
+    contents = [
+        fixed("nrat", 120, noise="none", rate=0.0),
+        *(fixed("nrat", 100, seed, **(flags if seed else {})) for seed in range(3)),
+        fixed("trades", 80),
+    ]
+    text = text_table(grid_table(plan, cells_of(tmp_path, *contents)))
+    glance = text[text.index("At a glance") : text.index("Test accuracy in %: mean")].splitlines()
+    lines = [" ".join(line.split()) for line in glance if line.startswith(("method", "NRAT", "TRADES"))]
+    assert lines == [
+        "method clean symmetric 0.4",
+        "NRAT 60.0 [53.1, 66.5], n = 200, 1 seed 50.0 ± 0.0 [43.1, 56.9], n = 200, 3 seeds, 2 flagged",
+        "TRADES not run 40.0 [33.5, 46.9], n = 200, 1 seed",
+    ]
+    alone = grid_table(PLAN, cells_of(tmp_path))
+    assert not alone.overview() and "glance" not in text_table(alone), "of one noise the table itself says it"
+
+
 def test_failed_cells(tmp_path: Path) -> None:
     """A failure is named once with its reason, and does not hide the seeds that finished."""
     failed = cell("trades", seed=1, status="failed", error="out of\x1b memory", results={})
