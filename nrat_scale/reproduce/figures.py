@@ -1,7 +1,6 @@
 """Figures of a grid as SVG and PNG: learning curves as the paper draws them, overfitting gaps, AutoAttack against cost."""
 
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.curves import safe_label
 from nrat_scale.report.run import number_at
+from nrat_scale.reproduce.costs import mean_of, total_cost
 from nrat_scale.reproduce.measured import Measured, Setting, strongest_attack, summarise
 from nrat_scale.reproduce.table import estimate
 
@@ -298,21 +298,13 @@ def _fitted(cell: Measured) -> list[tuple[float, float]]:
     return [(epoch, 100 * value) for epoch, value in points if epoch is not None and value is not None]
 
 
-def total_cost(cell: Measured) -> float | None:
-    """Forward passes of a training in millions of images, None if it is not known. A backward pass to images or weights is one."""
-    numbers = [cell.number(f"cost.{key}") for key in ("forward_equivalents", "steps", "images")]
-    known = [number for number in numbers if number is not None]
-    return math.prod(known) / 1e6 if len(known) == len(numbers) else None
-
-
 def frontier(groups: Groups, title: Title, name: str = "frontier") -> Drawing | None:
     """AutoAttack of the best checkpoint against the cost of training, a panel per noise; None without both."""
     measure = strongest_attack(cell for cells in groups.values() for cell in cells)
     points = {
-        setting: (float(np.mean(costs)), found)
+        setting: (cost, found)
         for setting, cells in groups.items()
-        if (found := summarise(cells, "best", measure))
-        and (costs := [cost for cell in cells if (cost := total_cost(cell))])
+        if (found := summarise(cells, "best", measure)) and (cost := mean_of(cells, total_cost))
     }
     if not points:
         return None

@@ -135,7 +135,9 @@ def _section(claim: Claim, found: Sequence[Finding]) -> list[str]:
         if rows:
             head = ["effect, points", "paper", "measured", "over", "claim rests on it", "verdict"]
             lines += [*markdown_lines(head, rows), ""]
-        if missing:
+        if len(missing) == len(finding.effects) and all(value == "not run" for _, value, _ in finding.effects):
+            lines += ["None of its effects was run.", ""]
+        elif missing:
             lines += [f"Not run: {markdown_text('; '.join(missing))}.", ""]
     return [*lines, "```bash", *_commands(claim, found), "```", ""]
 

@@ -3,20 +3,29 @@
 import base64
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from markupsafe import Markup
 
 from nrat_scale.core.pages import as_data, environment
 from nrat_scale.evaluate.attacks import attack_title
-from nrat_scale.report.run import number_at, value_at
-from nrat_scale.reproduce.figures import Drawing, total_cost
+from nrat_scale.report.run import value_at
+from nrat_scale.reproduce.costs import (
+    COSTS_CAPTION,
+    Reading,
+    cost_per_image,
+    effective_noise,
+    mean_of,
+    total_cost,
+    train_seconds,
+    wrong_labels_fitted,
+)
+from nrat_scale.reproduce.figures import Drawing
 from nrat_scale.reproduce.measured import Measured, Summary, summarise
 from nrat_scale.reproduce.paper import PAPER
 from nrat_scale.reproduce.table import NOT_RUN, Difference, GridTable, Row, paper_label
@@ -150,11 +159,11 @@ def _anchor(row: Row) -> str:
 
 def _results_sheet(table: GridTable, costs: bool) -> Sheet:
     titles = tuple(map(attack_title, table.plan.measures))
-    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in COSTS if costs))
+    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in _COST_COLUMNS if costs))
     lines = []
     for row in table.shown:
         numbers = [_value(row, measure) for measure in table.plan.measures]
-        numbers += [read(row) if row.cells else None for _, read in COSTS if costs]
+        numbers += [read(row) if row.cells else None for _, read in _COST_COLUMNS if costs]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
     caption = f"{table.caption} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
@@ -188,49 +197,31 @@ def _interval(found: Summary) -> tuple[str, str]:
     return found.interval, f"n = {found.n}, {counted(len(found.seeds), 'seed')}"
 
 
-def _mean(
-    cells: Iterable[Measured], read: Callable[[Measured], float | None], form: str, unit: str = ""
-) -> Value | None:
-    values = [value for cell in cells if (value := read(cell)) is not None]
-    if not values:
+def _mean(cells: Sequence[Measured], read: Reading, form: str) -> Value | None:
+    mean = mean_of(cells, read)
+    if mean is None:
         return None
-    mean = float(np.mean(values))
-    return Value(form.format(mean), round(mean, 6), (counted(len(values), "seed"),))
-
-
-def _fitted(cell: Measured) -> float | None:
-    rows = cell.facts.get("memorisation") or []
-    last = number_at(rows[-1], "noisy_fitted") if rows else None
-    return None if last is None else 100 * last
+    return Value(form.format(mean), round(mean, 6), (counted(sum(read(cell) is not None for cell in cells), "seed"),))
 
 
 def _memorised(row: Row) -> Value | None:
     """The wrong labels that are fitted; a dash if a finished training had none."""
-    found = _mean(row.cells, _fitted, "{:.1f}")
+    found = _mean(row.cells, wrong_labels_fitted, "{:.1f}")
     return Value("-", "", ("no wrong labels",)) if found is None and row.cells else found
-
-
-def _percent(path: str) -> Callable[[Measured], float | None]:
-    return lambda cell: None if (value := cell.number(path)) is None else 100 * value
 
 
 def _cost(row: Row) -> Value | None:
     """The cost in all, with the cost per image and step and the time."""
-    each = _mean(row.cells, lambda cell: cell.number("cost.forward_equivalents"), "{:.3g} per image")
-    time = _mean(row.cells, lambda cell: cell.number("cost.train_seconds"), "{:.0f} s")
+    each = _mean(row.cells, cost_per_image, "{:.3g} per image")
+    time = _mean(row.cells, train_seconds, "{:.0f} s")
     total = _mean(row.cells, total_cost, "{:.4g}")
     return total and replace(total, details=tuple(one.text for one in (each, time) if one))
 
 
-COSTS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
+_COST_COLUMNS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
     ("wrong labels fitted, %", _memorised),
-    ("effective noise, %", lambda row: _mean(row.cells, _percent("noise_realised.effective_rate"), "{:.1f}")),
+    ("effective noise, %", lambda row: _mean(row.cells, effective_noise, "{:.1f}")),
     ("cost, millions", _cost),
-)
-COSTS_CAPTION = (
-    "Wrong labels fitted: share of the wrong training labels that the model predicts at the last epoch. Effective noise: wrong labels "
-    "of a batch, generated images included. Cost: forward passes of an image, in millions; a backward pass to the images or to the weights counts "
-    "as one each."
 )
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from nrat_scale.core.errors import printable
 from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.tables import spreadsheet_cell
-from nrat_scale.reproduce.measured import summarise
+from nrat_scale.reproduce.costs import COSTS, COSTS_CAPTION, mean_of
+from nrat_scale.reproduce.measured import CHECKPOINTS, summarise
 from nrat_scale.reproduce.table import NOT_RUN, Difference, GridTable, Row, paper_label
 
 _Lines = tuple[str, list[str], list[list[str]]]  # caption, head, rows
 
 
 def _parts(table: GridTable, *, with_n: bool = True) -> list[_Lines]:
-    """The tables of accuracies at a glance, of accuracies, and of differences, if any was measured.
+    """The tables of accuracies at a glance, of accuracies, of differences and of costs, if any was measured.
 
     Without the n of each number, the head has it.
     """
@@ -36,7 +37,26 @@ def _parts(table: GridTable, *, with_n: bool = True) -> list[_Lines]:
     differences = [[*key, *cells] for key, cells in texts.items() if any(text != NOT_RUN for text in cells)]
     caption = table.plan.differences_caption
     parts: list[_Lines] = [*_overview(table), (table.caption, [*head, "seeds", *titles], rows)]
-    return [*parts, (caption, [*head, *titles], differences)] if differences else parts
+    parts += [(caption, [*head, *titles], differences)] if differences else []
+    return [*parts, *_costs(table)]
+
+
+def _costs(table: GridTable) -> list[_Lines]:
+    rows = [
+        [
+            row.method,
+            row.setting.noise_text,
+            str(len(row.cells)),
+            *(_short(mean_of(row.cells, read)) for read in COSTS.values()),
+        ]
+        for row in table.shown
+        if row.cells and row.checkpoint == CHECKPOINTS[0]
+    ]
+    return [(f"{COSTS_CAPTION} Means over seeds.", ["method", "noise", "seeds", *COSTS], rows)] if rows else []
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _overview(table: GridTable) -> list[_Lines]:
@@ -121,7 +141,7 @@ def markdown_text(text: str) -> str:
 
 
 def csv_table(table: GridTable) -> str:
-    """A line per row and attack, run or not: mean and standard deviation over seeds, interval, n, the paper's number."""
+    """A line per row and attack, run or not: mean and standard deviation over seeds, interval, n, the paper's number, costs."""
     head = (
         "edition",
         "space",
@@ -138,9 +158,14 @@ def csv_table(table: GridTable) -> str:
         "low",
         "high",
         "paper",
+        "wrong_labels_fitted",
+        "effective_noise",
+        "cost_millions",
+        "train_seconds",
     )
     lines = []
     for row in table.rows:
+        costs = [_rounded(mean_of(row.cells, read)) for read in COSTS.values()]
         for measure in table.plan.measures:
             found, paper = row.numbers[measure], row.printed[measure]
             spaces = sorted({cell.space for cell in row.cells}) or [table.plan.space]
@@ -149,9 +174,8 @@ def csv_table(table: GridTable) -> str:
             if found is not None:
                 numbers = (found.mean, found.deviation, found.low, found.high)
                 ours = ("finished", len(found.seeds), found.n, *map(_rounded, numbers))
-            lines.append(
-                (table.plan.edition, " ".join(spaces), *setting, row.checkpoint, measure, *ours, _rounded(paper))
-            )
+            where = (table.plan.edition, " ".join(spaces), *setting, row.checkpoint, measure)
+            lines.append((*where, *ours, _rounded(paper), *costs))
     return _csv(head, lines)
 
 

@@ -94,6 +94,22 @@ def test_at_a_glance(tmp_path: Path) -> None:
     assert not alone.overview() and "glance" not in text_table(alone), "of one noise the table itself says it"
 
 
+def test_costs(tmp_path: Path) -> None:
+    """Memorised labels, effective noise and cost are means over the finished seeds, in every format."""
+    first, second = ([{"epoch": 4, "noisy_fitted": share, "clean_fitted": 0.75}] for share in (0.25, 0.35))
+    contents = [fixed("nrat", 100, 0, memorisation=first), fixed("nrat", 100, 1, memorisation=second)]
+    contents.append(fixed("trades", 90, memorisation=[]))
+    table = grid_table(PLAN, cells_of(tmp_path, *contents))
+    lines = {tuple(line.split()) for line in text_table(table).splitlines()}
+    assert {
+        ("NRAT", "symmetric", "0.4", "2", "30", "40", "2.69", "60"),
+        ("TRADES", "symmetric", "0.4", "1", "-", "40", "2.69", "60"),
+    } <= lines
+    assert "| NRAT | symmetric 0.4 | 2 | 30 | 40 | 2.69 | 60 |" in markdown_table(table)
+    costs = ("wrong_labels_fitted", "effective_noise", "cost_millions", "train_seconds")
+    assert [rows_of(csv_table(table))[0][name] for name in costs] == ["30.0", "40.0", "2.688", "60.0"]
+
+
 def test_failed_cells(tmp_path: Path) -> None:
     """A failure is named once with its reason, and does not hide the seeds that finished."""
     failed = cell("trades", seed=1, status="failed", error="out of\x1b memory", results={})

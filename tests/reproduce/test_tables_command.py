@@ -8,7 +8,7 @@ import pytest
 
 from nrat_scale.core.errors import UserError
 from nrat_scale.reproduce.__main__ import main
-from nrat_scale.reproduce.cells import Place
+from nrat_scale.reproduce.cells import STORED, Place
 from nrat_scale.reproduce.grid import Choices
 from nrat_scale.reproduce.grid_files import read_grid
 from tests.support.synthetic_cells import cell
@@ -98,3 +98,27 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, grid: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match=r"The folder .*out/fashion cannot be made"):
         main(command(grid, tmp_path, "--tables", str(tmp_path / "out")))
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("path", sorted(STORED.glob("*/*.md")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_committed_tables_are_current(tmp_path: Path, path: Path) -> None:
+    """The tables in docs are what `--tables` writes from the committed cells."""
+    main(
+        [
+            path.stem,
+            "--edition",
+            path.parent.name,
+            "--cells",
+            str(STORED),
+            "--out",
+            str(tmp_path / "runs"),
+            "--tables",
+            str(tmp_path),
+        ]
+    )
+    for ending in (".md", ".txt", ".csv", "-differences.csv"):
+        committed, written = (folder / f"{path.stem}{ending}" for folder in (path.parent, tmp_path / path.parent.name))
+        assert committed.read_text(encoding="utf-8") == written.read_text(encoding="utf-8"), (
+            f"run: python -m nrat_scale.reproduce {path.stem} --edition {path.parent.name} --tables docs/reproduction"
+        )
