@@ -197,16 +197,29 @@ def check_recipes(places: Sequence[Place]) -> None:
         assert place.recipe
 
 
-def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = ()) -> None:
+def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = (), prepare: str = "") -> None:
     """Refuse to begin with a wrong recipe, without a data set or an audit, or with other test images than finished cells have.
+
+    Args:
+        prepare: the commands that make what the grid needs besides data sets.
 
     Raises:
         UserError: the message has the commands that make the data.
     """
     check_recipes(places)
-    for scores, key in {(audit.scores, audit.KEY) for place in places for audit in _audits(place.recipe)}:
-        if scores is not None:
-            read_audit_scores(scores, f"{key}.scores")
+    _check_data(places, finished)
+    audits = {
+        (audit.scores, audit.KEY) for place in places for audit in _audits(place.recipe) if audit.scores is not None
+    }
+    for scores, key in sorted(audits):
+        if prepare and not Path(scores).exists():
+            raise UserError(
+                f"{key}.scores: there is no audit {scores}. The commands that make the audits of this grid:\n{prepare}"
+            )
+        read_audit_scores(scores, f"{key}.scores")
+
+
+def _check_data(places: Sequence[Place], finished: Iterable[Mapping[str, Any]]) -> None:
     for place in {place.cell.edition.name: place for place in places}.values():
         edition, data = place.cell.edition, place.recipe.data
         needed = {

@@ -51,7 +51,6 @@ COSTS: dict[str, Reading] = {
     "wrong labels fitted, %": wrong_labels_fitted,
     "effective noise, %": effective_noise,
     "cost, millions": total_cost,
-    "training, s": train_seconds,
 }
 COSTS_CAPTION = (
     "Wrong labels fitted: share of the wrong training labels that the model predicts at the last epoch. Effective noise: wrong labels "

@@ -56,11 +56,11 @@ class Effect:
 
 
 RULE = (
-    f"An effect is a paired difference on the same test images, averaged over the seeds that both sides have, with a 95 % interval over "
-    f"images and trainings. It **{HOLDS}** if the interval lies above zero, and **{FAILS}** if it lies below zero or within "
-    f"±{TIE:g} point (a tie). An effect that the claim denies holds if the interval lies below +{TIE:g} point, and does not hold if it "
-    f"lies above zero. All other effects, and all with fewer than {FEWEST_SEEDS} seeds, are **{UNDECIDED}**. A claim holds if all "
-    "effects that it rests on hold, and does not hold if one of them does not hold."
+    "An effect is a paired difference on the same test images, averaged over the seeds that both sides have, with a 95 % interval over "
+    f"images and trainings. It **{HOLDS}** if the interval lies above zero, however small the effect; otherwise it **{FAILS}** if the "
+    f"interval lies below zero or within ±{TIE:g} point (a tie). An effect that the claim denies **{FAILS}** if the interval lies above "
+    f"zero; otherwise it **{HOLDS}** if the interval lies below +{TIE:g} point. All other effects, and all with fewer than {FEWEST_SEEDS} "
+    f"seeds, are **{UNDECIDED}**. A claim holds if all effects that it rests on hold, and does not hold if one of them does not hold."
 )
 
 
@@ -72,6 +72,7 @@ class Claim:
     says: str  # what the paper says
     effects: tuple[Effect, ...]
     remark: str = ""
+    whole_attack: bool = False  # parts of AutoAttack decide nothing
     grid: str = "noise-benchmark"  # that has its cells
 
     @property
@@ -101,15 +102,39 @@ class Finding:
 
 
 def decide(claim: Claim, cells: Sequence[Measured], edition: str) -> Finding:
-    """The claim by the cells of an edition. If they have parts of AutoAttack only, these stand for it, by their name."""
+    """The claim by the cells of an edition. Where these have parts of AutoAttack only, they stand for it, by their name."""
     groups = {space: by_setting(cells, edition, space) for space in ("pixel", RELEASED)}
-    attack = strongest_attack(cell for cell in cells if cell.edition == edition)
+    usual = strongest_attack(cell for cell in cells if cell.edition == edition)
     found = []
     for effect in claim.effects:
+        attack = _autoattack(effect, groups) or usual
         value = _measured(effect, groups, attack)
         named = replace(effect, text=effect.text.replace("AutoAttack", attack_title(attack)))
-        found.append((named, value, effect.verdict(value)))
+        partly = claim.whole_attack and attack != "aa"
+        found.append((named, value, UNDECIDED if partly else effect.verdict(value)))
     return Finding(claim, edition, found)
+
+
+def cells_of(effect: Effect, cells: Sequence[Measured], edition: str) -> list[tuple[Measured, str]]:
+    """The cells that an effect is measured by, each with the checkpoint that it uses."""
+    return [
+        (cell, term.checkpoint)
+        for term in effect.terms
+        for cell in by_setting(cells, edition, term.space).get(term.setting, ())
+    ]
+
+
+def _autoattack(effect: Effect, groups: Mapping[str, Mapping[Setting, Sequence[Measured]]]) -> str | None:
+    """What stands for AutoAttack in an effect: AutoAttack or the parts of it that most seeds have on all sides; None without."""
+    seeds: dict[str, list[set[int]]] = {}
+    terms = [term for term in effect.terms if term.measure == "aa"]
+    for number, term in enumerate(terms):
+        for cell in groups[term.space].get(term.setting, ()):
+            for checkpoint, attack in cell.outcomes:
+                if checkpoint == term.checkpoint and attack.partition(":")[0] == "aa":
+                    seeds.setdefault(attack, [set() for _ in terms])[number].add(cell.seed)
+    shared = {attack: len(set.intersection(*found)) for attack, found in seeds.items()}
+    return max(shared, key=lambda attack: (shared[attack], attack == "aa"), default=None)
 
 
 def _measured(

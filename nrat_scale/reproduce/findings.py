@@ -10,10 +10,11 @@ from nrat_scale.evaluate.attacks import attack_title
 from nrat_scale.report.run import signed, value_at
 from nrat_scale.reproduce.cells import STORED
 from nrat_scale.reproduce.claims import claims
-from nrat_scale.reproduce.decision import RULE, UNDECIDED, Claim, Finding, decide
+from nrat_scale.reproduce.decision import FEWEST_SEEDS, RULE, Claim, Effect, Finding, cells_of, decide
 from nrat_scale.reproduce.measured import RELEASED, Measured, Setting, read_cells, strongest_attack
 from nrat_scale.reproduce.page import protocol, relative_link
 from nrat_scale.reproduce.paper import PAPER
+from nrat_scale.reproduce.table import flags_of
 from nrat_scale.reproduce.table_text import counted, markdown_lines, markdown_text, shown_path
 
 COMMAND = "python -m nrat_scale.reproduce claims"
@@ -78,7 +79,7 @@ def findings_page(found: Sequence[Finding], cells: Sequence[Measured], folder: P
     lines += ["## What are the verdicts?", "", *_verdicts(found, editions), ""]
     lines += ["## When does a claim hold?", "", RULE, "", _chance(found), ""]
     for claim in dict.fromkeys(finding.claim for finding in found):
-        lines += _section(claim, [finding for finding in found if finding.claim == claim])
+        lines += _section(claim, [finding for finding in found if finding.claim == claim], cells)
     lines += ["## What was run?", ""]
     for edition in editions:
         lines += _runs(edition, [cell for cell in cells if cell.edition == edition], folder)
@@ -105,19 +106,26 @@ def _verdicts(found: Sequence[Finding], editions: Sequence[str]) -> list[str]:
 
 
 def _chance(found: Sequence[Finding]) -> str:
-    effects = {
-        (finding.edition, effect.text)
+    """How many intervals leave out zero, and how many would by chance."""
+    tested = {
+        (finding.edition, effect.text): value.low > 0 or value.high < 0
         for finding in found
-        for effect, _, verdict in finding.effects
-        if verdict != UNDECIDED
+        for effect, value, _ in finding.effects
+        if not isinstance(value, str) and len(value.seeds) >= FEWEST_SEEDS
     }
     return (
-        f"{counted(len(effects), 'effect')} are decided on this page. If none of them existed, 95 % intervals would still leave out zero "
-        f"in about {0.05 * len(effects):.0f} of them by chance."
+        f"{counted(len(tested), 'effect')} with at least {FEWEST_SEEDS} seeds {'is' if len(tested) == 1 else 'are'} on this page; the intervals "
+        f"of {sum(tested.values())} leave out zero. If there were no effect at all, those of about {0.05 * len(tested):.0f} would by chance."
     )
 
 
-def _section(claim: Claim, found: Sequence[Finding]) -> list[str]:
+def _flagged(effect: Effect, cells: Sequence[Measured], edition: str) -> str:
+    """`; 3 cells flagged` if the evaluation warns of checkpoints that the effect uses; the table of the grid says why."""
+    flagged = {cell.path for cell, checkpoint in cells_of(effect, cells, edition) if flags_of(cell, checkpoint)}
+    return f"; {counted(len(flagged), 'cell')} flagged" if flagged else ""
+
+
+def _section(claim: Claim, found: Sequence[Finding], cells: Sequence[Measured]) -> list[str]:
     lines = [f"## {claim.name}", "", f"The paper: {claim.says}", ""]
     lines += [claim.remark, ""] if claim.remark else []
     for finding in found:
@@ -128,7 +136,7 @@ def _section(claim: Claim, found: Sequence[Finding]) -> list[str]:
                 missing.append(effect.text if value == "not run" else f"{effect.text} ({value})")
                 continue
             paper = "-" if effect.printed is None else signed(effect.printed)
-            counts = f"n = {value.n}, {counted(len(value.seeds), 'seed')}"
+            counts = f"n = {value.n}, {counted(len(value.seeds), 'seed')}{_flagged(effect, cells, finding.edition)}"
             rests = "yes" if effect.decides else "no"
             denied = " (no gain is the claim)" if effect.no_gain else ""
             rows.append([effect.text, paper, value.text, counts, rests, verdict + denied])

@@ -12,6 +12,7 @@ from nrat_scale.core.errors import UserError
 from nrat_scale.cost import TRAINED, forward_equivalents
 from nrat_scale.data.shards import ShardSet, open_shards
 from nrat_scale.data.training_data import normalisation
+from nrat_scale.evaluate.key import machine_facts
 from nrat_scale.report.run import number_at, value_at
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.reproduce.jobs import duration
@@ -22,12 +23,19 @@ _COSTS = ("train_seconds", "evaluate_seconds", "steps", "images", "forward_equiv
 
 
 def forecast(missing: Sequence[Place], finished: Sequence[Mapping[str, Any]]) -> str:
-    """The hours of these cells, in sentences: by the speed of finished cells, or of a few passes of the model.
+    """The hours of these cells, in sentences: by the speed of cells finished on this machine, or of a few passes of the model.
 
     Args:
         finished: content of cell.json of cells of the same grid.
     """
-    finished = [cell for cell in finished if all(number_at(cell, f"cost.{key}") for key in _COSTS)]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    here = str(machine_facts(device or torch.device("cpu"), 1)["device_name"])
+    finished = [
+        cell
+        for cell in finished
+        if all(number_at(cell, f"cost.{key}") for key in _COSTS)
+        and str(value_at(cell, "cost.hardware", "")).startswith(here)
+    ]
     lines = []
     for name in dict.fromkeys(place.cell.edition.name for place in missing):
         places = [place for place in missing if place.cell.edition.name == name]
@@ -37,12 +45,13 @@ def forecast(missing: Sequence[Place], finished: Sequence[Mapping[str, Any]]) ->
 
 def _of_edition(places: Sequence[Place], finished: Sequence[Mapping[str, Any]]) -> str:
     device = "GPU" if torch.accelerator.is_available() else "CPU"
+    data = places[0].recipe.data
+    part = data.real if data.real.shards else data.generated
     try:
-        shards = open_shards(str(places[0].recipe.data.real.shards or places[0].recipe.data.generated.shards))
+        shards = open_shards(str(part.shards))
     except UserError:
-        return (
-            f"{counted(len(places), 'cell')}; their hours are not known without the training data. Prepare them first."
-        )
+        commands = f":\n{part.prepare}" if part.prepare else "."
+        return f"{counted(len(places), 'cell')}; their hours are not known without the training data. Prepare them first{commands}"
     passes = [_passes(place, shards) for place in places]
     if finished:
         done = sum(

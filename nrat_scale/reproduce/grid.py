@@ -22,7 +22,7 @@ from nrat_scale.threat import SPACES
 PAPER_SPACE = "released_code"
 # `--noise`: the kind that stands for `asymmetric` in the grids.
 ASYMMETRIC = {"default": "asymmetric", "text": "asymmetric_bidirectional", "released": "asymmetric_released"}
-_FACTS = ("title", "source")  # of a method; its other keys are recipe keys
+FACTS = ("title", "source")  # of a method; its other keys are recipe keys
 # Keys that no override may set: they are the axes of a grid, or follow from the cell. Key -> what sets it.
 AXES = {
     "objective.name": "its methods; choose some with --only",
@@ -203,6 +203,8 @@ class Grid:
     paper: dict[str, dict[str, str]] = field(default_factory=dict)  # table of paper.csv -> our method -> its name there
     omissions: tuple[str, ...] = ()  # what the paper does not say, and what stands here instead
     references: dict[str, str] = field(default_factory=dict)  # method -> the one that is subtracted from it, not NRAT
+    prepare: str = ""  # commands that make what its cells need besides the data sets of the edition
+    path: Path = Path("recipes/grids/GRID.yaml")  # its file, as it is printed
 
     def cells(self, edition: str, choices: Choices | None = None, seeds: int | None = None) -> list[Cell]:
         """The cells in the order in which they are run: stage by stage, and all methods and noises of a seed together.
@@ -235,7 +237,7 @@ class Grid:
                         yield self._cell(edition, method, Noise(kind, noise.rate), seed, choices, stage.name)
 
     def _cell(self, edition: Edition, method: str, noise: Noise, seed: int, choices: Choices, stage: str) -> Cell:
-        settings = {key: value for key, value in self.methods[method].items() if key not in _FACTS}
+        settings = {key: value for key, value in self.methods[method].items() if key not in FACTS}
         for key in choices.overrides:
             if key in settings:
                 raise UserError(f"{key} cannot be set for all cells of this grid: the method {method} has its own.")

@@ -13,7 +13,7 @@ from nrat_scale.core.errors import UserError, check_choice, check_value, did_you
 from nrat_scale.evaluate.attacks import parse_attack
 from nrat_scale.labels import NOISES
 from nrat_scale.overrides import one_line
-from nrat_scale.reproduce.grid import AXES, Edition, Grid, Noise, Override, Stage
+from nrat_scale.reproduce.grid import AXES, FACTS, Edition, Grid, Noise, Override, Stage
 from nrat_scale.reproduce.paper import printed_numbers
 
 GRIDS = Path(__file__).parent / "grids"  # recipes/grids of the repository; in an installed package a folder of its own
@@ -48,7 +48,7 @@ def read_grid(what: str) -> Grid:
     known_editions = {
         name: one for file in _files(path, EDITIONS) for name, one in _editions(file, known_methods).items()
     }
-    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions", "differences"), path)
+    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions", "differences", "prepare"), path)
     stages = tuple(_stage(one, number, known_methods, path) for number, one in enumerate(_list(raw, "stages", path), 1))
     check_value(f"{path}: stages", len(stages), len(stages) > 0, "at least one stage")
     used = {method for stage in stages for method in stage.methods}
@@ -63,6 +63,8 @@ def read_grid(what: str) -> Grid:
         _paper(_section(raw, "paper", path, optional=True), used, path),
         tuple(_sentences(raw, "omissions", path)),
         _references(_section(raw, "differences", path, optional=True), used, path),
+        _text(raw, "prepare", path, default=""),
+        path if path.parent != GRIDS else Path("recipes/grids", path.name),
     )
 
 
@@ -119,8 +121,9 @@ def _methods(path: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"{where} must be a mapping of recipe keys to values, with objective.name.")
         found[name] = {str(key): value for key, value in settings.items()}
         _check_no_axis([key for key in found[name] if key != "objective.name"], where)
-        if "title" in settings:
-            _text(settings, "title", where)
+        for fact in FACTS:
+            if fact in settings:
+                _text(settings, fact, where)
     return found
 
 

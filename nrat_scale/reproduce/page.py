@@ -22,7 +22,6 @@ from nrat_scale.reproduce.costs import (
     effective_noise,
     mean_of,
     total_cost,
-    train_seconds,
     wrong_labels_fitted,
 )
 from nrat_scale.reproduce.figures import Drawing
@@ -74,7 +73,8 @@ class PageFacts:
     lead: str = ""
     protocol: dict[str, str] = field(default_factory=dict)  # beside what is read from the cells
     omissions: Sequence[str] = ()  # what the paper does not say
-    costs: bool = True  # columns for memorisation, effective noise rate and cost
+    grid_file: str = "recipes/grids/GRID.yaml"  # that names the methods
+    methods_file: str = "recipes/grids/methods.yaml"
 
 
 def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, facts: PageFacts) -> str:
@@ -88,7 +88,7 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
         stamps=table.stamps,
         protocol={**facts.protocol, **protocol(cells)},
         overview=overview if overview.rows else None,
-        results=_results_sheet(table, facts.costs),
+        results=_results_sheet(table),
         not_run=table.not_run,
         differences=differences if differences.rows else None,
         seeds=_seeds_sheet(table, folder),
@@ -97,7 +97,9 @@ def render_page(table: GridTable, drawings: Sequence[Drawing], folder: Path, fac
         ],
         command=facts.command,
         add_command=f"{facts.command.split(' --only ')[0]} --only my_method",
-        grid=table.plan.name,
+        grid_file=facts.grid_file,
+        methods_file=facts.methods_file,
+        sources=table.sources,
         notes=[note for note in table.notes if note not in table.stamps],
         omissions=list(facts.omissions),
         script=Markup(script),
@@ -117,6 +119,22 @@ def relative_link(path: Path, folder: Path) -> str:
     return quote(os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
+_MOST_VARIANTS = 4  # of a fact; with more of them it belongs to the methods
+
+
+def _settings(cell: Measured, *keys: str) -> str | None:
+    """`num_steps 5, step 0.025`: some keys of a cell's recipe; a key that ends in a dot stands for all below it."""
+    found = {
+        name: value
+        for key in keys
+        for name, value in value_at(cell.facts, "recipe", {}).items()
+        if name == key or (key.endswith(".") and name.startswith(key))
+    }
+    if len(keys) == 1:
+        return str(*found.values()) or None
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in found.items()) or None
+
+
 def _used(table: GridTable) -> list[Measured]:
     return list({cell.path: cell for row in table.rows for cell in row.cells}.values())
 
@@ -127,6 +145,11 @@ def protocol(cells: Sequence[Measured]) -> dict[str, str]:
         "threat": lambda cell: value_at(cell.facts, "evaluation.threat"),
         "attacks": lambda cell: ", ".join(map(attack_title, value_at(cell.facts, "evaluation.attacks", []))),
         "test images": lambda cell: value_at(cell.facts, "evaluation.images"),
+        "model": lambda cell: _settings(cell, "model.name", "model.kwargs."),
+        "training attack": lambda cell: _settings(cell, "threat.num_steps", "threat.step", "threat.init"),
+        "optimizer": lambda cell: _settings(cell, "optim.name", "optim.lr", "optim.schedule"),
+        "batch": lambda cell: _settings(cell, "data.batch_size", "data.epoch_samples"),
+        "epochs": lambda cell: _settings(cell, "train.epochs"),
         "steps": lambda cell: value_at(cell.facts, "cost.steps"),
         "best": lambda cell: _SELECTION.get(
             str(value_at(cell.facts, "recipe", {}).get("data.validation.labels", "given"))
@@ -141,7 +164,7 @@ def protocol(cells: Sequence[Measured]) -> dict[str, str]:
         name: sorted({str(text) for cell in cells if (text := read(cell)) is not None})
         for name, read in variants.items()
     }
-    facts = {name: "; ".join(texts) for name, texts in found.items() if texts}
+    facts = {name: "; ".join(texts) for name, texts in found.items() if texts and len(texts) <= _MOST_VARIANTS}
     hours = [
         sum(cell.number(f"cost.{key}") or 0 for cell in cells) / 3600 for key in ("train_seconds", "evaluate_seconds")
     ]
@@ -153,19 +176,19 @@ def protocol(cells: Sequence[Measured]) -> dict[str, str]:
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
-def _anchor(row: Row) -> str:
+def _anchor(row: Row | Difference) -> str:
     return f"{row.setting.folder}-{row.checkpoint}".replace("/", "-")
 
 
-def _results_sheet(table: GridTable, costs: bool) -> Sheet:
+def _results_sheet(table: GridTable) -> Sheet:
     titles = tuple(map(attack_title, table.plan.measures))
-    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in _COST_COLUMNS if costs))
+    head = ("method", "noise", "checkpoint", *titles, *(title for title, _ in _COST_COLUMNS))
     lines = []
     for row in table.shown:
         numbers = [_value(row, measure) for measure in table.plan.measures]
-        numbers += [read(row) if row.cells else None for _, read in _COST_COLUMNS if costs]
+        numbers += [read(row) if row.cells else None for _, read in _COST_COLUMNS]
         lines.append(Line((row.method, row.setting.noise_text, row.checkpoint), tuple(numbers)))
-    caption = f"{table.caption} {COSTS_CAPTION if costs else ''} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
+    caption = f"{table.caption} {COSTS_CAPTION} Numbers lead to those of each seed, and these to the results of their runs. Click a title to sort."
     return Sheet(caption, head, 3, lines, "results")
 
 
@@ -175,7 +198,7 @@ def _overview_sheet(table: GridTable) -> Sheet:
     lines = []
     for method, rows in found.items():
         numbers = [_glance(rows[noise], table.strongest) if noise in rows else None for noise in noises]
-        lines.append(Line((method,), tuple(numbers)))
+        lines.append(Line((table.plan.method_title(method),), tuple(numbers)))
     return Sheet(f"{table.overview_caption} Click a title to sort.", ("method", *noises), 1, lines, "overview")
 
 
@@ -211,11 +234,10 @@ def _memorised(row: Row) -> Value | None:
 
 
 def _cost(row: Row) -> Value | None:
-    """The cost in all, with the cost per image and step and the time."""
+    """The cost in all, with that of an image in a step."""
     each = _mean(row.cells, cost_per_image, "{:.3g} per image")
-    time = _mean(row.cells, train_seconds, "{:.0f} s")
     total = _mean(row.cells, total_cost, "{:.4g}")
-    return total and replace(total, details=tuple(one.text for one in (each, time) if one))
+    return total and replace(total, details=(each.text,) if each else ())
 
 
 _COST_COLUMNS: tuple[tuple[str, Callable[[Row], Value | None]], ...] = (
@@ -243,8 +265,9 @@ def _difference_value(one: Difference) -> Value | None:
     if isinstance(found, str):
         return None if found == NOT_RUN else Value("-", "", (found,))
     text, _, interval = one.text.partition(" ")
-    details = (interval, f"n = {found.n}, {counted(len(found.seeds), 'seed')}")
-    return Value(text, round(found.points, 4), (*details, f"over {found.covers}") if len(found.seeds) == 1 else details)
+    details = [interval, f"n = {found.n}, {counted(len(found.seeds), 'seed')}"]
+    details += [f"over {found.covers}"] if len(found.seeds) == 1 else []
+    return Value(text, round(found.points, 4), tuple(details), f"#{_anchor(one)}-{found.seeds[0]}")
 
 
 def _seeds_sheet(table: GridTable, folder: Path) -> Sheet:

@@ -12,7 +12,7 @@ from nrat_scale.core.files import make_folder, write_atomically
 from nrat_scale.reproduce.cells import FINISHED, STORED, Place, check_recipes, check_start
 from nrat_scale.reproduce.forecast import forecast
 from nrat_scale.reproduce.grid import Choices, Grid
-from nrat_scale.reproduce.grid_files import read_grid
+from nrat_scale.reproduce.grid_files import METHODS, read_grid
 from nrat_scale.reproduce.jobs import Outcome, run_local, write_script
 from nrat_scale.reproduce.measured import Setting, read_cell
 from nrat_scale.reproduce.outputs import Outputs, write_outputs
@@ -89,7 +89,8 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         UserError: bad input, a missing data set, finished cells of another recipe, a full disk.
     """
     grid = read_grid(request.what)
-    places = selected(request.places(grid), request.only)
+    everything = request.places(grid)
+    places = selected(everything, request.only)
     states = {place.key: place.state() for place in places}
     missing = [place for place in places if states[place.key] != FINISHED]
     records = [place.record() for place in places if states[place.key] == FINISHED]
@@ -107,7 +108,9 @@ def reproduce(request: Request, jobs: str = "local", *, dry_run: bool = False) -
         return 0
     outcome = Outcome()
     if missing:
-        check_start(missing, finished)
+        for place in everything:
+            place.state()  # the table at the end has all of them: refuse finished cells of another recipe now
+        check_start(missing, finished, grid.prepare)
         command = [sys.executable, *request.words, "--cell"]
         if jobs in SCRIPTS:
             path = request.out / f"{grid.name}-{request.edition}{request.choices.suffix}.{SCRIPTS[jobs]}"
@@ -129,7 +132,10 @@ def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> li
     """
     found, places = [], request.places(grid)
     command = shlex.join(["python", *request.words])
-    titles = {method: str(facts["title"]) for method, facts in grid.methods.items() if "title" in facts}
+    titles, sources = (
+        {method: str(facts[key]) for method, facts in grid.methods.items() if key in facts}
+        for key in ("title", "source")
+    )
     for edition in dict.fromkeys(place.cell.edition for place in places):
         mine = [place for place in places if place.cell.edition == edition]
         seeds = Counter(Setting(place.cell.method, place.cell.noise.kind, place.cell.noise.rate) for place in mine)
@@ -145,6 +151,7 @@ def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> li
             split=request.choices.curves,
             measures=tuple(edition.attacks.split(",")),
             titles=titles,
+            sources=sources,
             reference="nrat" if "nrat" in methods else next(iter(seeds)).method,
             references=grid.references,
             paper=grid.paper,
@@ -153,7 +160,8 @@ def write_tables(grid: Grid, request: Request, folder: Path | None = None) -> li
             f"{grid.title}: {edition.title}",
             command,
             omissions=grid.omissions,
-            costs=grid.name in ("noise-benchmark", "frontier"),
+            grid_file=str(grid.path),
+            methods_file=str(grid.path.with_name(METHODS)),
         )
         # `state` refuses finished cells of another recipe.
         cells = [read_cell(path) for place in mine if place.state() and (path := place.found) is not None]

@@ -20,7 +20,7 @@ _CAPTION = (
 _DIFFERENCES_CAPTION = (
     "Accuracy minus that of {} in points, image by image on the same test images and averaged over the seeds that both have. The "
     "95 % interval covers the choice of test images and, from two seeds on, the variation between trainings (images and seeds as "
-    "crossed random effects). A star marks intervals without zero."
+    "crossed random effects). A star marks intervals of several seeds without zero."
 )
 
 OTHER_EDITION = (
@@ -43,6 +43,7 @@ class Plan:
     split: str = "held-out"  # images of the curves
     measures: tuple[str, ...] = MEASURES
     titles: Mapping[str, str] = field(default_factory=dict)  # of methods; the id without one
+    sources: Mapping[str, str] = field(default_factory=dict)  # of methods: publications
     paper: Names = field(default_factory=lambda: CIFAR10)  # where printed numbers are looked up
     reference: str = "nrat"  # of the paired differences
     references: Mapping[str, str] = field(
@@ -110,7 +111,7 @@ class Difference:
         found = self.estimate
         if isinstance(found, str):
             return found
-        star = "*" if found.low > 0 or found.high < 0 else ""
+        star = "*" if len(found.seeds) > 1 and (found.low > 0 or found.high < 0) else ""
         return found.text.replace(" [", f"{star} [", 1)
 
 
@@ -147,15 +148,27 @@ class GridTable:
         """The attack of the overview: AutoAttack, or the parts of it that were run."""
         return strongest_attack(cell for row in self.rows for cell in row.cells)
 
+    @property
+    def sources(self) -> list[str]:
+        """`ADR: Wu, Wang and Chen, ICLR 2024`: the publications of the methods that were run."""
+        methods = dict.fromkeys(row.setting.method for row in self.rows if row.cells)
+        return list(
+            dict.fromkeys(
+                f"{self.plan.method_title(one)}: {self.plan.sources[one]}"
+                for one in methods
+                if one in self.plan.sources
+            )
+        )
+
     def overview(self) -> dict[str, dict[str, Row]]:
-        """Method -> noise -> the row of its best checkpoint, where the strongest attack was run.
+        """Id of a method -> noise -> the row of its best checkpoint, where the strongest attack was run or a cell failed.
 
         It is empty if all of them are of one method or of one noise: the table itself says it then.
         """
         found: dict[str, dict[str, Row]] = {}
         for row in self.rows:
-            if row.checkpoint == CHECKPOINTS[0] and row.numbers.get(self.strongest):
-                found.setdefault(row.method, {})[row.setting.noise_text] = row
+            if row.checkpoint == CHECKPOINTS[0] and (row.numbers.get(self.strongest) or row.failed):
+                found.setdefault(row.setting.method, {})[row.setting.noise_text] = row
         return found if len(found) > 1 and len(self.noises(found)) > 1 else {}
 
     def noises(self, overview: Mapping[str, Mapping[str, Row]]) -> list[str]:

@@ -63,7 +63,7 @@ def _overview(table: GridTable) -> list[_Lines]:
     found = table.overview()
     noises = table.noises(found)
     rows = [
-        [method, *(overview_text(rows.get(noise), table.strongest) for noise in noises)]
+        [table.plan.method_title(method), *(overview_text(rows.get(noise), table.strongest) for noise in noises)]
         for method, rows in found.items()
     ]
     return [(f"At a glance. {table.overview_caption}", ["method", *noises], rows)] if rows else []
@@ -73,7 +73,7 @@ def overview_text(row: Row | None, measure: str) -> str:
     """`57.8 ± 0.8 [54.7, 60.8], n = 1000, 3 seeds`, and `1 flagged` if the evaluation warns of one of them."""
     found = None if row is None else row.numbers[measure]
     if row is None or found is None:
-        return NOT_RUN
+        return NOT_RUN if row is None else row.missing
     flagged = [f"{row.flagged} flagged"] if row.flagged else []
     return ", ".join([f"{found.text} {found.interval}", f"n = {found.n}", counted(len(found.seeds), "seed"), *flagged])
 
@@ -123,6 +123,7 @@ def markdown_table(table: GridTable) -> str:
         lines += [caption, "", *markdown_lines(head, rows), ""]
     lines += [markdown_text(table.not_run), ""] if table.not_run else []
     lines += [f"* {markdown_text(note)}" for note in table.notes if note not in table.stamps]
+    lines += ["", f"Methods: {markdown_text('; '.join(table.sources))}."] if table.sources else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -161,7 +162,6 @@ def csv_table(table: GridTable) -> str:
         "wrong_labels_fitted",
         "effective_noise",
         "cost_millions",
-        "train_seconds",
     )
     lines = []
     for row in table.rows:

@@ -148,11 +148,11 @@ def test_page(tmp_path: Path) -> None:
     effects = [line for line in page.splitlines() if " | yes | " in line or " | no | " in line]
     assert effects and all(re.search(r"\[.+, .+\] \| n = 1000, 3 seeds", line) for line in effects)
     assert "Not run: " in page and UNDECIDED in page
-    assert "python -m nrat_scale.reproduce noise-benchmark --only mart_apl,nrat" in page
+    assert "python -m nrat_scale.reproduce noise-benchmark --only mart,mart_apl,nrat" in page
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert len(links) == 6 and all((out.parent / link).is_file() for link in links)
     assert len(verdict_lines(found)) == len(claims())
-    assert "effects are decided on this page. If none of them existed" in page
+    assert "effects with at least 3 seeds are on this page; the intervals of " in page
     assert write_findings(cells, out) == found and out.read_text(encoding="utf-8") == page
 
 
@@ -188,6 +188,52 @@ def test_parts_of_autoattack_stand_for_it_by_their_name(tmp_path: Path) -> None:
     assert "aa:apgd-ce+apgd-t runs parts of AutoAttack and stands for it" in page
 
 
+def test_each_effect_has_the_attack_that_its_cells_share(tmp_path: Path) -> None:
+    """One cell with all of AutoAttack does not take the parts of it, which all have, from the other effects."""
+    parts, whole = "aa:apgd-ce+apgd-t", np.arange(1000) < 400
+    for method, correct in (("nrat", 600), ("trades", 500), ("pgd_at", 550)):
+        for seed in range(3):
+            results = {"best": {parts: record(np.arange(1000) < correct + seed)}}
+            if method != "pgd_at" or not seed:
+                results["best"]["aa"] = record(whole)
+            write_cell(tmp_path, cell(method, seed=seed, results=results))
+    (claim,) = [one for one in claims() if one.name == "NRAT is the most robust under noise"]
+    found = {effect.text: value for effect, value, _ in decide(claim, read_cells(tmp_path), "fashion").effects}
+    for name, points in (("NRAT − TRADES, AutoAttack", 0.0), (f"NRAT − PGD-AT, {parts}", 5.0)):
+        value = found[f"{name}, best, symmetric 0.4"]
+        assert isinstance(value, Estimate) and value.points == pytest.approx(points) and value.seeds == (0, 1, 2)
+
+
+def test_parts_of_autoattack_do_not_decide_about_masked_gradients(tmp_path: Path) -> None:
+    """The gap between PGD and AutoAttack is decided with Square only."""
+    (claim,) = [one for one in claims() if one.whole_attack]
+    for attack, verdict in (("aa:apgd-ce+apgd-t", UNDECIDED), ("aa", HOLDS)):
+        folder = tmp_path / attack.replace(":", "-")
+        for method, correct in (("nrat", 500), ("trades", 590)):
+            for seed in range(3):
+                right = {"pgd20": np.arange(1000) < 600, attack: np.arange(1000) < correct + seed}
+                results = {"best": {name: record(outcomes) for name, outcomes in right.items()}}
+                write_cell(folder, cell(method, "none", 0.0, seed, results=results))
+        assert decide(claim, read_cells(folder), "fashion").verdict == verdict
+
+
+def test_warnings_of_the_evaluation_are_counted(tmp_path: Path) -> None:
+    """An effect says how many of its cells the evaluation warns of."""
+    flags = {"best": ["The gradient is zero."], "last": []}
+    for method, correct in (("nrat", 600), ("trades", 500)):
+        for seed in range(3):
+            results = {"best": {"aa": record(np.arange(1000) < correct + seed)}}
+            changes = {"flags": flags} if method == "trades" and seed else {}
+            write_cell(tmp_path, cell(method, seed=seed, results=results, **changes))
+    write_findings(read_cells(tmp_path), tmp_path / "findings.md")
+    (row,) = [
+        line
+        for line in (tmp_path / "findings.md").read_text().splitlines()
+        if line.startswith("| NRAT − TRADES, AutoAttack")
+    ]
+    assert "| n = 1000, 3 seeds; 2 cells flagged |" in row
+
+
 def test_failed_cells_are_listed(tmp_path: Path) -> None:
     """With the reason, which cannot change the page."""
     write_cell(tmp_path, cell(status="failed", error="<b> | disk", results={}))
@@ -205,7 +251,7 @@ def test_claims_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "docs/findings.md"
     main(["claims", "--cells", str(tmp_path / "cells"), "--out", str(out)])
     printed = capsys.readouterr().out
-    assert f"fashion: NRAT is the most robust under noise: {UNDECIDED} (1 of 20 effects decided)" in printed
+    assert f"fashion: NRAT is the most robust under noise: {UNDECIDED} (1 of 26 effects decided)" in printed
     assert printed.endswith(f"{out}\n") and out.is_file()
 
 

@@ -264,3 +264,23 @@ def test_unknown_names_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match="--"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("trades_gkl", {"ikl_temperature": 1.0, "ikl_gamma": 0.2}),  # the constants of the parity tests
+        ("trades_ikl", {"ikl_temperature": 4.0, "ikl_gamma": 0.0}),
+        ("trades-nfl_rce", {"loss": "nfl_rce"}),
+        ("nrat-inner-nce_rce", {"inner": "nce_rce"}),
+    ],
+)
+def test_methods_are_what_their_titles_say(method: str, values: dict[str, object]) -> None:
+    """A grid's line has the constants of the method that it names."""
+    (cell,) = [
+        one
+        for one in read_grid("noise-benchmark").cells("fashion", seeds=1)
+        if one.id == f"{method}/symmetric-0.4/seed-0"
+    ]
+    objective = cell.recipe().objective
+    assert {name: getattr(objective, name) for name in values} == values

@@ -130,7 +130,7 @@ def test_numbers_lead_to_their_results(tmp_path: Path, contents: list[dict[str, 
     for table in (page.tables[0], page.tables[2]):
         linked = [attributes for row in table[1:] for _, attributes in row[-4:]]
         assert linked
-    assert sum(link.startswith("#") for link in page.links) == 16, "each of the measured means"
+    assert sum(link.startswith("#") for link in page.links) == 24, "each of the measured means and differences"
 
 
 def test_sorting(tmp_path: Path, contents: list[dict[str, Any]]) -> None:

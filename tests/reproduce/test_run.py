@@ -127,6 +127,14 @@ def test_list_and_dry_run_tell_what_is_done(finished, reproduce):
     assert "5 cells: about" in dry.out and "CPU-hours" in dry.out and "by 1 finished cell on" in dry.out
     dry = reproduce(*finished.words, "--dry-run", "--only", "trades")
     assert "2 cells: about" in dry.out and "by the speed of a few passes" in dry.out
+    path = finished.cell / "cell.json"
+    whole = path.read_text()
+    try:
+        cell = json.loads(whole)
+        path.write_text(json.dumps({**cell, "cost": {**cell["cost"], "hardware": "Another CPU, 1 thread(s)"}}))
+        assert "by the speed of a few passes" in reproduce(*finished.words, "--dry-run").out, "of another machine"
+    finally:
+        path.write_text(whole)
     assert set(finished.out.rglob("cell.json")) == {finished.cell / "cell.json"}
 
 
@@ -212,11 +220,20 @@ def test_a_damaged_result_is_refused_by_name(finished, reproduce):
         path.write_text(whole)
 
 
+@pytest.mark.medium
+def test_cells_that_are_not_selected_are_checked_before_anything_is_run(finished, reproduce, tmp_path):
+    """The table has them, too: a finished one of another recipe is refused now and not after hours of training."""
+    result = reproduce(*finished.words, "--only", "trades", "optim.lr=0.123")
+    assert refused(result, "finished cell of another recipe", "optim.lr", "0.123")
+    assert not list(finished.out.rglob("trades/**/run"))
+
+
 def test_missing_data_give_the_commands(reproduce, tmp_path):
     """Both commands, of the training and the test images, and nothing is run."""
     path = write_grid(tmp_path, shards=False)
     result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
     assert refused(result, "make train shards", "make test shards")
+    assert "make train shards" in reproduce(path, "--edition", "tiny", "--out", tmp_path / "out", "--dry-run").out
     assert not (tmp_path / "out").exists()
 
 
@@ -227,6 +244,9 @@ def test_missing_audits_are_refused_before_anything_is_run(reproduce, tmp_path):
     path = write_grid(tmp_path, tiny=grid, methods=method)
     result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
     assert refused(result, "train-audit-0 (data.real.audit.scores)", "no such folder")
+    path.write_text(f"{path.read_text()}\nprepare: make the audits\n")
+    result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
+    assert refused(result, "there is no audit", "train-audit-0", "make the audits")
     assert not (tmp_path / "out").exists()
 
 
