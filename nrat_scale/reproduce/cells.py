@@ -22,7 +22,6 @@ from nrat_scale.core.locks import try_lock
 from nrat_scale.core.run_folder import RunFolder
 from nrat_scale.data.audit_scores import read_audit_scores
 from nrat_scale.data.shards import open_shards
-from nrat_scale.data.spec import AuditSpec
 from nrat_scale.recipe import RecipeSpec, identity_values
 from nrat_scale.report.run import value_at
 from nrat_scale.reproduce.grid import Cell
@@ -187,36 +186,45 @@ def recipe_values(recipe: RecipeSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values)))
 
 
-def _audits(recipe: RecipeSpec) -> tuple[AuditSpec, ...]:
-    return recipe.data.real.audit, recipe.data.generated.audit
-
-
 def check_recipes(places: Sequence[Place]) -> None:
     """Refuse a wrong recipe before anything is run: that of one seed of each method and noise is read."""
     for place in {(place.cell.edition, place.cell.method, place.cell.noise): place for place in places}.values():
         assert place.recipe
 
 
-def check_start(places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = (), prepare: str = "") -> None:
-    """Refuse to begin with a wrong recipe, without a data set or an audit, or with other test images than finished cells have.
+def check_start(
+    places: Sequence[Place], finished: Iterable[Mapping[str, Any]] = (), prepare: Mapping[str, str] | None = None
+) -> None:
+    """Refuse to begin with a wrong recipe, without a data set, an audit or scores, or with other test images than finished cells have.
 
     Args:
-        prepare: the commands that make what the grid needs besides data sets.
+        prepare: edition -> the commands that make what the grid needs besides data sets.
 
     Raises:
         UserError: the message has the commands that make the data.
     """
     check_recipes(places)
     _check_data(places, finished)
-    audits = {
-        (audit.scores, audit.KEY) for place in places for audit in _audits(place.recipe) if audit.scores is not None
-    }
-    for scores, key in sorted(audits):
-        if prepare and not Path(scores).exists():
+    for path, key, edition in sorted(
+        {(*one, place.cell.edition.name) for place in places for one in _files(place.recipe)}
+    ):
+        commands = (prepare or {}).get(edition)
+        if commands and not Path(path).exists():
+            raise UserError(f"{key}: there is no {path}. The commands that make what this grid needs:\n{commands}")
+        if key.endswith("audit.scores"):
+            read_audit_scores(path, key)
+        elif not Path(path).is_file():
             raise UserError(
-                f"{key}.scores: there is no audit {scores}. The commands that make the audits of this grid:\n{prepare}"
+                f"{key}: there is no {path}. docs/objectives.md says how the scores of this noise are made."
             )
-        read_audit_scores(scores, f"{key}.scores")
+
+
+def _files(recipe: RecipeSpec) -> list[tuple[str, str]]:
+    """The files and folders that a recipe needs besides shards, each with its key."""
+    real, generated = recipe.data.real, recipe.data.generated
+    found = [(part.audit.scores, f"{part.audit.KEY}.scores") for part in (real, generated)]
+    found += [(real.noise.scores, "data.real.noise.scores"), (generated.noise.scores, "data.generated.noise.scores")]
+    return [(str(path), key) for path, key in found if path is not None]
 
 
 def _check_data(places: Sequence[Place], finished: Iterable[Mapping[str, Any]]) -> None:

@@ -203,7 +203,10 @@ class Grid:
     paper: dict[str, dict[str, str]] = field(default_factory=dict)  # table of paper.csv -> our method -> its name there
     omissions: tuple[str, ...] = ()  # what the paper does not say, and what stands here instead
     references: dict[str, str] = field(default_factory=dict)  # method -> the one that is subtracted from it, not NRAT
-    prepare: str = ""  # commands that make what its cells need besides the data sets of the edition
+    prepare: dict[str, str] = field(
+        default_factory=dict
+    )  # edition -> commands that make what its cells need besides data sets
+    allowed: tuple[str, ...] = ()  # editions that it makes sense on; empty: all
     path: Path = Path("recipes/grids/GRID.yaml")  # its file, as it is printed
 
     def cells(self, edition: str, choices: Choices | None = None, seeds: int | None = None) -> list[Cell]:
@@ -218,6 +221,10 @@ class Grid:
         """
         choices = choices or Choices()
         check_choice("--edition", edition, self.editions)
+        if self.allowed and edition not in self.allowed:
+            raise UserError(
+                f"{self.name} is not for the edition {edition}: {self.title}. It is for {', '.join(self.allowed)}."
+            )
         check_value("--seeds", seeds, seeds is None or seeds >= 1, "at least 1")
         found: dict[tuple[str, str], Cell] = {}
         for name in self.uses.get(edition, [edition]):

@@ -48,7 +48,9 @@ def read_grid(what: str) -> Grid:
     known_editions = {
         name: one for file in _files(path, EDITIONS) for name, one in _editions(file, known_methods).items()
     }
-    _known(raw, ("title", "stages", "seeds", "editions", "paper", "omissions", "differences", "prepare"), path)
+    _known(
+        raw, ("title", "stages", "seeds", "editions", "paper", "omissions", "differences", "prepare", "allowed"), path
+    )
     stages = tuple(_stage(one, number, known_methods, path) for number, one in enumerate(_list(raw, "stages", path), 1))
     check_value(f"{path}: stages", len(stages), len(stages) > 0, "at least one stage")
     used = {method for stage in stages for method in stage.methods}
@@ -63,7 +65,8 @@ def read_grid(what: str) -> Grid:
         _paper(_section(raw, "paper", path, optional=True), used, path),
         tuple(_sentences(raw, "omissions", path)),
         _references(_section(raw, "differences", path, optional=True), used, path),
-        _text(raw, "prepare", path, default=""),
+        _prepare(_section(raw, "prepare", path, optional=True), known_editions, path),
+        _names(raw["allowed"], f"{path}: allowed", known_editions) if raw.get("allowed") else (),
         path if path.parent != GRIDS else Path("recipes/grids", path.name),
     )
 
@@ -274,6 +277,13 @@ def _references(raw: dict[str, Any], methods: Iterable[str], path: Path) -> dict
         _names([method], f"{path}: differences", methods)
         _names([reference], f"{path}: differences: {method}", [name for name in methods if name != method])
     return {method: str(reference) for method, reference in raw.items()}
+
+
+def _prepare(raw: dict[str, Any], editions: Iterable[str], path: Path) -> dict[str, str]:
+    """Edition -> commands."""
+    for name in raw:
+        _names([name], f"{path}: prepare", editions)
+    return {name: _text(raw, name, f"{path}: prepare") for name in raw}
 
 
 def _uses(raw: dict[str, Any], editions: Mapping[str, Edition], path: Path) -> dict[str, list[str]]:

@@ -244,9 +244,21 @@ def test_missing_audits_are_refused_before_anything_is_run(reproduce, tmp_path):
     path = write_grid(tmp_path, tiny=grid, methods=method)
     result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
     assert refused(result, "train-audit-0 (data.real.audit.scores)", "no such folder")
-    path.write_text(f"{path.read_text()}\nprepare: make the audits\n")
+    path.write_text(f"{path.read_text()}\nprepare: {{tiny: make the audits}}\n")
     result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
-    assert refused(result, "there is no audit", "train-audit-0", "make the audits")
+    assert refused(result, "there is no", "train-audit-0", "make the audits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_scores_of_a_noise_are_refused_before_anything_is_run(reproduce, tmp_path):
+    """The worst labels follow from a training whose scores must be there."""
+    editions = (
+        EDITIONS.rstrip()
+        + "\n  overrides: [{noises: [badlabel], set: {data.real.noise.scores: no.npy}, source: ours}]\n"
+    )
+    path = write_grid(tmp_path, tiny="stages: [{methods: [nrat], noises: [badlabel-0.4]}]", editions=editions)
+    result = reproduce(path, "--edition", "tiny", "--out", tmp_path / "out")
+    assert refused(result, "data.real.noise.scores", "no.npy", "docs/objectives.md")
     assert not (tmp_path / "out").exists()
 
 
