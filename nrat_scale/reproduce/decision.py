@@ -72,7 +72,7 @@ class Claim:
     says: str  # what the paper says
     effects: tuple[Effect, ...]
     remark: str = ""
-    whole_attack: bool = False  # parts of AutoAttack decide nothing
+    whole_attack: bool = False  # parts of AutoAttack do not decide the effects that it rests on
     grid: str = "noise-benchmark"  # that has its cells
 
     @property
@@ -110,7 +110,7 @@ def decide(claim: Claim, cells: Sequence[Measured], edition: str) -> Finding:
         attack = _autoattack(effect, groups) or usual
         value = _measured(effect, groups, attack)
         named = replace(effect, text=effect.text.replace("AutoAttack", attack_title(attack)))
-        partly = claim.whole_attack and attack != "aa"
+        partly = claim.whole_attack and effect.decides and attack != "aa"
         found.append((named, value, UNDECIDED if partly else effect.verdict(value)))
     return Finding(claim, edition, found)
 
