@@ -1,6 +1,7 @@
 """Figures of a grid as SVG and PNG: learning curves as the paper draws them, overfitting gaps, AutoAttack against cost."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -233,7 +234,16 @@ def overfitting_gaps(groups: Groups, title: Title, name: str = "gaps") -> Drawin
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    """A legend above the panels, in as many columns as fit; a column is as wide as its longest label."""
+    lengths = [len(str(handle.get_label())) for handle in handles]
+    columns = next((n for n in range(6, 1, -1) if _legend_width(lengths, n) < figure.get_figwidth()), 1)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+
+
+def _legend_width(lengths: Sequence[int], columns: int) -> float:
+    """Inches of a legend whose labels have so many characters of 9 points; it is filled column by column."""
+    each = math.ceil(len(lengths) / columns)
+    return sum(0.7 + 0.065 * max(lengths[start : start + each]) for start in range(0, len(lengths), each))
 
 
 def _coloured_lines(methods: Sequence[str], title: Title) -> list[Line2D]:

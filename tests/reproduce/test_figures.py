@@ -5,10 +5,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from nrat_scale.reproduce.figures import draw_all, frontier, learning_curves, memorisation, overfitting_gaps, pareto
+from nrat_scale.reproduce.figures import (
+    draw_all,
+    frontier,
+    learning_curves,
+    memorisation,
+    overfitting_gaps,
+    pareto,
+)
 from nrat_scale.reproduce.measured import Measured, Setting, read_cell
 from tests.support.synthetic_cells import cell, write_cell
 
@@ -106,3 +114,14 @@ def test_many_methods_get_several_figures(tmp_path: Path, monkeypatch: pytest.Mo
 def test_frontier() -> None:
     """Points that a cheaper one reaches are not on it."""
     assert pareto([(3, 50), (1, 40), (2, 39), (4, 50), (1, 38), (5, 51)]) == [(1, 40), (3, 50), (5, 51)]
+
+
+def test_a_legend_of_long_names_stays_on_the_figure(tmp_path: Path) -> None:
+    """It has as many columns as fit: nothing is drawn at the right edge above the panels."""
+    groups = groups_of(tmp_path, *(cell(f"m{i}", seed=0) for i in range(9)))
+    drawn = frontier(groups, lambda one: f"TRADES, 10 steps, averaged {one}")
+    assert drawn is not None
+    pixels = np.asarray(Image.open(BytesIO(drawn.png)).convert("L"))
+    legend = pixels[: len(pixels) // 8]
+    assert (legend < 128).any(), "a legend"
+    assert (legend[:, -5:] > 250).all()
