@@ -36,11 +36,6 @@ def cost_per_image(cell: Measured) -> float | None:
     return cell.number("cost.forward_equivalents")
 
 
-def train_seconds(cell: Measured) -> float | None:
-    """Seconds of training, validation included."""
-    return cell.number("cost.train_seconds")
-
-
 def mean_of(cells: Iterable[Measured], read: Reading) -> float | None:
     """The mean over the cells that have it."""
     values = [value for cell in cells if (value := read(cell)) is not None]
