@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nrat_scale.core.errors import UserError
+from nrat_scale.recipe import RecipeSpec
 from nrat_scale.reproduce.cells import Place
 from nrat_scale.reproduce.grid import Choices
 from nrat_scale.reproduce.grid_files import GRIDS, grid_names, read_grid
@@ -292,3 +293,34 @@ def test_a_grid_of_generated_images_is_for_editions_that_have_them() -> None:
     """Figure 5 on a small edition would be another experiment under its title."""
     with pytest.raises(UserError, match=r"figure5 is not for the edition fashion.*It is for paper"):
         read_grid("figure5").cells("fashion")
+
+
+def recipe_of(grid: str, edition: str, method: str, noise: str) -> RecipeSpec:
+    """The recipe of a cell of the package."""
+    (cell,) = [one for one in read_grid(grid).cells(edition, seeds=1) if one.id == f"{method}/{noise}/seed-0"]
+    return cell.recipe()
+
+
+@pytest.mark.parametrize("edition", ["paper", "fashion", "mnist"])
+def test_compared_methods_differ_in_one_thing(edition: str) -> None:
+    """A third of the epochs is one, ADR's control averages as ADR does, NRAT's variants have NRAT's learning rate."""
+    short, long = (
+        recipe_of("frontier", edition, f"trades-pgd10{end}", "none-0").train.epochs for end in ("-third", "")
+    )
+    assert abs(3 * short - long) <= 2
+    for method, control in (("adr", "pgd_at-ema"), ("trades_adr", "trades-ema")):
+        one, other = (recipe_of("noise-benchmark", edition, name, "symmetric-0.4") for name in (method, control))
+        assert one.ema == other.ema and one.ema.decay > 0
+    rates = {
+        recipe_of("frontier", edition, f"nrat{end}", "symmetric-0.4").optim.lr
+        for end in ("", "-pgd10", "-n_fgsm", "-per_class", "-phases")
+    }
+    assert len(rates) == 1
+
+
+@pytest.mark.parametrize("edition", ["fashion", "mnist"])
+def test_noilin_has_enough_validations(edition: str) -> None:
+    """Its rate grows after validations only: in a small edition after each epoch, as the authors' does."""
+    recipe = recipe_of("noise-benchmark", edition, "noilin", "symmetric-0.4")
+    validations = recipe.train.epochs // recipe.train.validate_every
+    assert validations >= 4 * recipe.objective.refine.noilin_window

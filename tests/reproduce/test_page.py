@@ -133,6 +133,25 @@ def test_numbers_lead_to_their_results(tmp_path: Path, contents: list[dict[str, 
     assert sum(link.startswith("#") for link in page.links) == 24, "each of the measured means and differences"
 
 
+def test_the_protocol_says_what_all_cells_share(tmp_path: Path) -> None:
+    """Model, attack and length of the training are read from the cells; what differs in most of them belongs to the methods."""
+    recipe = {
+        "model.name": "cnn4",
+        "model.kwargs.width": 32,
+        "threat.num_steps": 5,
+        "threat.init": "uniform",
+        "train.epochs": 60,
+    }
+    for seed in range(5):
+        write_cell(tmp_path, cell(seed=seed, recipe={**recipe, "optim.name": "adamw", "optim.lr": 0.1 * (seed + 1)}))
+    facts = protocol(read_cells(tmp_path))
+    assert facts["model"] == "name cnn4, width 32" and facts["training attack"] == "num_steps 5, init uniform"
+    assert facts["epochs"] == "60" and "optimizer" not in facts
+    assert "epochs" not in protocol(read_cells(write_cell(tmp_path / "other", cell()).parents[3])), (
+        "its recipe has none"
+    )
+
+
 def test_sorting(tmp_path: Path, contents: list[dict[str, Any]]) -> None:
     """Every cell has the value by which its column is sorted; every title is a button."""
     source = page_of(tmp_path, *contents)
